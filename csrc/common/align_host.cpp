@@ -1,0 +1,196 @@
+#include "align_host.h"
+
+#include <algorithm>
+#include <limits>
+
+#include "layout.h"
+
+namespace wa {
+namespace {
+
+DType dtype_of(ScalarType type) {
+    switch (type) {
+        case ScalarType::Float: return DType::kFloat32;
+        case ScalarType::Half: return DType::kFloat16;
+        case ScalarType::BFloat16: return DType::kBFloat16;
+        case ScalarType::Double: return DType::kFloat64;
+        default: STD_TORCH_CHECK(false, "dtype: want float32, float16, bfloat16 or float64");
+    }
+}
+
+// A weight as the kernels want it: its filters contiguous, in the order of its own strides where that is so already.
+struct Source {
+    Tensor tensor;
+    Strides strides;
+    explicit Source(const Tensor& weight) : tensor(weight), strides(strides_of(weight)) {
+        if (is_dense(weight) && has_contiguous_filters(weight)) return;
+        strides = contiguous_strides(weight);
+        tensor = in_order(weight, strides);
+    }
+};
+
+// A result, and what the kernel writes: the result itself if its order is the source's or its transpose.
+struct Target {
+    Tensor result, written;
+    int64_t columns = 0;
+    Target(const Source& source, const Strides& strides, ScalarType dtype, int64_t max_transposed)
+        : result(empty_strided(source.tensor, strides, dtype)), written(result) {
+        if (same_order(result, source.strides, strides)) return;
+        if (result.numel() <= max_transposed * result.size(0))  // values of a filter
+            columns = transposed_columns(result, source.strides, strides);
+        if (columns == 0) written = empty_strided(source.tensor, source.strides, dtype);
+    }
+    void finish() {
+        if (written.get() != result.get()) torch::stable::copy_(result, written);
+    }
+};
+
+class TaskList {
+public:
+    TaskList(const std::vector<Tensor>& weights, const std::vector<std::optional<Tensor>>& gains) {
+        STD_TORCH_CHECK(!weights.empty() && gains.size() == weights.size(), "weights: want one gain or None for each");
+        first_ = weights[0];
+        type_ = first_.scalar_type();
+        for (const Tensor& w : weights) {
+            STD_TORCH_CHECK(w.dim() >= 2, "weights: want rank 2 or more, got rank ", w.dim());
+            STD_TORCH_CHECK(w.scalar_type() == type_ && w.get_device_index() == first_.get_device_index(),
+                            "weights: want one dtype and one device in a list");
+            filters_ += w.size(0);
+        }
+        STD_TORCH_CHECK(filters_ < std::numeric_limits<uint32_t>::max(), "weights: more than 2^32 filters in a list");
+        tasks_.reserve(weights.size());
+    }
+
+    ScalarType statistics_dtype() const { return type_ == ScalarType::Double ? type_ : ScalarType::Float; }
+    ScalarType weight_dtype() const { return type_; }
+    int64_t max_transposed(const AlignBackend& backend) const {
+        return backend.max_transposed / (type_ == ScalarType::Double ? 8 : 4);
+    }
+
+    // One row a filter, (filters, width...); zeroed where the kernels have nothing to write.
+    Tensor per_filter(std::vector<int64_t> size) const {
+        size.insert(size.begin(), filters_);
+        auto t = torch::stable::empty(size, statistics_dtype(), std::nullopt, first_.device());
+        if (has_empty_) torch::stable::zero_(t);
+        return t;
+    }
+
+    // Adds the weight's task; its pointers to tensors of the result are filled in by the caller.
+    AlignTask& add(const Source& source, const std::optional<Tensor>& gain, double eps, double scale,
+                   ScalarType aligned_dtype) {
+        const Tensor& w = source.tensor;
+        int64_t filters = w.size(0), n = filters == 0 ? 0 : w.numel() / filters;
+        STD_TORCH_CHECK(n < std::numeric_limits<uint32_t>::max(), "weights: more than 2^32 values in a filter");
+        AlignTask task{};
+        task.weight = w.const_data_ptr();
+        task.eps = eps;
+        task.scale = scale;
+        task.n = uint32_t(n);
+        task.filters = uint32_t(filters);
+        task.first_filter = next_filter_;
+        task.weight_dtype = dtype_of(type_);
+        task.aligned_dtype = dtype_of(aligned_dtype);
+        if (gain) {
+            gains_.push_back(gain->is_contiguous() ? *gain : torch::stable::contiguous(*gain));
+            STD_TORCH_CHECK(gains_.back().numel() == filters && gain->get_device_index() == first_.get_device_index(),
+                            "gains: want shape (", filters, ",) on the weight's device");
+            task.gain = gains_.back().const_data_ptr();
+            task.gain_dtype = dtype_of(gain->scalar_type());
+        }
+        next_filter_ += task.filters;
+        has_empty_ |= n == 0;
+        tasks_.push_back(task);
+        return tasks_.back();
+    }
+
+    void run(const AlignBackend& backend, const Tensor& statistics, const Tensor* grad_gain) {
+        tasks_.erase(std::remove_if(tasks_.begin(), tasks_.end(), [](const AlignTask& t) { return t.n == 0; }),
+                     tasks_.end());
+        if (tasks_.empty()) return;
+        AlignList list{};
+        list.tasks = tasks_.data();
+        list.count = uint32_t(tasks_.size());
+        list.statistics = statistics.data_ptr();
+        list.grad_gain = grad_gain ? grad_gain->data_ptr() : nullptr;
+        list.is_double = type_ == ScalarType::Double;
+        backend.run(list, first_.get_device_index());
+    }
+
+private:
+    Tensor first_;
+    ScalarType type_;
+    int64_t filters_ = 0;
+    uint32_t next_filter_ = 0;
+    bool has_empty_ = false;
+    std::vector<AlignTask> tasks_;
+    std::vector<Tensor> gains_;  // keeps contiguous copies alive until the kernels are launched
+};
+
+std::vector<Tensor> finish(std::vector<Target>& targets) {
+    std::vector<Tensor> results;
+    results.reserve(targets.size());
+    for (Target& target : targets) {
+        target.finish();
+        results.push_back(target.result);
+    }
+    return results;
+}
+
+}  // namespace
+
+AlignForwardResult align_forward(const AlignBackend& backend, const std::vector<Tensor>& weights,
+                                 const std::vector<std::optional<Tensor>>& gains, const std::vector<double>& eps,
+                                 const std::vector<double>& scales, ScalarType dtype, MemoryFormat memory_format) {
+    STD_TORCH_CHECK(eps.size() == weights.size() && scales.size() == weights.size(),
+                    "eps, scales: want one for each weight");
+    TaskList list(weights, gains);
+    STD_TORCH_CHECK((dtype == ScalarType::Double) == (list.weight_dtype() == ScalarType::Double),
+                    "dtype: float64 goes to float64 only, and nothing else does");
+    std::vector<Source> sources;
+    std::vector<Target> targets;
+    sources.reserve(weights.size());
+    targets.reserve(weights.size());
+    for (size_t i = 0; i < weights.size(); ++i) {
+        sources.emplace_back(weights[i]);
+        targets.emplace_back(sources[i], result_strides(weights[i], memory_format), dtype, list.max_transposed(backend));
+        AlignTask& task = list.add(sources[i], gains[i], eps[i], scales[i], dtype);
+        task.out = targets[i].written.data_ptr();
+        task.columns = uint32_t(targets[i].columns);
+    }
+    Tensor statistics = list.per_filter({2});
+    list.run(backend, statistics, nullptr);
+    return {finish(targets), statistics};
+}
+
+AlignBackwardResult align_backward(const AlignBackend& backend, const std::vector<Tensor>& grads, const std::vector<Tensor>& weights,
+                                   const std::vector<std::optional<Tensor>>& gains, const Tensor& statistics,
+                                   const std::vector<double>& scales) {
+    STD_TORCH_CHECK(grads.size() == weights.size() && scales.size() == weights.size(),
+                    "grads, scales: want one for each weight");
+    TaskList list(weights, gains);
+    std::vector<Source> sources;
+    std::vector<Target> targets;
+    std::vector<Tensor> used_grads;
+    sources.reserve(weights.size());
+    targets.reserve(weights.size());
+    used_grads.reserve(weights.size());
+    for (size_t i = 0; i < weights.size(); ++i) {
+        const Tensor& grad = grads[i];
+        STD_TORCH_CHECK(grad.scalar_type() == grads[0].scalar_type() && grad.numel() == weights[i].numel(),
+                        "grads: want the shape of the weight and one dtype in a list");
+        sources.emplace_back(weights[i]);
+        targets.emplace_back(sources[i], result_strides(weights[i], MemoryFormat::Preserve), list.weight_dtype(), 0);
+        AlignTask& task = list.add(sources[i], gains[i], 0.0, scales[i], grad.scalar_type());
+        if (is_dense(grad) && task.n <= list.max_transposed(backend))
+            task.columns = uint32_t(transposed_columns(grad, sources[i].strides, strides_of(grad)));
+        used_grads.push_back(task.columns ? grad : in_order(grad, sources[i].strides));
+        task.grad = used_grads[i].const_data_ptr();
+        task.out = targets[i].written.data_ptr();
+    }
+    Tensor rows = statistics.is_contiguous() ? statistics : torch::stable::contiguous(statistics);
+    Tensor grad_gain = list.per_filter({});
+    list.run(backend, rows, &grad_gain);
+    return {finish(targets), grad_gain};
+}
+
+}  // namespace wa

@@ -1,0 +1,43 @@
+// What the host functions hand to every kernel: one plain struct a weight tensor. No torch type beyond this border.
+#pragma once
+
+#include <cstdint>
+
+namespace wa {
+
+enum class DType : uint8_t { kFloat32, kFloat16, kBFloat16, kFloat64 };
+
+// One weight of K = filters rows of n values each, a row being one filter, contiguous in memory.
+//
+//   forward:   aligned = scale * gain * (w - mean) / sqrt(n/2 * var + eps)
+//   backward:  with x = (w - mean) * rstd and G the gradient of the aligned weight,
+//              d gain = scale * sum(G x),  d w = scale * gain * rstd * (G - mean(G) - x * sum(G x) / 2)
+//
+// (Shi et al., arXiv 2010.07160, eq. 10; biased variance, eps inside the root.)
+struct AlignTask {
+    const void* weight;  // (filters, n), weight_dtype
+    const void* grad;    // (filters, n), aligned_dtype; backward only
+    void* out;           // forward: the aligned weight, aligned_dtype; backward: the weight's gradient, weight_dtype
+    const void* gain;    // (filters,), gain_dtype; null: 1
+    double eps;
+    double scale;
+    uint32_t n;
+    uint32_t filters;
+    uint32_t first_filter;  // this weight's first row in the list's statistics and gain gradients
+    uint32_t columns;       // not 0: the aligned side is transposed against the weight, whose filter is the matrix
+                            // (n / columns, columns), as between contiguous and channels_last
+    DType weight_dtype;
+    DType aligned_dtype;
+    DType gain_dtype;
+};
+
+// The tasks of one call. All weights are of one accumulation type: double if they are float64, else float.
+struct AlignList {
+    const AlignTask* tasks;
+    uint32_t count;
+    void* statistics;  // (filters of all tasks, 2): mean and rstd = 1 / sqrt(n/2 * var + eps); read by the backward
+    void* grad_gain;   // (filters of all tasks,); backward only
+    bool is_double;
+};
+
+}  // namespace wa

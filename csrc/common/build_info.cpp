@@ -1,0 +1,34 @@
+// What this library was built with, for `backends()` and `python -m weightalign_cuda`; called through ctypes.
+#ifdef WA_CUDA_ARCHITECTURES
+#include <cuda_runtime.h>
+#endif
+
+#pragma GCC visibility push(default)
+extern "C" {
+
+// The architectures of the kernels, "75,80,90", or "" without CUDA.
+const char* wa_cuda_architectures() {
+#ifdef WA_CUDA_ARCHITECTURES
+    return WA_CUDA_ARCHITECTURES;
+#else
+    return "";
+#endif
+}
+
+// The CUDA runtime it is linked with, and the newest that the installed driver serves: 13000 is 13.0, 0 is none.
+int wa_cuda_runtime_version() {
+    int version = 0;
+#ifdef WA_CUDA_ARCHITECTURES
+    cudaRuntimeGetVersion(&version);
+#endif
+    return version;
+}
+int wa_cuda_driver_version() {
+    int version = 0;
+#ifdef WA_CUDA_ARCHITECTURES
+    cudaDriverGetVersion(&version);
+#endif
+    return version;
+}
+}
+#pragma GCC visibility pop

@@ -1,0 +1,36 @@
+// Sizes and strides: which memory order a tensor has, and new tensors of a given order.
+#pragma once
+
+#include "abi.h"
+
+namespace wa {
+
+using Strides = std::vector<int64_t>;
+
+Strides contiguous_strides(const Tensor& t);
+
+// Whether the elements fill one block of memory, each once, in any order of the dimensions.
+bool is_dense(const Tensor& t);
+
+// Whether dimension 0 is outermost in memory, so that each filter is one run of n values. Asks for a dense tensor.
+bool has_contiguous_filters(const Tensor& t);
+
+// The strides a result takes: those of `memory_format` (ranks it does not name keep theirs), else the tensor's own if
+// it is dense, else contiguous ones.
+Strides result_strides(const Tensor& t, MemoryFormat memory_format);
+
+// Whether two strides put the elements of this shape in the same order (strides of dimensions of size 1 say nothing).
+bool same_order(const Tensor& shape, const Strides& a, const Strides& b);
+
+// If going from one order to the other transposes each filter as one matrix: the columns of that matrix in the order
+// `from`. Else 0. (Contiguous to channels_last: the kernel size; back: the channels.)
+int64_t transposed_columns(const Tensor& shape, const Strides& from, const Strides& to);
+
+Tensor empty_strided(const Tensor& like, const Strides& strides, ScalarType dtype);
+
+// The tensor itself if its elements already lie in this order, else a copy that does.
+Tensor in_order(const Tensor& t, const Strides& strides);
+
+Strides strides_of(const Tensor& t);
+
+}  // namespace wa

@@ -1,0 +1,194 @@
+// Forward and backward of filters, one after another on one core; compiled once for each instruction set.
+//
+// A filter is read from memory once and, up to some thousand values, found in the L1 cache by the later passes: forward
+// sum - centred sums - write, backward sums - write. Sums run in 4 x 64 bytes of accumulators, which hides the latency of
+// an addition, over chunks of kChunk values whose results are added in double, so that the error does not grow with n.
+//
+// The mean is subtracted twice. The first value as pivot makes the first mean exact for a constant filter, whose
+// residuals are then exactly 0; the mean of the residuals corrects what rounding left of it (mean 1e4, deviation 1e-3).
+#include "align_kernels.h"
+
+#include <math.h>
+
+#include <type_traits>
+
+#include "simd.h"
+
+#ifndef WA_CPU_KERNELS
+#error "WA_CPU_KERNELS: the name of this instruction set's table"
+#endif
+#define WA_LAMBDA __attribute__((always_inline))
+
+namespace wa {
+namespace {
+
+constexpr uint32_t kChunk = 4096;
+
+// total[s] = the sum over [0, n) of what term(width, at, sums) adds to sums[s] for the value or vector at `at`.
+template <class Acc, int kSums, class Term>
+WA_INLINE void sum(uint32_t n, double (&total)[kSums], const Term& term) {
+    constexpr uint32_t kLanes = Simd<Acc>::kLanes, kUnroll = 4;
+    for (double& t : total) t = 0;
+    for (uint32_t begin = 0, end; begin < n; begin = end) {
+        end = n - begin < kChunk ? n : begin + kChunk;
+        uint32_t at = begin;
+        Vector<Acc> sums[kUnroll][kSums] = {};
+        Acc rest[kSums] = {};
+        for (; at + kUnroll * kLanes <= end; at += kUnroll * kLanes)
+            for (uint32_t u = 0; u < kUnroll; ++u) term(OneVector{}, at + u * kLanes, sums[u]);
+        for (; at + kLanes <= end; at += kLanes) term(OneVector{}, at, sums[0]);
+        for (; at < end; ++at) term(OneValue{}, at, rest);
+        for (int s = 0; s < kSums; ++s)
+            total[s] += sum_of<Acc>((sums[0][s] + sums[1][s]) + (sums[2][s] + sums[3][s])) + rest[s];
+    }
+}
+
+template <class Acc, class Each>
+WA_INLINE void for_each(uint32_t n, const Each& each) {
+    constexpr uint32_t kLanes = Simd<Acc>::kLanes;
+    uint32_t at = 0;
+    for (; at + kLanes <= n; at += kLanes) each(OneVector{}, at);
+    for (; at < n; ++at) each(OneValue{}, at);
+}
+
+double gain_of(const AlignTask& task, uint32_t filter) {
+    switch (task.gain ? task.gain_dtype : DType::kFloat64) {
+        case DType::kFloat32: return static_cast<const float*>(task.gain)[filter];
+        case DType::kFloat16: return load_one<float>(static_cast<const Half*>(task.gain) + filter);
+        case DType::kBFloat16: return load_one<float>(static_cast<const BFloat16*>(task.gain) + filter);
+        case DType::kFloat64: return task.gain ? static_cast<const double*>(task.gain)[filter] : 1.0;
+    }
+    return 0;
+}
+
+// w: (n,) -> y: (n,), statistics: mean, rstd.
+template <class Acc, class W, class Y>
+WA_INLINE void forward_filter(const W* w, Y* y, uint32_t n, double factor, double eps, Acc* statistics) {
+    Acc pivot = load_one<Acc>(w);
+    double deviation[1], moments[2];
+    sum<Acc>(n, deviation, [=](auto width, uint32_t at, auto* sums) WA_LAMBDA {  //
+        sums[0] += load<Acc>(width, w + at) - pivot;
+    });
+    Acc mean = Acc(pivot + deviation[0] / n);
+    sum<Acc>(n, moments, [=](auto width, uint32_t at, auto* sums) WA_LAMBDA {
+        auto r = load<Acc>(width, w + at) - mean;
+        sums[0] += r;
+        sums[1] += r * r;
+    });
+    double rest = moments[0] / n, squares = moments[1] - moments[0] * rest;
+    double rstd = 1 / sqrt(squares / 2 + eps);
+    Acc correction = Acc(rest), slope = Acc(factor * rstd);
+    for_each<Acc>(n, [=](auto width, uint32_t at) WA_LAMBDA {
+        store<Acc>(width, y + at, (load<Acc>(width, w + at) - mean - correction) * slope);
+    });
+    statistics[0] = Acc(mean + rest);
+    statistics[1] = Acc(rstd);
+}
+
+// w, g: (n,) -> dw: (n,); returns sum(g x).
+template <class Acc, class W, class G>
+WA_INLINE double backward_filter(const W* w, const G* g, W* dw, uint32_t n, double factor, const Acc* statistics) {
+    Acc mean = statistics[0];
+    double rstd = statistics[1], sums_[3];
+    sum<Acc>(n, sums_, [=](auto width, uint32_t at, auto* sums) WA_LAMBDA {
+        auto r = load<Acc>(width, w + at) - mean, gradient = load<Acc>(width, g + at);
+        sums[0] += r;
+        sums[1] += gradient;
+        sums[2] += gradient * r;
+    });
+    double rest = sums_[0] / n, g_dot_x = (sums_[2] - rest * sums_[1]) * rstd;
+    Acc correction = Acc(rest), g_mean = Acc(sums_[1] / n), along = Acc(g_dot_x * rstd / 2), slope = Acc(factor * rstd);
+    for_each<Acc>(n, [=](auto width, uint32_t at) WA_LAMBDA {
+        auto d = load<Acc>(width, w + at) - mean - correction;
+        store<Acc>(width, dw + at, (load<Acc>(width, g + at) - g_mean - d * along) * slope);
+    });
+    return g_dot_x;
+}
+
+// (rows, columns) -> (columns, rows)
+template <class Acc, class From, class To>
+WA_INLINE void transpose(const From* from, To* to, uint32_t rows, uint32_t columns) {
+    for (uint32_t c = 0; c < columns; ++c)
+        for (uint32_t r = 0; r < rows; ++r) store_one(to + size_t(c) * rows + r, load_one<Acc>(from + size_t(r) * columns + c));
+}
+
+template <class Acc, class W, class Y>
+void forward(const AlignList& list, const AlignTask& task, uint32_t first, uint32_t last, void* scratch) {
+    auto statistics = static_cast<Acc*>(list.statistics) + 2 * size_t(task.first_filter);
+    for (uint32_t filter = first; filter < last; ++filter) {
+        auto w = static_cast<const W*>(task.weight) + size_t(filter) * task.n;
+        auto y = static_cast<Y*>(task.out) + size_t(filter) * task.n;
+        double factor = task.scale * gain_of(task, filter);
+        Acc* row = statistics + 2 * size_t(filter);
+        if (task.columns == 0) {
+            forward_filter<Acc>(w, y, task.n, factor, task.eps, row);
+        } else {
+            auto staged = static_cast<Acc*>(scratch);
+            forward_filter<Acc>(w, staged, task.n, factor, task.eps, row);
+            transpose<Acc>(staged, y, task.n / task.columns, task.columns);
+        }
+    }
+}
+
+template <class Acc, class W, class G>
+void backward(const AlignList& list, const AlignTask& task, uint32_t first, uint32_t last, void* scratch) {
+    auto statistics = static_cast<const Acc*>(list.statistics) + 2 * size_t(task.first_filter);
+    auto grad_gain = static_cast<Acc*>(list.grad_gain) + task.first_filter;
+    for (uint32_t filter = first; filter < last; ++filter) {
+        auto w = static_cast<const W*>(task.weight) + size_t(filter) * task.n;
+        auto g = static_cast<const G*>(task.grad) + size_t(filter) * task.n;
+        auto dw = static_cast<W*>(task.out) + size_t(filter) * task.n;
+        double factor = task.scale * gain_of(task, filter), g_dot_x;
+        const Acc* row = statistics + 2 * size_t(filter);
+        if (task.columns == 0) {
+            g_dot_x = backward_filter<Acc>(w, g, dw, task.n, factor, row);
+        } else {
+            auto staged = static_cast<Acc*>(scratch);
+            transpose<Acc>(g, staged, task.columns, task.n / task.columns);
+            g_dot_x = backward_filter<Acc>(w, staged, dw, task.n, factor, row);
+        }
+        grad_gain[filter] = Acc(task.scale * g_dot_x);
+    }
+}
+
+// Calls run(acc, weight, aligned) with a null pointer of each type.
+template <class Run>
+WA_INLINE void with_types(const AlignTask& task, const Run& run) {
+    auto with_aligned = [&](auto weight) {
+        switch (task.aligned_dtype) {
+            case DType::kFloat32: return run(static_cast<float*>(nullptr), weight, static_cast<float*>(nullptr));
+            case DType::kFloat16: return run(static_cast<float*>(nullptr), weight, static_cast<Half*>(nullptr));
+            case DType::kBFloat16: return run(static_cast<float*>(nullptr), weight, static_cast<BFloat16*>(nullptr));
+            case DType::kFloat64: return;  // the host lets float64 only meet float64
+        }
+    };
+    switch (task.weight_dtype) {
+        case DType::kFloat32: return with_aligned(static_cast<float*>(nullptr));
+        case DType::kFloat16: return with_aligned(static_cast<Half*>(nullptr));
+        case DType::kBFloat16: return with_aligned(static_cast<BFloat16*>(nullptr));
+        case DType::kFloat64: {
+            auto f64 = static_cast<double*>(nullptr);
+            return run(f64, f64, f64);
+        }
+    }
+}
+
+void forward_any(const AlignList& list, const AlignTask& task, uint32_t first, uint32_t last, void* scratch) {
+    with_types(task, [&](auto* acc, auto* w, auto* y) {
+        forward<std::remove_pointer_t<decltype(acc)>, std::remove_pointer_t<decltype(w)>,
+                std::remove_pointer_t<decltype(y)>>(list, task, first, last, scratch);
+    });
+}
+void backward_any(const AlignList& list, const AlignTask& task, uint32_t first, uint32_t last, void* scratch) {
+    with_types(task, [&](auto* acc, auto* w, auto* g) {
+        backward<std::remove_pointer_t<decltype(acc)>, std::remove_pointer_t<decltype(w)>,
+                 std::remove_pointer_t<decltype(g)>>(list, task, first, last, scratch);
+    });
+}
+
+}  // namespace
+
+namespace cpu {
+extern const AlignKernels WA_CPU_KERNELS = {forward_any, backward_any};
+}
+}  // namespace wa

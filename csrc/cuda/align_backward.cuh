@@ -1,0 +1,127 @@
+// Gradients of weights and gains, for all filters of a table of tensors.
+//
+// One block takes as many filters of one tensor as fit 8192 values: a team of 8 to 512 threads each, about 16 values a
+// thread of the weight and as many of the gradient. Both are read once, kept in registers for three sums that are formed
+// together, and the weight's gradient is written once; the gain's is one store, without atomics. Only beyond 8192 values
+// are they read a second time. Why that shape: 16 + 16 floats a thread are the forward's 32, under 64 registers.
+#pragma once
+#include "align_table.cuh"
+#include "tile.cuh"
+
+namespace wa::cuda {
+namespace {
+
+// What three sums over a filter (of w - mean, G and G (w - mean)) say of its gradients. `rest` is what rounding left in
+// the stored mean: subtracted, as in the forward.
+template <class Acc>
+struct Slopes {
+    Acc rest, g_mean, g_dot_x, along;
+
+    template <class Sum>
+    __device__ Slopes(const Sum (&sums)[3], uint32_t n, Acc rstd) {
+        Sum mean = sums[0] / Sum(n);
+        rest = Acc(mean);
+        g_mean = Acc(sums[1] / Sum(n));
+        g_dot_x = Acc(sums[2] - mean * sums[1]) * rstd;
+        along = g_dot_x * rstd / 2;
+    }
+    __device__ Acc gradient(Acc w, Acc g, Acc factor) const { return ((g - g_mean) - (w - rest) * along) * factor; }
+};
+
+// A part of a filter: w - mean and G; values beyond the filter's end are 0 in both.
+template <class Acc, int kValues, int kChunk>
+struct GradientTiles {
+    using RowTile = Tile<Acc, kValues, kChunk>;
+    RowTile w, g;
+
+    __device__ GradientTiles(const AlignTask& task, Team team, int size, int64_t at, Acc mean, uint32_t columns = 0)
+        : w(team, size), g(team, size) {
+        if (columns) g.load_transposed(task.grad, task.aligned_dtype, at, int(columns));
+        else g.load(task.grad, task.aligned_dtype, at);
+        w.load(task.weight, task.weight_dtype, at);
+        w.for_each([&](int, Acc& x) { x -= mean; });
+    }
+
+    __device__ void sum(Acc (&sums)[3]) const {
+        sums[0] = sums[1] = sums[2] = 0;
+#pragma unroll
+        for (int step = 0; step < RowTile::kSteps; ++step)
+#pragma unroll
+            for (int i = 0; i < kChunk; ++i) {
+                sums[0] += w.x[step][i];
+                sums[1] += g.x[step][i];
+                sums[2] += w.x[step][i] * g.x[step][i];
+            }
+    }
+
+    __device__ void store_gradient(const AlignTask& task, int64_t at, const Slopes<Acc>& slopes, Acc factor) {
+#pragma unroll
+        for (int step = 0; step < RowTile::kSteps; ++step)
+#pragma unroll
+            for (int i = 0; i < kChunk; ++i) w.x[step][i] = slopes.gradient(w.x[step][i], g.x[step][i], factor);
+        w.store(task.out, task.weight_dtype, at);
+    }
+};
+
+template <class Acc>
+struct Backward {
+    const Acc* statistics;
+    Acc* grad_gain;
+
+    // A filter that its team's registers hold.
+    template <int kChunk>
+    __device__ void on_chip(AlignWork work) const {
+        __shared__ Acc slots[3 * kMaxWarps];
+        const AlignTask& task = work.task();
+        Acc mean = work.active() ? statistics[2 * work.rank()] : 0;
+        GradientTiles<Acc, AlignShape<Acc>::kValues, kChunk> tiles(task, work.team, work.active() ? task.n : 0, work.row(),
+                                                                  mean, task.columns);
+        Acc sums[3];
+        tiles.sum(sums);
+        team_sum(work.team, sums, slots);
+        work = work.afresh();  // nothing but the tiles is held over the barrier
+        Acc rstd = work.active() ? statistics[2 * work.rank() + 1] : 0;
+        Slopes<Acc> slopes(sums, task.n, rstd);
+        tiles.store_gradient(work.task(), work.row(), slopes, finish(work, slopes, rstd));
+    }
+
+    // A longer one, taken by the whole block: read in parts for the sums, added in order, and again to write.
+    template <int kChunk>
+    __device__ void in_parts(AlignWork work) const {
+        __shared__ Acc slots[3 * kMaxWarps];
+        using Part = GradientTiles<Acc, 2 * kChunk, kChunk>;
+        const AlignTask& task = work.task();
+        const uint32_t capacity = Part::RowTile::capacity(work.team);
+        const Acc mean = statistics[2 * work.rank()], rstd = statistics[2 * work.rank() + 1];
+        double total[3] = {0, 0, 0};
+        for (uint32_t begin = 0; begin < task.n; begin += capacity) {
+            Acc sums[3];
+            Part(task, work.team, min(task.n - begin, capacity), work.row() + begin, mean).sum(sums);
+            team_sum(work.team, sums, slots);
+            for (int s = 0; s < 3; ++s) total[s] += sums[s];
+            __syncthreads();  // team_sum uses its shared memory again
+        }
+        Slopes<Acc> slopes(total, task.n, rstd);
+        Acc factor = finish(work, slopes, rstd);
+        for (uint32_t begin = 0; begin < task.n; begin += capacity)
+            Part(task, work.team, min(task.n - begin, capacity), work.row() + begin, mean)
+                .store_gradient(task, work.row() + begin, slopes, factor);
+    }
+
+    // Stores the gain's gradient and returns the factor of the weight's.
+    __device__ Acc finish(const AlignWork& work, const Slopes<Acc>& slopes, Acc rstd) const {
+        if (!work.active()) return 0;
+        Acc scale = Acc(work.task().scale);
+        if (work.team.rank() == 0) grad_gain[work.rank()] = scale * slopes.g_dot_x;
+        return scale * work.template gain<Acc>() * rstd;
+    }
+};
+
+template <class Acc, class Table>
+__global__ __launch_bounds__(AlignShape<Acc>::kThreads, AlignShape<Acc>::kBlocksPerSm) void align_backward_kernel(
+    const __grid_constant__ Table table) {
+    align_block<Acc>(table, Backward<Acc>{static_cast<const Acc*>(table.statistics), static_cast<Acc*>(table.grad_gain)});
+}
+
+}  // namespace
+}  // namespace wa::cuda

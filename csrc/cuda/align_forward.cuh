@@ -1,0 +1,119 @@
+// Aligned weights and their statistics, for all filters of a table of tensors.
+//
+// One block takes as many filters of one tensor as fit 8192 values: a team of 8 to 256 threads each, about 32 values a
+// thread. A filter is read once, in 16-byte accesses where its rows are aligned, kept in registers for the mean and the
+// centred squares, and written once; its statistics are one store. Only beyond 8192 values is it read a second time.
+// Why that shape: 32 floats a thread keep 128 bytes a thread in flight and leave the kernel under 64 registers, so that
+// four blocks share an SM; small blocks of work keep the tail of the launch short.
+#pragma once
+#include "align_table.cuh"
+#include "tile.cuh"
+
+namespace wa::cuda {
+namespace {
+
+// Mean and sum of squared deviations of some values. The mean is kept in two parts, `rest` being what rounding left of
+// it: a filter of mean 1e4 and deviation 1e-3 has its true deviations only after both are subtracted.
+template <class Acc>
+struct Moments {
+    Acc mean, rest, squares;
+};
+
+// per_value is 1 / count: a division is better done before the tile is loaded, for it takes many registers. The pivot, one
+// of the values, makes the mean of a constant filter exact, and so its deviations exactly 0.
+template <class Acc, int kValues, int kChunk>
+__device__ Moments<Acc> moments_of(Tile<Acc, kValues, kChunk>& tile, Acc per_value) {
+    __shared__ Acc first_slots[kMaxWarps], sum_slots[kMaxWarps], moment_slots[2 * kMaxWarps];
+    Acc pivot = team_first(tile.team, tile.x[0][0], first_slots);
+    Acc sum[1] = {0}, residual[2] = {0, 0};
+    tile.for_each([&](int, Acc x) { sum[0] += x - pivot; });
+    team_sum(tile.team, sum, sum_slots);
+    Moments<Acc> m;
+    m.mean = pivot + sum[0] * per_value;
+    tile.for_each([&](int, Acc x) {
+        Acc r = x - m.mean;
+        residual[0] += r;
+        residual[1] += r * r;
+    });
+    team_sum(tile.team, residual, moment_slots);
+    m.rest = residual[0] * per_value;
+    m.squares = residual[1] - residual[0] * m.rest;
+    return m;
+}
+
+// Of the union of `count_a` and `count_b` values (Chan et al.), in double: a few operations per 8192 values.
+template <class Acc>
+__device__ Moments<Acc> merged(Moments<Acc> a, double count_a, Moments<Acc> b, double count_b) {
+    double delta = (double(b.mean) - double(a.mean)) + (double(b.rest) - double(a.rest));
+    double mean = double(a.mean) + (double(a.rest) + delta * count_b / (count_a + count_b));
+    double squares = double(a.squares) + double(b.squares) + delta * delta * count_a * count_b / (count_a + count_b);
+    Acc high = Acc(mean);
+    return {high, Acc(mean - double(high)), Acc(squares)};
+}
+
+template <class Acc>
+struct Forward {
+    Acc* statistics;
+
+    // A filter that its team's registers hold.
+    template <int kChunk>
+    __device__ void on_chip(AlignWork work) const {
+        const AlignTask& task = work.task();
+        Tile<Acc, AlignShape<Acc>::kValues, kChunk> tile(work.team, work.active() ? task.n : 0);
+        const Acc per_value = Acc(1) / Acc(task.n);
+        tile.load(task.weight, task.weight_dtype, work.row());
+        Moments<Acc> m = moments_of(tile, per_value);
+        Acc slope = finish(work, m);
+        tile.for_each([&](int, Acc& x) { x = (x - m.mean - m.rest) * slope; });
+        int64_t row = work.afresh().row();
+        if (task.columns) tile.store_transposed(task.out, task.aligned_dtype, row, int(task.columns));
+        else tile.store(task.out, task.aligned_dtype, row);
+    }
+
+    // A longer one, taken by the whole block: read in parts for the moments, merged in order, and again to write.
+    template <int kChunk>
+    __device__ void in_parts(AlignWork work) const {
+        using Part = Tile<Acc, 2 * kChunk, kChunk>;
+        const AlignTask& task = work.task();
+        const uint32_t capacity = Part::capacity(work.team);
+        __shared__ Moments<Acc> all;
+        for (uint32_t begin = 0; begin < task.n; begin += capacity) {
+            Part part(work.team, min(task.n - begin, capacity));
+            const Acc per_value = Acc(1) / Acc(part.size);
+            part.load(task.weight, task.weight_dtype, work.row() + begin);
+            Moments<Acc> of_part = moments_of(part, per_value);
+            if (work.team.rank() == 0) all = begin == 0 ? of_part : merged(all, begin, of_part, part.size);
+            __syncthreads();  // moments_of uses its shared memory again
+        }
+        const Moments<Acc> m = all;
+        Acc slope = finish(work, m);
+        for (uint32_t begin = 0; begin < task.n; begin += capacity) {
+            Part part(work.team, min(task.n - begin, capacity));
+            part.load(task.weight, task.weight_dtype, work.row() + begin);
+            part.for_each([&](int, Acc& x) { x = (x - m.mean - m.rest) * slope; });
+            part.store(task.out, task.aligned_dtype, work.row() + begin);
+        }
+    }
+
+    // Stores the statistics and returns the factor of the deviations.
+    __device__ Acc finish(const AlignWork& work, Moments<Acc> m) const {
+        if (!work.active()) return 0;
+        Acc rstd = Acc(1) / sqrt(m.squares / 2 + Acc(work.task().eps));
+        if (work.team.rank() == 0) {
+            const Acc mean_and_rstd[2] = {m.mean + m.rest, rstd};
+            Chunk<Acc, 2> both;
+            both.pack(mean_and_rstd);
+            both.store(statistics + 2 * work.rank());
+        }
+        return Acc(work.task().scale) * work.template gain<Acc>() * rstd;
+    }
+};
+
+template <class Acc, class Table>
+__global__ __launch_bounds__(AlignShape<Acc>::kThreads, AlignShape<Acc>::kBlocksPerSm) void align_forward_kernel(
+    const __grid_constant__ Table table) {
+    align_block<Acc>(table, Forward<Acc>{static_cast<Acc*>(table.statistics)});
+}
+
+}  // namespace
+}  // namespace wa::cuda

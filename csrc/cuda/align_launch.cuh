@@ -1,0 +1,94 @@
+// From the tasks of a call to launches: how many threads take a filter, how wide the accesses are, which block does what.
+#pragma once
+#include <algorithm>
+#include <memory>
+#include <numeric>
+#include <vector>
+
+#include "align_backward.cuh"
+#include "align_forward.cuh"
+
+namespace wa::cuda {
+namespace {
+
+enum class Direction { kForward, kBackward };
+
+// Short filters get a part of a warp, so that a warp's lanes all work; from 1024 values (512 in the backward) on, as many
+// warps as hold the filter in registers.
+inline int lanes_log2(uint32_t n, int values, int threads) {
+    if (n <= 64) return 3;
+    if (n <= 128) return 4;
+    int log2 = 5;
+    while ((values << log2) < int64_t(n) && (1 << log2) < threads) ++log2;
+    return log2;
+}
+
+// The widest accesses for which every row of every tensor of the task is aligned.
+template <class Acc>
+int chunk_of(const AlignTask& task) {
+    auto is_16_bit = [](DType t) { return t == DType::kFloat16 || t == DType::kBFloat16; };
+    auto address = reinterpret_cast<uintptr_t>(task.weight) | reinterpret_cast<uintptr_t>(task.out) |
+                   reinterpret_cast<uintptr_t>(task.grad);
+    if (address % 16 != 0) return 1;
+    bool packs = is_16_bit(task.weight_dtype) || is_16_bit(task.aligned_dtype);
+    if (packs && task.n <= AlignShape<Acc>::kOnChip && task.n % kPackedChunk == 0) return kPackedChunk;
+    return task.n % kVectorChunk<Acc> == 0 ? kVectorChunk<Acc> : 1;
+}
+
+template <Direction kDirection, class Acc, class Table>
+void launch_table(const Table& table, uint32_t blocks, size_t shared_bytes, cudaStream_t stream) {
+    void (*kernel)(Table) = kDirection == Direction::kForward ? align_forward_kernel<Acc, Table>
+                                                              : align_backward_kernel<Acc, Table>;
+#ifdef __CUDACC__
+    // A block may ask for 48 KB of shared memory freely, for more by name.
+    if (shared_bytes > 40 << 10)
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared_bytes));
+#endif
+    launch(kernel, dim3(blocks), dim3(AlignShape<Acc>::kThreads), shared_bytes, stream, table);
+}
+
+template <Direction kDirection, class Acc, class Table>
+void launch_list(const AlignList& list, const std::vector<uint32_t>& order, cudaStream_t stream) {
+    using Shape = AlignShape<Acc>;
+    auto table = std::make_unique<Table>();
+    table->statistics = list.statistics;
+    table->grad_gain = list.grad_gain;
+    uint64_t blocks = 0;
+    size_t shared_bytes = 0;
+    auto flush = [&] {
+        if (table->count) launch_table<kDirection, Acc>(*table, uint32_t(blocks), shared_bytes, stream);
+        table->count = 0, blocks = 0, shared_bytes = 0;
+    };
+    for (uint32_t i : order) {
+        const AlignTask& task = list.tasks[i];
+        int log2 = lanes_log2(task.n, Shape::kValues, Shape::kThreads);
+        uint32_t teams = Shape::kThreads >> log2, task_blocks = (task.filters + teams - 1) / teams;
+        if (table->count == Table::kCapacity || blocks + task_blocks > 0x7fffffff) flush();
+        table->entries[table->count++] = {task, uint32_t(blocks), uint8_t(log2), uint8_t(chunk_of<Acc>(task))};
+        blocks += task_blocks;
+        if (task.columns) {
+            size_t pitch = (task.n / task.columns) | 1;
+            shared_bytes = std::max(shared_bytes, teams * task.columns * pitch * sizeof(Acc));
+        }
+    }
+    flush();
+}
+
+// Largest filters first: their blocks take longest, and the launch ends with short ones.
+template <Direction kDirection>
+void align(const AlignList& list, cudaStream_t stream) {
+    std::vector<uint32_t> order(list.count);
+    std::iota(order.begin(), order.end(), 0);
+    std::stable_sort(order.begin(), order.end(),
+                     [&](uint32_t a, uint32_t b) { return list.tasks[a].n > list.tasks[b].n; });
+    auto run = [&](auto acc) {
+        using Acc = decltype(acc);
+        if (list.count <= SmallTable::kCapacity) launch_list<kDirection, Acc, SmallTable>(list, order, stream);
+        else launch_list<kDirection, Acc, LargeTable>(list, order, stream);
+    };
+    if (list.is_double) run(double());
+    else run(float());
+}
+
+}  // namespace
+}  // namespace wa::cuda

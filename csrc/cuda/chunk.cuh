@@ -1,0 +1,76 @@
+// Values as they lie in memory, up to 16 bytes an access, and as the kernels compute with them.
+#pragma once
+#include "portable.cuh"
+
+namespace wa::cuda {
+
+__device__ inline float to_float(__half x) { return __half2float(x); }
+__device__ inline float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
+
+template <class T>
+struct Pair;
+template <>
+struct Pair<__half> {
+    using Type = __half2;
+    static __device__ Type of(float low, float high) { return __floats2half2_rn(low, high); }
+};
+template <>
+struct Pair<__nv_bfloat16> {
+    using Type = __nv_bfloat162;
+    static __device__ Type of(float low, float high) { return __floats2bfloat162_rn(low, high); }
+};
+
+// kCount neighbouring values of a tensor, moved in accesses of 16 bytes or, if they are fewer, in one. 16-bit values
+// stay packed in 32-bit registers until they are asked for.
+template <class Stored, int kCount>
+struct Chunk {
+    static constexpr bool kPacked = sizeof(Stored) == 2 && kCount > 1;
+    using Word = std::conditional_t<sizeof(Stored) != 2, Stored, std::conditional_t<kPacked, uint32_t, uint16_t>>;
+    static constexpr int kBytes = int(sizeof(Stored)) * kCount, kAccess = kBytes < 16 ? kBytes : 16;
+    static constexpr int kPart = kAccess / int(sizeof(Word));
+    struct __align__(kAccess) Part {
+        Word words[kPart];
+    };
+    Part parts[kBytes / kAccess];
+
+    __device__ void load(const Stored* from) {
+#pragma unroll
+        for (int i = 0; i < kBytes / kAccess; ++i) parts[i] = reinterpret_cast<const Part*>(from)[i];
+    }
+    __device__ void store(Stored* to) const {
+#pragma unroll
+        for (int i = 0; i < kBytes / kAccess; ++i) reinterpret_cast<Part*>(to)[i] = parts[i];
+    }
+
+    template <class Acc>
+    __device__ void unpack(Acc (&x)[kCount]) const {
+#pragma unroll
+        for (int i = 0; i < kCount; ++i) {
+            if constexpr (sizeof(Stored) != 2) {
+                x[i] = parts[i / kPart].words[i % kPart];
+            } else {
+                Word word = parts[i / 2 / kPart].words[i / 2 % kPart];
+                uint16_t bits = uint16_t(i % 2 ? word >> 16 : word);
+                x[i] = to_float(*reinterpret_cast<const Stored*>(&bits));
+            }
+        }
+    }
+    template <class Acc>
+    __device__ void pack(const Acc (&x)[kCount]) {
+        if constexpr (kPacked) {
+#pragma unroll
+            for (int i = 0; i < kCount; i += 2) {
+                auto pair = Pair<Stored>::of(x[i], x[i + 1]);
+                parts[i / 2 / kPart].words[i / 2 % kPart] = *reinterpret_cast<const Word*>(&pair);
+            }
+        } else if constexpr (sizeof(Stored) == 2) {
+            auto pair = Pair<Stored>::of(x[0], x[0]);
+            parts[0].words[0] = uint16_t(*reinterpret_cast<const uint32_t*>(&pair));
+        } else {
+#pragma unroll
+            for (int i = 0; i < kCount; ++i) parts[i / kPart].words[i % kPart] = x[i];
+        }
+    }
+};
+
+}  // namespace wa::cuda

@@ -1,0 +1,53 @@
+// What the kernels need that is spelt differently under nvcc and under the tests' CPU emulation.
+#pragma once
+#ifdef __CUDACC__
+#include <cuda_runtime.h>
+#else
+#include "simt.h"
+#endif
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cstdint>
+
+namespace wa::cuda {
+
+template <class T>
+__device__ T* dynamic_shared() {
+#ifdef __CUDACC__
+    extern __shared__ __align__(16) unsigned char wa_dynamic_shared[];
+    return reinterpret_cast<T*>(wa_dynamic_shared);
+#else
+    return static_cast<T*>(simt::dynamic_shared());
+#endif
+}
+
+template <class... P, class... A>
+void launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_bytes, [[maybe_unused]] cudaStream_t stream,
+            const A&... arguments) {
+#ifdef __CUDACC__
+    kernel<<<grid, block, shared_bytes, stream>>>(arguments...);
+#else
+    simt::launch(kernel, grid, block, shared_bytes, arguments...);
+#endif
+}
+
+// 1 / x to within 2 units in the last place, in a few instructions.
+__device__ inline float approximate_reciprocal(float x) {
+#ifdef __CUDA_ARCH__
+    return __fdividef(1.0f, x);
+#else
+    return 1.0f / x;
+#endif
+}
+
+// The same number, but the compiler no longer knows that: what is derived from it is computed again where it is used,
+// instead of held in registers from its first use to its last.
+__device__ inline int computed_again(int x) {
+#ifdef __CUDACC__
+    asm volatile("" : "+r"(x));
+#endif
+    return x;
+}
+
+}  // namespace wa::cuda

@@ -1,0 +1,166 @@
+// A tile: up to kValues values of a filter in the registers of each of its team's threads.
+//
+// Lane `rank` holds the chunks rank, rank + lanes, rank + 2 lanes, ... of kChunk values each, so that the lanes' accesses
+// lie side by side. All loads are issued before the first value is used.
+#pragma once
+#include "../common/align_task.h"
+#include "chunk.cuh"
+#include "team.cuh"
+
+namespace wa::cuda {
+namespace {
+
+template <class Acc, int kValues, int kChunk>
+struct Tile {
+    static constexpr int kSteps = kValues / kChunk, kBatch = kSteps < 16 ? kSteps : 16;
+    Team team;
+    int size;   // values in the tile, over the whole team; a multiple of kChunk
+    int steps;  // chunks that this thread holds of them
+    Acc x[kSteps][kChunk];
+
+    static __device__ int capacity(Team team) { return kValues << team.lanes_log2; }
+
+    __device__ Tile(Team team, int size)
+        : team(team), size(size), steps((size / kChunk - team.rank() + team.lanes() - 1) >> team.lanes_log2) {}
+
+    __device__ int first() const { return team.rank() * kChunk; }
+
+    // Which chunks this thread holds, and how far they lie beyond its first. Cheap to compute, dear to keep: up to 32
+    // comparisons and offsets, which would fill the registers from the load to the store.
+    struct Reach {
+        int steps, lanes_log2;
+        __device__ Reach(const Tile& tile)
+            : steps(computed_again(tile.steps)), lanes_log2(computed_again(tile.team.lanes_log2)) {}
+        __device__ bool holds(int step) const { return step < steps; }
+        __device__ unsigned beyond_first(int step) const { return unsigned(step * kChunk) << lanes_log2; }
+    };
+
+    // each(position in the tile, value) for the values this thread holds
+    template <class Each>
+    __device__ void for_each(const Each& each) {
+        const Reach reach(*this);
+#pragma unroll
+        for (int step = 0; step < kSteps; ++step)
+            if (reach.holds(step))
+#pragma unroll
+                for (int i = 0; i < kChunk; ++i) each(first() + int(reach.beyond_first(step)) + i, x[step][i]);
+    }
+
+    template <class Stored>
+    __device__ void load_as(const Stored* from) {
+        const Reach reach(*this);
+        from += first();
+#pragma unroll
+        for (int begin = 0; begin < kSteps; begin += kBatch) {
+            Chunk<Stored, kChunk> chunks[kBatch] = {};
+#pragma unroll
+            for (int i = 0; i < kBatch; ++i)
+                if (reach.holds(begin + i)) chunks[i].load(from + reach.beyond_first(begin + i));
+#pragma unroll
+            for (int i = 0; i < kBatch; ++i) chunks[i].unpack(x[begin + i]);
+        }
+    }
+
+    template <class Stored>
+    __device__ void store_as(Stored* to) const {
+        const Reach reach(*this);
+        to += first();
+#pragma unroll
+        for (int step = 0; step < kSteps; ++step) {
+            Chunk<Stored, kChunk> chunk;
+            chunk.pack(x[step]);
+            if (reach.holds(step)) chunk.store(to + reach.beyond_first(step));
+        }
+    }
+
+    // `at`: the tile's first value in the tensor.
+    __device__ void load(const void* tensor, DType dtype, int64_t at) {
+        with_type(tensor, dtype, [&](auto* typed) { load_as(typed + at); });
+    }
+    __device__ void store(void* tensor, DType dtype, int64_t at) const {
+        with_type(tensor, dtype, [&](auto* typed) { store_as(typed + at); });
+    }
+
+    // The same for a tile that is a whole filter, and a tensor in which each filter is the transpose of what the tile
+    // holds. It passes through the team's part of shared memory, so that both sides are read and written in order.
+    __device__ void load_transposed(const void* tensor, DType dtype, int64_t at, int columns) {
+        const Staged staged(*this, columns);
+        with_type(tensor, dtype, [&](auto* typed) {
+            for_each_chunk(typed + at, [&](int position, auto& chunk, auto* memory) {
+                Acc values[kChunk];
+                chunk.load(memory);
+                chunk.unpack(values);
+                for (int i = 0; i < kChunk; ++i) staged.transposed(position + i) = values[i];
+            });
+        });
+        team.sync();
+        for_each([&](int position, Acc& value) { value = staged.original(position); });
+    }
+    __device__ void store_transposed(void* tensor, DType dtype, int64_t at, int columns) {
+        const Staged staged(*this, columns);
+        for_each([&](int position, Acc value) { staged.original(position) = value; });
+        team.sync();
+        with_type(tensor, dtype, [&](auto* typed) {
+            for_each_chunk(typed + at, [&](int position, auto& chunk, auto* memory) {
+                Acc values[kChunk];
+                for (int i = 0; i < kChunk; ++i) values[i] = staged.transposed(position + i);
+                chunk.pack(values);
+                chunk.store(memory);
+            });
+        });
+    }
+
+private:
+    // A filter in shared memory: a matrix (rows, columns) stored by columns, each of odd length against bank conflicts.
+    struct Staged {
+        Acc* values;
+        int rows, columns, pitch;
+        float per_row, per_column;
+
+        __device__ Staged(const Tile& tile, int columns)
+            : columns(columns), per_column(approximate_reciprocal(float(columns))) {
+            rows = quotient(tile.size, per_column);
+            per_row = approximate_reciprocal(float(rows));
+            pitch = rows | 1;
+            values = dynamic_shared<Acc>() + int64_t(tile.team.index()) * columns * pitch;
+        }
+        // For positions up to 2^13, which lie half a step from the next integer: far more than an approximate division errs.
+        static __device__ int quotient(int position, float reciprocal) {
+            return int((float(position) + 0.5f) * reciprocal);
+        }
+        __device__ Acc& original(int position) const {
+            int row = quotient(position, per_column);
+            return values[(position - row * columns) * pitch + row];
+        }
+        __device__ Acc& transposed(int position) const {
+            int column = quotient(position, per_row);
+            return values[column * pitch + position - column * rows];
+        }
+    };
+
+    // each(position, empty chunk, its memory) for this thread's chunks, one after another: no register array to index.
+    template <class Stored, class Each>
+    __device__ void for_each_chunk(Stored* memory, const Each& each) const {
+#pragma unroll 1
+        for (int position = first(); position < size; position += kChunk << team.lanes_log2) {
+            Chunk<std::remove_const_t<Stored>, kChunk> chunk;
+            each(position, chunk, memory + position);
+        }
+    }
+
+    template <class Void, class Run>
+    static __device__ void with_type(Void* tensor, DType dtype, const Run& run) {
+        using std::conditional_t;
+        constexpr bool kConst = std::is_const_v<Void>;
+        if constexpr (sizeof(Acc) == 8) {
+            run(static_cast<conditional_t<kConst, const double, double>*>(tensor));
+        } else {
+            if (dtype == DType::kFloat32) run(static_cast<conditional_t<kConst, const float, float>*>(tensor));
+            else if (dtype == DType::kFloat16) run(static_cast<conditional_t<kConst, const __half, __half>*>(tensor));
+            else run(static_cast<conditional_t<kConst, const __nv_bfloat16, __nv_bfloat16>*>(tensor));
+        }
+    }
+};
+
+}  // namespace
+}  // namespace wa::cuda
