@@ -1,0 +1,116 @@
+"""Which implementation serves a tensor: the one choice, a pure function of device and availability."""
+
+import contextlib
+import contextvars
+import functools
+import os
+from collections.abc import Iterator
+
+import torch
+
+from .ops import library
+
+NAMES = ("cuda", "cpu", "triton", "reference")
+ORDER = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}  # other devices: reference
+
+_forced: contextvars.ContextVar[str | None] = contextvars.ContextVar("weightalign_backend", default=None)
+
+
+@functools.cache
+def backends() -> dict[str, str]:
+    """Name of each backend -> "available", or why it is not and what to do about it."""
+    native = library.error or "available"
+    return {
+        "cuda": library.error or _cuda(),
+        "cpu": native,
+        "triton": "not available: this version has no Triton kernels yet",
+        "reference": "available",
+    }
+
+
+def _cuda() -> str:
+    if not library.architectures:
+        return "the native library was built without nvcc: put nvcc on PATH (or set CUDA_HOME) and install again"
+    if not torch.cuda.is_available():
+        build = "is a CPU-only build" if torch.version.cuda is None else "sees no CUDA device"
+        return f"torch {torch.__version__} {build}"
+    if library.cuda_driver // 1000 < library.cuda_runtime // 1000:
+        return (
+            f"the native library was built with CUDA {_version(library.cuda_runtime)}, the driver serves up to "
+            f"{_version(library.cuda_driver)}: update the driver, or install again with an older nvcc"
+        )
+    for device in range(torch.cuda.device_count()):
+        major, minor = torch.cuda.get_device_capability(device)
+        if not _runs_on(10 * major + minor):
+            compiled = ", ".join(f"sm_{a}" for a in library.architectures)
+            return (
+                f"cuda:{device} is sm_{major}{minor}, the native library has {compiled}: install again with "
+                f"WEIGHTALIGN_CUDA_ARCHS={major}{minor}"
+            )
+    return "available"
+
+
+def _runs_on(capability: int) -> bool:
+    """Machine code serves later devices of the same major version; the last architecture's PTX all later ones."""
+    compiled = library.architectures
+    return capability >= compiled[-1] or any(a <= capability and a // 10 == capability // 10 for a in compiled)
+
+
+def _version(code: int) -> str:
+    return f"{code // 1000}.{code % 1000 // 10}"
+
+
+def check_name(name: str, source: str) -> str:
+    if name not in NAMES:
+        raise ValueError(f"{source}: expected one of {', '.join(NAMES)}, got {name!r}")
+    return name
+
+
+_environment = os.environ.get("WEIGHTALIGN_BACKEND") or None
+if _environment is not None:
+    check_name(_environment, "WEIGHTALIGN_BACKEND")
+
+
+@contextlib.contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Context in which `name` ("cuda", "cpu", "triton" or "reference") serves every call of this thread or task.
+
+    The choice is read when a forward runs and kept for its backward. The environment variable WEIGHTALIGN_BACKEND,
+    read at import, does the same for a whole process.
+
+    Raises:
+        ValueError: no backend has that name. A backend that cannot serve raises RuntimeError where it is called.
+    """
+    token = _forced.set(check_name(name, "name"))
+    try:
+        yield
+    finally:
+        _forced.reset(token)
+
+
+def choose(device_type: str) -> str:
+    """The backend that serves tensors of this device now."""
+    return _serving(_forced.get() or _environment, device_type)
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _serving(forced: str | None, device_type: str) -> str:
+    key = forced, device_type
+    if key not in _known:
+        _known[key] = _default(device_type) if forced is None else _check_serves(forced, device_type)
+    return _known[key]
+
+
+_known: dict[tuple[str | None, str], str] = {}
+
+
+def _default(device_type: str) -> str:
+    return next(name for name in ORDER.get(device_type, ("reference",)) if backends()[name] == "available")
+
+
+def _check_serves(name: str, device_type: str) -> str:
+    if backends()[name] != "available":
+        raise RuntimeError(f"backend {name!r} was asked for, but: {backends()[name]}")
+    if name != "reference" and name != device_type:
+        raise RuntimeError(f"backend {name!r} was asked for, but it does not serve tensors on {device_type!r}")
+    return name

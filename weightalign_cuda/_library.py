@@ -1,0 +1,39 @@
+"""Finds and loads the one native library, which lies in this folder when installed."""
+
+import ctypes
+import pathlib
+from dataclasses import dataclass
+
+import torch
+
+PATH = pathlib.Path(__file__).with_name("_weightalign.so")
+
+
+@dataclass(frozen=True)
+class Library:
+    """What the loaded library was built with, or why there is none (`error`)."""
+
+    error: str | None = None
+    architectures: tuple[int, ...] = ()  # of its CUDA kernels: 90 is sm_90
+    cuda_runtime: int = 0  # 13000 is CUDA 13.0; 0: built without CUDA
+    cuda_driver: int = 0  # the newest runtime that this machine's driver serves; 0: no driver
+
+
+def load() -> Library:
+    """Loads the library, which registers its kernels with torch. Call once, after the ops are defined."""
+    if not PATH.exists():
+        return Library(
+            error=f"the native library is not built: no {PATH.name} beside {PATH.parent.name}/__init__.py; "
+            "install with 'pip install .' (in a source tree, 'pip install -e .')"
+        )
+    try:
+        torch.ops.load_library(str(PATH))
+    except OSError as failure:
+        return Library(error=f"the native library does not load with torch {torch.__version__}: {failure}")
+    native = ctypes.CDLL(str(PATH))
+    native.wa_cuda_architectures.restype = ctypes.c_char_p
+    return Library(
+        architectures=tuple(int(a) for a in native.wa_cuda_architectures().decode().split(",") if a),
+        cuda_runtime=native.wa_cuda_runtime_version(),
+        cuda_driver=native.wa_cuda_driver_version(),
+    )

@@ -1,0 +1,145 @@
+"""The registered ops: schemas, fake kernels, autograd. The native library implements them for CPU and CUDA tensors; where
+it does not, the reference does.
+
+Both take a list of weights, and a layer alone is a list of one. `statistics`, (filters of the whole list, 2), holds mean
+and 1 / sqrt(n/2 * var + eps) of each filter, float32 (float64 for float64 weights); the gain gradients of the whole list
+are one tensor (filters,) of the same dtype.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import _library, reference
+from ._layout import empty_result
+
+NAMESPACE = "weightalign_cuda"
+SCHEMAS = {
+    "align_forward": "(Tensor[] weights, Tensor?[] gains, float[] eps, float[] scales, ScalarType dtype, "
+    "MemoryFormat memory_format) -> (Tensor[] aligned, Tensor statistics)",
+    "align_backward": "(Tensor[] grads, Tensor[] weights, Tensor?[] gains, Tensor statistics, float[] scales) -> "
+    "(Tensor[] grad_weights, Tensor grad_gains)",
+}
+
+_definitions = torch.library.Library(NAMESPACE, "DEF")
+for _name, _schema in SCHEMAS.items():
+    _definitions.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _definitions.impl(_name, getattr(reference, _name), "CompositeExplicitAutograd")
+
+align_forward = torch.ops.weightalign_cuda.align_forward.default
+align_backward = torch.ops.weightalign_cuda.align_backward.default
+
+library = _library.load()
+
+
+def _per_filter(weights: Sequence[Tensor], *size: int) -> Tensor:
+    filters = sum(w.shape[0] for w in weights)
+    return weights[0].new_empty((filters, *size), dtype=reference.statistics_dtype(weights[0].dtype))
+
+
+@torch.library.register_fake(f"{NAMESPACE}::align_forward", lib=_definitions)
+def _align_forward_fake(
+    weights: list[Tensor],
+    gains: list[Tensor | None],
+    eps: list[float],
+    scales: list[float],
+    dtype: torch.dtype,
+    memory_format: torch.memory_format,
+) -> tuple[list[Tensor], Tensor]:
+    return [empty_result(w, dtype, memory_format) for w in weights], _per_filter(weights, 2)
+
+
+@torch.library.register_fake(f"{NAMESPACE}::align_backward", lib=_definitions)
+def _align_backward_fake(
+    grads: list[Tensor],
+    weights: list[Tensor],
+    gains: list[Tensor | None],
+    statistics: Tensor,
+    scales: list[float],
+) -> tuple[list[Tensor], Tensor]:
+    return [empty_result(w, w.dtype, torch.preserve_format) for w in weights], _per_filter(weights)
+
+
+class _Align(torch.autograd.Function):
+    """align_forward with align_backward as its derivative: one launch each for the whole list."""
+
+    @staticmethod
+    def forward(ctx: Any, eps: list[float], scales: list[float], dtype: torch.dtype, memory_format: torch.memory_format,
+                count: int, *tensors: Tensor | None) -> tuple[Tensor, ...]:  # fmt: skip
+        weights, gains = list(tensors[:count]), list(tensors[count:])
+        aligned, statistics = _below_autograd(align_forward, weights, gains, eps, scales, dtype, memory_format)
+        ctx.save_for_backward(*tensors, statistics)
+        ctx.eps, ctx.scales, ctx.dtype, ctx.count = eps, scales, dtype, count
+        ctx.mark_non_differentiable(statistics)
+        ctx.set_materialize_grads(False)
+        return (*aligned, statistics)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+        *tensors, statistics = ctx.saved_tensors
+        count, wanted = ctx.count, ctx.needs_input_grad[5:]
+        if torch.is_grad_enabled():
+            return (None,) * 5 + _differentiable_gradients(ctx, tensors, grads[:count], wanted)
+        used = [i for i in range(count) if grads[i] is not None and (wanted[i] or wanted[count + i])]
+        results: list[Tensor | None] = [None] * (2 * count)
+        if not used:
+            return (None,) * 5 + tuple(results)
+        weights, gains = tensors[:count], tensors[count:]
+        filters = [w.shape[0] for w in weights]
+        if len(used) < count:  # frozen weights, and those whose result nobody used
+            rows = statistics.split(filters)
+            statistics = torch.cat([rows[i] for i in used])
+        grad_weights, grad_gains = _below_autograd(
+            align_backward,
+            [grads[i] for i in used],
+            [weights[i] for i in used],
+            [gains[i] for i in used],
+            statistics,
+            [ctx.scales[i] for i in used],
+        )
+        for i, grad_weight, grad_gain in zip(used, grad_weights, grad_gains.split([filters[i] for i in used]), strict=True):
+            if wanted[i]:
+                results[i] = grad_weight
+            if wanted[count + i]:
+                results[count + i] = grad_gain.to(gains[i].dtype)
+        return (None,) * 5 + tuple(results)
+
+
+def _below_autograd(op: Any, *args: Any) -> Any:
+    with torch._C._AutoDispatchBelowAutograd():
+        return op(*args)
+
+
+def _differentiable_gradients(
+    ctx: Any, tensors: Sequence[Tensor | None], grads: Sequence[Tensor | None], wanted: Sequence[bool]
+) -> tuple[Tensor | None, ...]:
+    """The backward under create_graph: through the reference, which PyTorch can differentiate again."""
+    used = [i for i, grad in enumerate(grads) if grad is not None]
+    with torch.enable_grad():
+        aligned = [
+            reference.align(tensors[i], tensors[ctx.count + i], ctx.eps[i], ctx.scales[i], ctx.dtype,  # type: ignore[arg-type]
+                            torch.preserve_format)[0] for i in used
+        ]  # fmt: skip
+    inputs = [t for t, is_wanted in zip(tensors, wanted, strict=True) if is_wanted]
+    found = iter(torch.autograd.grad(aligned, inputs, [grads[i] for i in used], create_graph=True, allow_unused=True))  # type: ignore[arg-type, type-var]
+    return tuple(next(found) if is_wanted else None for is_wanted in wanted)
+
+
+def _align_autograd(
+    weights: list[Tensor],
+    gains: list[Tensor | None],
+    eps: list[float],
+    scales: list[float],
+    dtype: torch.dtype,
+    memory_format: torch.memory_format,
+) -> tuple[list[Tensor], Tensor]:
+    needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (*weights, *gains))
+    if not needs_grad:
+        return _below_autograd(align_forward, weights, gains, eps, scales, dtype, memory_format)
+    *aligned, statistics = _Align.apply(eps, scales, dtype, memory_format, len(weights), *weights, *gains)
+    return aligned, statistics
+
+
+_definitions.impl("align_forward", _align_autograd, "Autograd")
