@@ -120,9 +120,9 @@ def _run(
 def _result_dtype(name: str, weight: Tensor, dtype: torch.dtype | None) -> torch.dtype:
     if dtype is None:
         device_type = weight.device.type
-        if weight.dtype != torch.float64 and torch.is_autocast_enabled(device_type):
-            return torch.get_autocast_dtype(device_type)
-        return weight.dtype
+        if weight.dtype == torch.float64 or not torch.amp.is_autocast_available(device_type):
+            return weight.dtype
+        return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else weight.dtype
     if dtype not in DTYPES:
         raise TypeError(f"dtype: expected float32, float16, bfloat16 or float64, got {dtype}")
     if (dtype == torch.float64) != (weight.dtype == torch.float64):

@@ -1,0 +1,57 @@
+# make bench | test | demo | gpu-report | lint: each makes .venv first, once.
+#
+#   TORCH=torch==2.13.0   another torch to install
+#   PY=python3            an existing environment instead of .venv: nothing is downloaded, absent rivals are left out
+
+TORCH ?= torch
+VENV ?= .venv
+ifdef PY
+INSTALLED := build/installed-in-$(subst /,_,$(PY))
+INSTALL = $(PY) -m pip install --no-build-isolation --no-deps -e .
+else
+PY := $(VENV)/bin/python
+INSTALLED := $(VENV)/installed
+INSTALL = $(PY) -m pip install -q "$(TORCH)" -e ".[test,bench,lint]"
+$(INSTALLED): $(VENV)/bin/python
+endif
+# An editable install, for the repository's root shadows an installed package; its library is rebuilt when this changes.
+SOURCES := setup.py pyproject.toml CMakeLists.txt $(shell find csrc -type f)
+CPP := $(shell git ls-files -co --exclude-standard '*.cpp' '*.h' '*.cu' '*.cuh')
+
+.PHONY: bench test demo gpu-report lint format clean
+
+bench: $(INSTALLED)
+	$(PY) -m benchmarks.align
+
+test: $(INSTALLED)
+	$(PY) -m pytest
+
+demo: $(INSTALLED)
+	$(PY) -m benchmarks.demo
+
+# On a GPU: build, the tests on the device, the benchmark.
+gpu-report: $(INSTALLED)
+	$(PY) -m benchmarks.gpu_report
+
+lint: $(INSTALLED)
+	$(PY) -m ruff check
+	$(PY) -m ruff format --check
+	$(PY) -m mypy
+	$(VENV)/bin/clang-format --dry-run --Werror $(CPP)
+
+format: $(INSTALLED)
+	$(PY) -m ruff check --fix
+	$(PY) -m ruff format
+	$(VENV)/bin/clang-format -i $(CPP)
+
+clean:
+	rm -rf build out $(VENV)
+
+$(VENV)/bin/python:
+	python3 -m venv $(VENV)
+	$(PY) -m pip install -q --upgrade pip
+
+$(INSTALLED): $(SOURCES)
+	$(INSTALL)
+	mkdir -p $(@D)
+	touch $@
