@@ -40,7 +40,9 @@ class CMakeBuild(build_ext):
     def build_extension(self, ext: Extension) -> None:
         torch = installed_torch()
         if torch is None:
-            raise SystemExit(f"weightalign_cuda is built against {TORCH}, which is not installed: pip install '{TORCH}'")
+            raise SystemExit(
+                f"weightalign_cuda is built against {TORCH}, which is not installed: pip install '{TORCH}'"
+            )
         target = pathlib.Path(self.get_ext_fullpath(ext.name)).resolve().parent
         build = ROOT / "build" / f"native-{platform.machine()}"
         cuda = {"": "AUTO", "1": "ON", "0": "OFF"}.get(os.environ.get("WEIGHTALIGN_CUDA", ""))

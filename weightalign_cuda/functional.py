@@ -114,7 +114,8 @@ def _run(
 ) -> list[Tensor]:
     if _backend.choose(weights[0].device.type) == "reference":
         return reference.align_forward(weights, gains, eps, scales, dtype, memory_format)[0]
-    return ops.align_forward(weights, gains, eps, scales, dtype, memory_format)[0]
+    run = ops.align_forward if torch.compiler.is_compiling() else ops.align_with_autograd
+    return run(weights, gains, eps, scales, dtype, memory_format)[0]
 
 
 def _result_dtype(name: str, weight: Tensor, dtype: torch.dtype | None) -> torch.dtype:
@@ -126,7 +127,9 @@ def _result_dtype(name: str, weight: Tensor, dtype: torch.dtype | None) -> torch
     if dtype not in DTYPES:
         raise TypeError(f"dtype: expected float32, float16, bfloat16 or float64, got {dtype}")
     if (dtype == torch.float64) != (weight.dtype == torch.float64):
-        raise ValueError(f"dtype: float64 goes to float64 only, and nothing else does; got {dtype} for {name} of {weight.dtype}")
+        raise ValueError(
+            f"dtype: float64 goes to float64 only, and nothing else does; got {dtype} for {name} of {weight.dtype}"
+        )
     return dtype
 
 
@@ -138,7 +141,9 @@ def _check_weight(name: str, weight: Any) -> None:
     if weight.layout != torch.strided:
         raise TypeError(f"{name}: expected a strided tensor, got layout {weight.layout}")
     if weight.dim() < 2:
-        raise ValueError(f"{name}: expected rank 2 or more (filters along dimension 0), got shape {tuple(weight.shape)}")
+        raise ValueError(
+            f"{name}: expected rank 2 or more (filters along dimension 0), got shape {tuple(weight.shape)}"
+        )
 
 
 def _check_gain(name: str, gain: Any, weight: Tensor) -> None:

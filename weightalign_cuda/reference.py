@@ -35,7 +35,12 @@ def moments(weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def align(
-    weight: Tensor, gain: Tensor | None, eps: float, scale: float, dtype: torch.dtype, memory_format: torch.memory_format
+    weight: Tensor,
+    gain: Tensor | None,
+    eps: float,
+    scale: float,
+    dtype: torch.dtype,
+    memory_format: torch.memory_format,
 ) -> tuple[Tensor, Tensor]:
     """scale * gain * (w - mean) / sqrt(n/2 * var + eps) in `dtype`, and the statistics (K, 2): mean and rstd."""
     mean, deviations, rstd = moments(weight, eps)
@@ -55,9 +60,7 @@ def align_forward(
     memory_format: torch.memory_format,
 ) -> tuple[list[Tensor], Tensor]:
     """The op align_forward."""
-    results = [
-        align(*each, dtype, memory_format) for each in zip(weights, gains, eps, scales, strict=True)
-    ]
+    results = [align(*each, dtype, memory_format) for each in zip(weights, gains, eps, scales, strict=True)]
     return [aligned for aligned, _ in results], torch.cat([statistics for _, statistics in results])
 
 

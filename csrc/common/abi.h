@@ -41,8 +41,8 @@ struct boxable<R (*)(A...)> : std::conjunction<is_boxable<std::decay_t<A>>...> {
 
 // TORCH_BOX counts arguments but never compares their types with the schema: a `float` parameter would receive the
 // lower half of a double. Only the types that the schema language has are let through.
-#define WA_BOX(function)                                                                                      \
-    []() {                                                                                                    \
+#define WA_BOX(function)                                                                                          \
+    []() {                                                                                                        \
         static_assert(wa::detail::boxable<decltype(&function)>::value, "not a schema type: use double, int64_t"); \
-        return TORCH_BOX(&function);                                                                          \
+        return TORCH_BOX(&function);                                                                              \
     }()

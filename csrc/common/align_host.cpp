@@ -21,36 +21,37 @@ DType dtype_of(ScalarType type) {
 // A weight as the kernels want it: its filters contiguous, in the order of its own strides where that is so already.
 struct Source {
     Tensor tensor;
-    Strides strides;
-    explicit Source(const Tensor& weight) : tensor(weight), strides(strides_of(weight)) {
+    explicit Source(const Tensor& weight) : tensor(weight) {
         if (is_dense(weight) && has_contiguous_filters(weight)) return;
-        strides = contiguous_strides(weight);
-        tensor = in_order(weight, strides);
+        tensor = in_order(weight, contiguous_strides(weight).data());
     }
 };
 
-// A result, and what the kernel writes: the result itself if its order is the source's or its transpose.
+// A result in the strides asked for, and what the kernel writes: the result itself if its order is the source's or its
+// transpose (`columns`), else a tensor in the source's order that is copied afterwards.
 struct Target {
-    Tensor result, written;
+    Tensor result;
+    std::optional<Tensor> staged;
     int64_t columns = 0;
-    Target(const Source& source, const Strides& strides, ScalarType dtype, int64_t max_transposed)
-        : result(empty_strided(source.tensor, strides, dtype)), written(result) {
-        if (same_order(result, source.strides, strides)) return;
+    Target(const Source& source, const int64_t* strides, ScalarType dtype, int64_t max_transposed)
+        : result(empty_strided(source.tensor, source.tensor.dim(), source.tensor.sizes().data(), strides, dtype)) {
+        const int64_t* order = strides_of(source.tensor);
+        if (same_order(result, order, strides)) return;
         if (result.numel() <= max_transposed * result.size(0))  // values of a filter
-            columns = transposed_columns(result, source.strides, strides);
-        if (columns == 0) written = empty_strided(source.tensor, source.strides, dtype);
+            columns = transposed_columns(result, order, strides);
+        if (columns == 0) staged = empty_strided(result, result.dim(), result.sizes().data(), order, dtype);
     }
+    void* written() const { return (staged ? *staged : result).data_ptr(); }
     void finish() {
-        if (written.get() != result.get()) torch::stable::copy_(result, written);
+        if (staged) torch::stable::copy_(result, *staged);
     }
 };
 
 class TaskList {
 public:
-    TaskList(const std::vector<Tensor>& weights, const std::vector<std::optional<Tensor>>& gains) {
-        STD_TORCH_CHECK(!weights.empty() && gains.size() == weights.size(), "weights: want one gain or None for each");
-        first_ = weights[0];
-        type_ = first_.scalar_type();
+    TaskList(const std::vector<Tensor>& weights, const std::vector<std::optional<Tensor>>& gains)
+        : first_(weights.at(0)), type_(first_.scalar_type()) {
+        STD_TORCH_CHECK(gains.size() == weights.size(), "gains: want one gain or None for each weight");
         for (const Tensor& w : weights) {
             STD_TORCH_CHECK(w.dim() >= 2, "weights: want rank 2 or more, got rank ", w.dim());
             STD_TORCH_CHECK(w.scalar_type() == type_ && w.get_device_index() == first_.get_device_index(),
@@ -67,10 +68,10 @@ public:
         return backend.max_transposed / (type_ == ScalarType::Double ? 8 : 4);
     }
 
-    // One row a filter, (filters, width...); zeroed where the kernels have nothing to write.
-    Tensor per_filter(std::vector<int64_t> size) const {
-        size.insert(size.begin(), filters_);
-        auto t = torch::stable::empty(size, statistics_dtype(), std::nullopt, first_.device());
+    // (filters, width) or, for width 1, (filters,); zeroed where the kernels have nothing to write.
+    Tensor per_filter(int64_t width) const {
+        const int64_t sizes[2] = {filters_, width}, strides[2] = {width, 1};
+        Tensor t = empty_strided(first_, width == 1 ? 1 : 2, sizes, strides, statistics_dtype());
         if (has_empty_) torch::stable::zero_(t);
         return t;
     }
@@ -148,28 +149,31 @@ AlignForwardResult align_forward(const AlignBackend& backend, const std::vector<
                     "dtype: float64 goes to float64 only, and nothing else does");
     std::vector<Source> sources;
     std::vector<Target> targets;
+    Strides storage;
     sources.reserve(weights.size());
     targets.reserve(weights.size());
     for (size_t i = 0; i < weights.size(); ++i) {
         sources.emplace_back(weights[i]);
-        targets.emplace_back(sources[i], result_strides(weights[i], memory_format), dtype, list.max_transposed(backend));
+        targets.emplace_back(sources[i], result_strides(weights[i], memory_format, storage), dtype,
+                             list.max_transposed(backend));
         AlignTask& task = list.add(sources[i], gains[i], eps[i], scales[i], dtype);
-        task.out = targets[i].written.data_ptr();
+        task.out = targets[i].written();
         task.columns = uint32_t(targets[i].columns);
     }
-    Tensor statistics = list.per_filter({2});
+    Tensor statistics = list.per_filter(2);
     list.run(backend, statistics, nullptr);
     return {finish(targets), statistics};
 }
 
-AlignBackwardResult align_backward(const AlignBackend& backend, const std::vector<Tensor>& grads, const std::vector<Tensor>& weights,
-                                   const std::vector<std::optional<Tensor>>& gains, const Tensor& statistics,
-                                   const std::vector<double>& scales) {
+AlignBackwardResult align_backward(const AlignBackend& backend, const std::vector<Tensor>& grads,
+                                   const std::vector<Tensor>& weights, const std::vector<std::optional<Tensor>>& gains,
+                                   const Tensor& statistics, const std::vector<double>& scales) {
     STD_TORCH_CHECK(grads.size() == weights.size() && scales.size() == weights.size(),
                     "grads, scales: want one for each weight");
     TaskList list(weights, gains);
     std::vector<Source> sources;
     std::vector<Target> targets;
+    Strides storage;
     std::vector<Tensor> used_grads;
     sources.reserve(weights.size());
     targets.reserve(weights.size());
@@ -179,16 +183,18 @@ AlignBackwardResult align_backward(const AlignBackend& backend, const std::vecto
         STD_TORCH_CHECK(grad.scalar_type() == grads[0].scalar_type() && grad.numel() == weights[i].numel(),
                         "grads: want the shape of the weight and one dtype in a list");
         sources.emplace_back(weights[i]);
-        targets.emplace_back(sources[i], result_strides(weights[i], MemoryFormat::Preserve), list.weight_dtype(), 0);
+        targets.emplace_back(sources[i], result_strides(weights[i], MemoryFormat::Preserve, storage),
+                             list.weight_dtype(), 0);
         AlignTask& task = list.add(sources[i], gains[i], 0.0, scales[i], grad.scalar_type());
-        if (is_dense(grad) && task.n <= list.max_transposed(backend))
-            task.columns = uint32_t(transposed_columns(grad, sources[i].strides, strides_of(grad)));
-        used_grads.push_back(task.columns ? grad : in_order(grad, sources[i].strides));
+        const int64_t *order = strides_of(sources[i].tensor), *grad_order = strides_of(grad);
+        if (!same_order(grad, order, grad_order) && is_dense(grad) && task.n <= list.max_transposed(backend))
+            task.columns = uint32_t(transposed_columns(grad, order, grad_order));
+        used_grads.push_back(task.columns ? grad : in_order(grad, order));
         task.grad = used_grads[i].const_data_ptr();
-        task.out = targets[i].written.data_ptr();
+        task.out = targets[i].written();
     }
     Tensor rows = statistics.is_contiguous() ? statistics : torch::stable::contiguous(statistics);
-    Tensor grad_gain = list.per_filter({});
+    Tensor grad_gain = list.per_filter(1);
     list.run(backend, rows, &grad_gain);
     return {finish(targets), grad_gain};
 }

@@ -20,8 +20,8 @@ AlignForwardResult align_forward(const AlignBackend& backend, const std::vector<
                                  const std::vector<std::optional<Tensor>>& gains, const std::vector<double>& eps,
                                  const std::vector<double>& scales, ScalarType dtype, MemoryFormat memory_format);
 
-AlignBackwardResult align_backward(const AlignBackend& backend, const std::vector<Tensor>& grads, const std::vector<Tensor>& weights,
-                                   const std::vector<std::optional<Tensor>>& gains, const Tensor& statistics,
-                                   const std::vector<double>& scales);
+AlignBackwardResult align_backward(const AlignBackend& backend, const std::vector<Tensor>& grads,
+                                   const std::vector<Tensor>& weights, const std::vector<std::optional<Tensor>>& gains,
+                                   const Tensor& statistics, const std::vector<double>& scales);
 
 }  // namespace wa

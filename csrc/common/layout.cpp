@@ -6,7 +6,7 @@ namespace wa {
 namespace {
 
 // The dimensions that matter for the order in memory (size > 1), outermost first.
-std::vector<int> memory_order(const Tensor& shape, const Strides& strides) {
+std::vector<int> memory_order(const Tensor& shape, const int64_t* strides) {
     std::vector<int> order;
     auto sizes = shape.sizes();
     for (int d = 0; d < int(sizes.size()); ++d)
@@ -15,28 +15,30 @@ std::vector<int> memory_order(const Tensor& shape, const Strides& strides) {
     return order;
 }
 
-}  // namespace
-
-Strides strides_of(const Tensor& t) {
-    auto s = t.strides();
-    return Strides(s.begin(), s.end());
-}
-
-Strides contiguous_strides(const Tensor& t) {
+// Row-major strides of the dimensions in this order, outermost first.
+Strides strides_in(const Tensor& t, const std::vector<int>& order) {
     auto sizes = t.sizes();
     Strides strides(sizes.size());
     int64_t next = 1;
-    for (int d = int(sizes.size()) - 1; d >= 0; --d) {
-        strides[d] = next;
-        next *= std::max<int64_t>(sizes[d], 1);
+    for (auto d = order.rbegin(); d != order.rend(); ++d) {
+        strides[*d] = next;
+        next *= std::max<int64_t>(sizes[*d], 1);
     }
     return strides;
+}
+
+}  // namespace
+
+Strides contiguous_strides(const Tensor& t) {
+    std::vector<int> order(t.dim());
+    for (int d = 0; d < int(order.size()); ++d) order[d] = d;
+    return strides_in(t, order);
 }
 
 bool is_dense(const Tensor& t) {
     if (t.is_contiguous()) return true;
     auto sizes = t.sizes(), strides = t.strides();
-    std::vector<int> order = memory_order(t, strides_of(t));
+    std::vector<int> order = memory_order(t, strides.data());
     int64_t expected = 1;
     for (auto d = order.rbegin(); d != order.rend(); ++d) {
         if (strides[*d] != expected) return false;
@@ -46,34 +48,34 @@ bool is_dense(const Tensor& t) {
 }
 
 bool has_contiguous_filters(const Tensor& t) {
-    return t.numel() == 0 || t.size(0) == 1 || t.stride(0) == t.numel() / t.size(0);
+    int64_t numel = t.numel(), filters = t.size(0);
+    return numel == 0 || filters == 1 || t.stride(0) == numel / filters;
 }
 
-Strides result_strides(const Tensor& t, MemoryFormat memory_format) {
+const int64_t* result_strides(const Tensor& t, MemoryFormat memory_format, Strides& storage) {
     bool channels_last = (memory_format == MemoryFormat::ChannelsLast && t.dim() == 4) ||
                          (memory_format == MemoryFormat::ChannelsLast3d && t.dim() == 5);
+    if (!channels_last && memory_format != MemoryFormat::Contiguous && is_dense(t)) return strides_of(t);
     if (channels_last) {
-        auto sizes = t.sizes();
-        int rank = int(sizes.size());
-        Strides strides(rank);
-        int64_t next = std::max<int64_t>(sizes[1], 1);
-        strides[1] = 1;
-        for (int d = rank - 1; d > 1; --d) strides[d] = next, next *= std::max<int64_t>(sizes[d], 1);
-        strides[0] = next;
-        return strides;
+        std::vector<int> order = {0};
+        for (int d = 2; d < t.dim(); ++d) order.push_back(d);
+        order.push_back(1);
+        storage = strides_in(t, order);
+    } else {
+        storage = contiguous_strides(t);
     }
-    bool own = memory_format != MemoryFormat::Contiguous && is_dense(t);
-    return own ? strides_of(t) : contiguous_strides(t);
+    return storage.data();
 }
 
-bool same_order(const Tensor& shape, const Strides& a, const Strides& b) {
+bool same_order(const Tensor& shape, const int64_t* a, const int64_t* b) {
+    if (a == b) return true;
     auto sizes = shape.sizes();
     for (size_t d = 0; d < sizes.size(); ++d)
         if (sizes[d] > 1 && a[d] != b[d]) return false;
     return true;
 }
 
-int64_t transposed_columns(const Tensor& shape, const Strides& from, const Strides& to) {
+int64_t transposed_columns(const Tensor& shape, const int64_t* from, const int64_t* to) {
     std::vector<int> a = memory_order(shape, from), b = memory_order(shape, to);
     for (std::vector<int>* order : {&a, &b}) {
         if (!order->empty() && order->front() == 0) order->erase(order->begin());
@@ -88,20 +90,19 @@ int64_t transposed_columns(const Tensor& shape, const Strides& from, const Strid
     return a == b ? columns : 0;
 }
 
-Tensor empty_strided(const Tensor& like, const Strides& strides, ScalarType dtype) {
+Tensor empty_strided(const Tensor& like, int64_t rank, const int64_t* sizes, const int64_t* strides, ScalarType dtype) {
     int32_t device_type = 0;
     STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
     auto code = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
-    auto sizes = like.sizes();
     AtenTensorHandle handle = nullptr;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(sizes.size()), sizes.data(), strides.data(), code,
-                                                           device_type, like.get_device_index(), &handle));
+    STABLE_TORCH_ERROR_CODE_CHECK(
+        aoti_torch_empty_strided(rank, sizes, strides, code, device_type, like.get_device_index(), &handle));
     return Tensor(handle);
 }
 
-Tensor in_order(const Tensor& t, const Strides& strides) {
+Tensor in_order(const Tensor& t, const int64_t* strides) {
     if (same_order(t, strides_of(t), strides)) return t;
-    Tensor copy = empty_strided(t, strides, t.scalar_type());
+    Tensor copy = empty_strided(t, t.dim(), t.sizes().data(), strides, t.scalar_type());
     torch::stable::copy_(copy, t);
     return copy;
 }

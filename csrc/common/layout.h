@@ -1,4 +1,7 @@
 // Sizes and strides: which memory order a tensor has, and new tensors of a given order.
+//
+// Strides are passed as pointers to as many numbers as the tensor has dimensions; a tensor's own live as long as it
+// does.
 #pragma once
 
 #include "abi.h"
@@ -6,6 +9,8 @@
 namespace wa {
 
 using Strides = std::vector<int64_t>;
+
+inline const int64_t* strides_of(const Tensor& t) { return t.strides().data(); }
 
 Strides contiguous_strides(const Tensor& t);
 
@@ -16,21 +21,20 @@ bool is_dense(const Tensor& t);
 bool has_contiguous_filters(const Tensor& t);
 
 // The strides a result takes: those of `memory_format` (ranks it does not name keep theirs), else the tensor's own if
-// it is dense, else contiguous ones.
-Strides result_strides(const Tensor& t, MemoryFormat memory_format);
+// it is dense, else contiguous ones. `storage` holds them if they are not the tensor's own.
+const int64_t* result_strides(const Tensor& t, MemoryFormat memory_format, Strides& storage);
 
 // Whether two strides put the elements of this shape in the same order (strides of dimensions of size 1 say nothing).
-bool same_order(const Tensor& shape, const Strides& a, const Strides& b);
+bool same_order(const Tensor& shape, const int64_t* a, const int64_t* b);
 
 // If going from one order to the other transposes each filter as one matrix: the columns of that matrix in the order
 // `from`. Else 0. (Contiguous to channels_last: the kernel size; back: the channels.)
-int64_t transposed_columns(const Tensor& shape, const Strides& from, const Strides& to);
+int64_t transposed_columns(const Tensor& shape, const int64_t* from, const int64_t* to);
 
-Tensor empty_strided(const Tensor& like, const Strides& strides, ScalarType dtype);
+// An uninitialised tensor on the device of `like`.
+Tensor empty_strided(const Tensor& like, int64_t rank, const int64_t* sizes, const int64_t* strides, ScalarType dtype);
 
 // The tensor itself if its elements already lie in this order, else a copy that does.
-Tensor in_order(const Tensor& t, const Strides& strides);
-
-Strides strides_of(const Tensor& t);
+Tensor in_order(const Tensor& t, const int64_t* strides);
 
 }  // namespace wa

@@ -53,15 +53,16 @@ void run(AlignFilters filters, const AlignList& list) {
     });
 }
 
-AlignForwardResult forward(std::vector<Tensor> weights, std::vector<std::optional<Tensor>> gains,
-                           std::vector<double> eps, std::vector<double> scales, ScalarType dtype,
+AlignForwardResult forward(const std::vector<Tensor>& weights, const std::vector<std::optional<Tensor>>& gains,
+                           const std::vector<double>& eps, const std::vector<double>& scales, ScalarType dtype,
                            MemoryFormat memory_format) {
     AlignBackend backend{[](const AlignList& list, int32_t) { run(kernels().forward, list); }, kMaxTransposed};
     return align_forward(backend, weights, gains, eps, scales, dtype, memory_format);
 }
 
-AlignBackwardResult backward(std::vector<Tensor> grads, std::vector<Tensor> weights,
-                             std::vector<std::optional<Tensor>> gains, Tensor statistics, std::vector<double> scales) {
+AlignBackwardResult backward(const std::vector<Tensor>& grads, const std::vector<Tensor>& weights,
+                             const std::vector<std::optional<Tensor>>& gains, const Tensor& statistics,
+                             const std::vector<double>& scales) {
     AlignBackend backend{[](const AlignList& list, int32_t) { run(kernels().backward, list); }, kMaxTransposed};
     return align_backward(backend, grads, weights, gains, statistics, scales);
 }

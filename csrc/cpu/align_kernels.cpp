@@ -1,8 +1,9 @@
 // Forward and backward of filters, one after another on one core; compiled once for each instruction set.
 //
 // A filter is read from memory once and, up to some thousand values, found in the L1 cache by the later passes: forward
-// sum - centred sums - write, backward sums - write. Sums run in 4 x 64 bytes of accumulators, which hides the latency of
-// an addition, over chunks of kChunk values whose results are added in double, so that the error does not grow with n.
+// sum - centred sums - write, backward sums - write. Sums run in 4 x 64 bytes of accumulators, which hides the latency
+// of an addition, over chunks of kChunk values whose results are added in double, so that the error does not grow with
+// n.
 //
 // The mean is subtracted twice. The first value as pivot makes the first mean exact for a constant filter, whose
 // residuals are then exactly 0; the mean of the residuals corrects what rounding left of it (mean 1e4, deviation 1e-3).
@@ -51,6 +52,9 @@ WA_INLINE void for_each(uint32_t n, const Each& each) {
     for (; at < n; ++at) each(OneValue{}, at);
 }
 
+// The next filter begins where this one ends: its way from memory overlaps with the writing of this one.
+WA_INLINE void prefetch(const void* p) { __builtin_prefetch(p, 0, 2); }
+
 double gain_of(const AlignTask& task, uint32_t filter) {
     switch (task.gain ? task.gain_dtype : DType::kFloat64) {
         case DType::kFloat32: return static_cast<const float*>(task.gain)[filter];
@@ -69,16 +73,18 @@ WA_INLINE void forward_filter(const W* w, Y* y, uint32_t n, double factor, doubl
     sum<Acc>(n, deviation, [=](auto width, uint32_t at, auto* sums) WA_LAMBDA {  //
         sums[0] += load<Acc>(width, w + at) - pivot;
     });
-    Acc mean = Acc(pivot + deviation[0] / n);
+    double per_value = 1.0 / n;
+    Acc mean = Acc(pivot + deviation[0] * per_value);
     sum<Acc>(n, moments, [=](auto width, uint32_t at, auto* sums) WA_LAMBDA {
         auto r = load<Acc>(width, w + at) - mean;
         sums[0] += r;
         sums[1] += r * r;
     });
-    double rest = moments[0] / n, squares = moments[1] - moments[0] * rest;
+    double rest = moments[0] * per_value, squares = moments[1] - moments[0] * rest;
     double rstd = 1 / sqrt(squares / 2 + eps);
     Acc correction = Acc(rest), slope = Acc(factor * rstd);
     for_each<Acc>(n, [=](auto width, uint32_t at) WA_LAMBDA {
+        prefetch(w + n + at);
         store<Acc>(width, y + at, (load<Acc>(width, w + at) - mean - correction) * slope);
     });
     statistics[0] = Acc(mean + rest);
@@ -89,16 +95,19 @@ WA_INLINE void forward_filter(const W* w, Y* y, uint32_t n, double factor, doubl
 template <class Acc, class W, class G>
 WA_INLINE double backward_filter(const W* w, const G* g, W* dw, uint32_t n, double factor, const Acc* statistics) {
     Acc mean = statistics[0];
-    double rstd = statistics[1], sums_[3];
+    double rstd = statistics[1], per_value = 1.0 / n, sums_[3];
     sum<Acc>(n, sums_, [=](auto width, uint32_t at, auto* sums) WA_LAMBDA {
         auto r = load<Acc>(width, w + at) - mean, gradient = load<Acc>(width, g + at);
         sums[0] += r;
         sums[1] += gradient;
         sums[2] += gradient * r;
     });
-    double rest = sums_[0] / n, g_dot_x = (sums_[2] - rest * sums_[1]) * rstd;
-    Acc correction = Acc(rest), g_mean = Acc(sums_[1] / n), along = Acc(g_dot_x * rstd / 2), slope = Acc(factor * rstd);
+    double rest = sums_[0] * per_value, g_dot_x = (sums_[2] - rest * sums_[1]) * rstd;
+    Acc correction = Acc(rest), g_mean = Acc(sums_[1] * per_value), along = Acc(g_dot_x * rstd / 2),
+        slope = Acc(factor * rstd);
     for_each<Acc>(n, [=](auto width, uint32_t at) WA_LAMBDA {
+        prefetch(w + n + at);
+        prefetch(g + n + at);
         auto d = load<Acc>(width, w + at) - mean - correction;
         store<Acc>(width, dw + at, (load<Acc>(width, g + at) - g_mean - d * along) * slope);
     });
@@ -109,7 +118,8 @@ WA_INLINE double backward_filter(const W* w, const G* g, W* dw, uint32_t n, doub
 template <class Acc, class From, class To>
 WA_INLINE void transpose(const From* from, To* to, uint32_t rows, uint32_t columns) {
     for (uint32_t c = 0; c < columns; ++c)
-        for (uint32_t r = 0; r < rows; ++r) store_one(to + size_t(c) * rows + r, load_one<Acc>(from + size_t(r) * columns + c));
+        for (uint32_t r = 0; r < rows; ++r)
+            store_one(to + size_t(c) * rows + r, load_one<Acc>(from + size_t(r) * columns + c));
 }
 
 template <class Acc, class W, class Y>

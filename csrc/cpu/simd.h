@@ -1,5 +1,5 @@
-// 64 bytes of floats or doubles at a time, in the compiler's own vector types: one AVX-512 register, two of AVX, four of
-// SSE or NEON. The number of values is the same on every machine, and with it the order of every sum.
+// 64 bytes of floats or doubles at a time, in the compiler's own vector types: one AVX-512 register, two of AVX, four
+// of SSE or NEON. The number of values is the same on every machine, and with it the order of every sum.
 #pragma once
 
 #include <cstdint>
@@ -143,12 +143,17 @@ WA_INLINE void store(OneVector, Half* p, Vector<float> v) {
 }
 
 template <class Acc>
-WA_INLINE Acc sum_of(Vector<Acc> v) {  // a tree, always the same
-    Acc x[Simd<Acc>::kLanes];
-    std::memcpy(x, &v, sizeof x);
-    for (int half = Simd<Acc>::kLanes / 2; half > 0; half /= 2)
-        for (int i = 0; i < half; ++i) x[i] += x[i + half];
-    return x[0];
+WA_INLINE Acc sum_of(Vector<Acc> v) {  // a tree, always the same: halves of 32 and 16 bytes, then one by one
+    typedef Acc Lower __attribute__((vector_size(32)));
+    typedef Acc Quarter __attribute__((vector_size(16)));
+    Lower halves[2];
+    std::memcpy(halves, &v, sizeof v);
+    halves[0] += halves[1];
+    Quarter quarters[2];
+    std::memcpy(quarters, halves, sizeof quarters);
+    quarters[0] += quarters[1];
+    if constexpr (sizeof(Acc) == 8) return quarters[0][0] + quarters[0][1];
+    else return (quarters[0][0] + quarters[0][2]) + (quarters[0][1] + quarters[0][3]);
 }
 
 }  // namespace

@@ -1,9 +1,10 @@
 // Gradients of weights and gains, for all filters of a table of tensors.
 //
 // One block takes as many filters of one tensor as fit 8192 values: a team of 8 to 512 threads each, about 16 values a
-// thread of the weight and as many of the gradient. Both are read once, kept in registers for three sums that are formed
-// together, and the weight's gradient is written once; the gain's is one store, without atomics. Only beyond 8192 values
-// are they read a second time. Why that shape: 16 + 16 floats a thread are the forward's 32, under 64 registers.
+// thread of the weight and as many of the gradient. Both are read once, kept in registers for three sums that are
+// formed together, and the weight's gradient is written once; the gain's is one store, without atomics. Only beyond
+// 8192 values are they read a second time. Why that shape: 16 + 16 floats a thread are the forward's 32, under 64
+// registers.
 #pragma once
 #include "align_table.cuh"
 #include "tile.cuh"
@@ -74,8 +75,8 @@ struct Backward {
         __shared__ Acc slots[3 * kMaxWarps];
         const AlignTask& task = work.task();
         Acc mean = work.active() ? statistics[2 * work.rank()] : 0;
-        GradientTiles<Acc, AlignShape<Acc>::kValues, kChunk> tiles(task, work.team, work.active() ? task.n : 0, work.row(),
-                                                                  mean, task.columns);
+        GradientTiles<Acc, AlignShape<Acc>::kValues, kChunk> tiles(task, work.team, work.active() ? task.n : 0,
+                                                                   work.row(), mean, task.columns);
         Acc sums[3];
         tiles.sum(sums);
         team_sum(work.team, sums, slots);
@@ -120,7 +121,8 @@ struct Backward {
 template <class Acc, class Table>
 __global__ __launch_bounds__(AlignShape<Acc>::kThreads, AlignShape<Acc>::kBlocksPerSm) void align_backward_kernel(
     const __grid_constant__ Table table) {
-    align_block<Acc>(table, Backward<Acc>{static_cast<const Acc*>(table.statistics), static_cast<Acc*>(table.grad_gain)});
+    align_block<Acc>(table,
+                     Backward<Acc>{static_cast<const Acc*>(table.statistics), static_cast<Acc*>(table.grad_gain)});
 }
 
 }  // namespace

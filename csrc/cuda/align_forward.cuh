@@ -19,8 +19,8 @@ struct Moments {
     Acc mean, rest, squares;
 };
 
-// per_value is 1 / count: a division is better done before the tile is loaded, for it takes many registers. The pivot, one
-// of the values, makes the mean of a constant filter exact, and so its deviations exactly 0.
+// per_value is 1 / count: a division is better done before the tile is loaded, for it takes many registers. The pivot,
+// one of the values, makes the mean of a constant filter exact, and so its deviations exactly 0.
 template <class Acc, int kValues, int kChunk>
 __device__ Moments<Acc> moments_of(Tile<Acc, kValues, kChunk>& tile, Acc per_value) {
     __shared__ Acc first_slots[kMaxWarps], sum_slots[kMaxWarps], moment_slots[2 * kMaxWarps];

@@ -1,4 +1,5 @@
-// From the tasks of a call to launches: how many threads take a filter, how wide the accesses are, which block does what.
+// From the tasks of a call to launches: how many threads take a filter, how wide the accesses are, which block does
+// what.
 #pragma once
 #include <algorithm>
 #include <memory>
@@ -13,8 +14,8 @@ namespace {
 
 enum class Direction { kForward, kBackward };
 
-// Short filters get a part of a warp, so that a warp's lanes all work; from 1024 values (512 in the backward) on, as many
-// warps as hold the filter in registers.
+// Short filters get a part of a warp, so that a warp's lanes all work; from 1024 values (512 in the backward) on, as
+// many warps as hold the filter in registers.
 inline int lanes_log2(uint32_t n, int values, int threads) {
     if (n <= 64) return 3;
     if (n <= 128) return 4;
@@ -37,8 +38,8 @@ int chunk_of(const AlignTask& task) {
 
 template <Direction kDirection, class Acc, class Table>
 void launch_table(const Table& table, uint32_t blocks, size_t shared_bytes, cudaStream_t stream) {
-    void (*kernel)(Table) = kDirection == Direction::kForward ? align_forward_kernel<Acc, Table>
-                                                              : align_backward_kernel<Acc, Table>;
+    void (*kernel)(Table) =
+        kDirection == Direction::kForward ? align_forward_kernel<Acc, Table> : align_backward_kernel<Acc, Table>;
 #ifdef __CUDACC__
     // A block may ask for 48 KB of shared memory freely, for more by name.
     if (shared_bytes > 40 << 10)

@@ -9,8 +9,8 @@ namespace wa::cuda {
 constexpr int kParameterBytes = 32764;  // what CUDA 12.1 and later allow a kernel
 constexpr int kInputBytes = 512;        // kept free for the description of one prepared convolution input
 
-// What one block holds in registers: one filter of up to kOnChip values, or as many shorter ones. 16 floats a thread, of
-// the weight and of the gradient, keep every way through the kernels under 64 registers without a spill, on every
+// What one block holds in registers: one filter of up to kOnChip values, or as many shorter ones. 16 floats a thread,
+// of the weight and of the gradient, keep every way through the kernels under 64 registers without a spill, on every
 // architecture; 32 did not.
 template <class Acc>
 struct AlignShape {
@@ -83,8 +83,8 @@ struct AlignWork {
         }
     }
 
-    // The same work. Each way through a kernel begins with this: else the compiler computes what several ways need ahead
-    // of them all, and holds it in registers that the longest one lacks.
+    // The same work. Each way through a kernel begins with this: else the compiler computes what several ways need
+    // ahead of them all, and holds it in registers that the longest one lacks.
     __device__ AlignWork afresh() const {
         return {entries, computed_again(entry), Team{computed_again(team.lanes_log2)},
                 uint32_t(computed_again(int(filter)))};

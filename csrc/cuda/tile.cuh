@@ -1,7 +1,7 @@
 // A tile: up to kValues values of a filter in the registers of each of its team's threads.
 //
-// Lane `rank` holds the chunks rank, rank + lanes, rank + 2 lanes, ... of kChunk values each, so that the lanes' accesses
-// lie side by side. All loads are issued before the first value is used.
+// Lane `rank` holds the chunks rank, rank + lanes, rank + 2 lanes, ... of kChunk values each, so that the lanes'
+// accesses lie side by side. All loads are issued before the first value is used.
 #pragma once
 #include "../common/align_task.h"
 #include "chunk.cuh"
@@ -124,7 +124,8 @@ private:
             pitch = rows | 1;
             values = dynamic_shared<Acc>() + int64_t(tile.team.index()) * columns * pitch;
         }
-        // For positions up to 2^13, which lie half a step from the next integer: far more than an approximate division errs.
+        // For positions up to 2^13, which lie half a step from the next integer: far more than an approximate division
+        // errs.
         static __device__ int quotient(int position, float reciprocal) {
             return int((float(position) + 0.5f) * reciprocal);
         }
