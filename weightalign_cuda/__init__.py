@@ -1,7 +1,7 @@
 """WeightAlign and weight-standardised convolutions at the cost of plain ones.
 
-`align` and `align_foreach` are the functions, `WAConv2d` the layer; `backends()` says what serves them here. The formula
-is Shi, Li, Liu, van Gemert, "WeightAlign: Normalizing Activations by Weight Alignment", arXiv 2010.07160.
+`align` and `align_foreach` are the functions, `WAConv2d` the layer; `backends()` says what serves them here. The
+formula is Shi, Li, Liu, van Gemert, "WeightAlign: Normalizing Activations by Weight Alignment", arXiv 2010.07160.
 """
 
 from ._backend import backends, use_backend

@@ -93,7 +93,7 @@ def choose(device_type: str) -> str:
     return _serving(_forced.get() or _environment, device_type)
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@torch.compiler.assume_constant_result
 def _serving(forced: str | None, device_type: str) -> str:
     key = forced, device_type
     if key not in _known:

@@ -69,7 +69,8 @@ def align_foreach(
         gains: one gain or None for each weight; None for none at all.
         eps, scale: a number, or one for each weight.
         dtype: as for `align`, decided for each weight.
-        memory_format: as for `align`; channels_last means rank 4, channels_last_3d rank 5, other ranks keep their layout.
+        memory_format: as for `align`; channels_last means rank 4, channels_last_3d rank 5, other ranks keep their
+            layout.
 
     Returns:
         The aligned weights, in the order of the list.

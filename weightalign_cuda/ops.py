@@ -1,9 +1,9 @@
-"""The registered ops: schemas, fake kernels, autograd. The native library implements them for CPU and CUDA tensors; where
-it does not, the reference does.
+"""The registered ops: schemas, fake kernels, autograd. The native library implements them for CPU and CUDA tensors;
+where it does not, the reference does.
 
-Both take a list of weights, and a layer alone is a list of one. `statistics`, (filters of the whole list, 2), holds mean
-and 1 / sqrt(n/2 * var + eps) of each filter, float32 (float64 for float64 weights); the gain gradients of the whole list
-are one tensor (filters,) of the same dtype.
+Both take a list of weights, and a layer alone is a list of one. `statistics`, (filters of the whole list, 2), holds
+mean and 1 / sqrt(n/2 * var + eps) of each filter, float32 (float64 for float64 weights); the gain gradients of the
+whole list are one tensor (filters,) of the same dtype.
 """
 
 from collections.abc import Sequence
@@ -124,7 +124,7 @@ def _differentiable_gradients(
                             torch.preserve_format)[0] for i in used
         ]  # fmt: skip
     inputs = [t for t, is_wanted in zip(tensors, wanted, strict=True) if is_wanted]
-    found = iter(torch.autograd.grad(aligned, inputs, [grads[i] for i in used], create_graph=True, allow_unused=True))  # type: ignore[arg-type, type-var]
+    found = iter(torch.autograd.grad(aligned, inputs, [grads[i] for i in used], create_graph=True, allow_unused=True))  # type: ignore[arg-type]
     return tuple(next(found) if is_wanted else None for is_wanted in wanted)
 
 
