@@ -134,30 +134,27 @@ def _result_dtype(name: str, weight: Tensor, dtype: torch.dtype | None) -> torch
     return dtype
 
 
+def _check_tensor(name: str, value: Any, expected: str = "a Tensor") -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected {expected}, got {type(value).__name__}")
+    if value.dtype not in DTYPES:
+        raise TypeError(f"{name}: expected float32, float16, bfloat16 or float64, got {value.dtype}")
+    if value.layout != torch.strided:
+        raise TypeError(f"{name}: expected a strided tensor, got layout {value.layout}")
+
+
 def _check_weight(name: str, weight: Any) -> None:
-    if not isinstance(weight, Tensor):
-        raise TypeError(f"{name}: expected a Tensor, got {type(weight).__name__}")
-    if weight.dtype not in DTYPES:
-        raise TypeError(f"{name}: expected float32, float16, bfloat16 or float64, got {weight.dtype}")
-    if weight.layout != torch.strided:
-        raise TypeError(f"{name}: expected a strided tensor, got layout {weight.layout}")
+    _check_tensor(name, weight)
     if weight.dim() < 2:
-        raise ValueError(
-            f"{name}: expected rank 2 or more (filters along dimension 0), got shape {tuple(weight.shape)}"
-        )
+        raise ValueError(f"{name}: expected rank 2 or more, filters along dimension 0; got shape {tuple(weight.shape)}")
 
 
 def _check_gain(name: str, gain: Any, weight: Tensor) -> None:
     if gain is None:
         return
-    if not isinstance(gain, Tensor):
-        raise TypeError(f"{name}: expected a Tensor or None, got {type(gain).__name__}")
-    if gain.dtype not in DTYPES:
-        raise TypeError(f"{name}: expected float32, float16, bfloat16 or float64, got {gain.dtype}")
-    if gain.layout != torch.strided:
-        raise TypeError(f"{name}: expected a strided tensor, got layout {gain.layout}")
-    if gain.dim() != 1 or gain.shape[0] != weight.shape[0]:
-        raise ValueError(f"{name}: expected shape ({weight.shape[0]},), one for each filter, got {tuple(gain.shape)}")
+    _check_tensor(name, gain, "a Tensor or None")
+    if gain.shape != weight.shape[:1]:
+        raise ValueError(f"{name}: expected shape ({weight.shape[0]},), one for each filter; got {tuple(gain.shape)}")
     if gain.device != weight.device:
         raise ValueError(f"{name}: expected the weight's device {weight.device}, got {gain.device}")
 

@@ -44,4 +44,5 @@ class WAConv2d(nn.Conv2d):
         return self._conv_forward(input, weight, self.bias)
 
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, eps={self.eps:g}" + (f", scale={self.scale:g}" if self.scale != 1 else "")
+        scale = f", scale={self.scale:g}" if self.scale != 1 else ""
+        return f"{super().extra_repr()}, eps={self.eps:g}{scale}"  # type: ignore[no-untyped-call]
