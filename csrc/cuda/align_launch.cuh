@@ -14,12 +14,10 @@ namespace {
 
 enum class Direction { kForward, kBackward };
 
-// Short filters get a part of a warp, so that a warp's lanes all work; from 1024 values (512 in the backward) on, as
-// many warps as hold the filter in registers.
+// Short filters get a part of a warp, so that a warp's lanes all work; longer ones as many lanes or warps as hold them
+// in registers, up to the whole block.
 inline int lanes_log2(uint32_t n, int values, int threads) {
-    if (n <= 64) return 3;
-    if (n <= 128) return 4;
-    int log2 = 5;
+    int log2 = n <= 64 ? 3 : n <= 128 ? 4 : 5;
     while ((values << log2) < int64_t(n) && (1 << log2) < threads) ++log2;
     return log2;
 }

@@ -58,6 +58,8 @@ using SmallTable = AlignTable<16>;
 using LargeTable = AlignTable<(kParameterBytes - kInputBytes - 24) / int(sizeof(AlignEntry))>;
 static_assert(LargeTable::kCapacity >= 400 && sizeof(LargeTable) + kInputBytes <= kParameterBytes);
 
+namespace {
+
 // What one team does: a filter of a task. In a task's last block some teams have none, but still meet the others at
 // barriers.
 struct AlignWork {
@@ -112,4 +114,5 @@ __device__ void align_block(const Table& table, const Ways& ways) {
     }
 }
 
+}  // namespace
 }  // namespace wa::cuda

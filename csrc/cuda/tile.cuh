@@ -73,7 +73,7 @@ struct Tile {
         }
     }
 
-    // `at`: the tile's first value in the tensor.
+    // `at`: the tile's first value in the tensor. Loads leave 0 in what this thread does not hold.
     __device__ void load(const void* tensor, DType dtype, int64_t at) {
         with_type(tensor, dtype, [&](auto* typed) { load_as(typed + at); });
     }
@@ -94,7 +94,12 @@ struct Tile {
             });
         });
         team.sync();
-        for_each([&](int position, Acc& value) { value = staged.original(position); });
+        const Reach reach(*this);
+#pragma unroll
+        for (int step = 0; step < kSteps; ++step)
+#pragma unroll
+            for (int i = 0; i < kChunk; ++i)
+                x[step][i] = reach.holds(step) ? staged.original(first() + int(reach.beyond_first(step)) + i) : Acc(0);
     }
     __device__ void store_transposed(void* tensor, DType dtype, int64_t at, int columns) {
         const Staged staged(*this, columns);

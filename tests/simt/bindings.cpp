@@ -1,0 +1,136 @@
+// Test-only. The Python modules simt_check and simt_asan. Memory is passed by address, dtypes by torch's names.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <optional>
+#include <stdexcept>
+#include <string>
+#include <tuple>
+#include <utility>
+#include <vector>
+
+#include "kernels.h"
+#include "simt_control.h"
+
+namespace py = pybind11;
+
+namespace {
+
+using Buffer = std::tuple<std::string, uintptr_t, size_t, size_t, bool>;  // name, address, bytes, granule, is an input
+
+struct Run {
+    std::vector<Buffer> buffers;
+    unsigned seed, preempt_every;
+    std::optional<std::pair<long long, long long>> blocks;
+};
+
+struct Fault : std::runtime_error {
+    using runtime_error::runtime_error;
+};
+
+void* pointer(uintptr_t address) { return reinterpret_cast<void*>(address); }
+
+py::dict counts_of(int buffer) {
+    static const char* const kTotals[] = {"reads", "writes"};
+    static const char* const kOfOne[] = {"reads_of_one", "writes_of_one"};
+    simt::Counts counts = simt::counts(buffer);
+    py::dict result;
+    for (int is_write : {0, 1}) {
+        py::dict by_width;
+        for (int log2 = 0; log2 < 6; ++log2)
+            if (size_t count = counts.accesses[is_write][log2])
+                by_width[log2 == 5 ? py::object(py::str("copy")) : py::object(py::int_(1 << log2))] = count;
+        result[kTotals[is_write]] = by_width;
+        result[kOfOne[is_write]] = py::make_tuple(counts.least[is_write], counts.most[is_write]);
+    }
+    return result;
+}
+
+// Calls the launcher under the emulator. Access counts of each buffer; none if the build does not count, or if only
+// some blocks ran, for those are runs on more memory than can be looked through.
+template <class Launcher>
+py::list run(const Run& how, const Launcher& launcher) {
+    simt::reset(how.seed, how.preempt_every);
+    if (how.blocks) simt::only_blocks(how.blocks->first, how.blocks->second);
+    for (const auto& [name, address, bytes, granule, is_input] : how.buffers)
+        simt::add_buffer(name.c_str(), pointer(address), bytes, granule, is_input, !is_input);
+    launcher();
+    if (const char* error = simt::error()) throw Fault(error);
+    py::list counts;
+    if (simt::instrumented() && !how.blocks)
+        for (size_t i = 0; i < how.buffers.size(); ++i) counts.append(counts_of(int(i)));
+    return counts;
+}
+
+wa::DType dtype_of(const std::string& name) {
+    static const char* const kNames[] = {"float32", "float16", "bfloat16", "float64"};  // in DType's order
+    for (int i = 0; i < 4; ++i)
+        if (name == kNames[i]) return wa::DType(i);
+    throw std::invalid_argument("no such dtype: " + name);
+}
+
+wa::AlignTask task_of(const py::dict& fields) {
+    auto address = [&](const char* name) { return pointer(fields[name].cast<uintptr_t>()); };
+    auto count = [&](const char* name) { return fields[name].cast<uint32_t>(); };
+    auto dtype = [&](const char* name) { return dtype_of(fields[name].cast<std::string>()); };
+    wa::AlignTask task{};
+    task.weight = address("weight");
+    task.grad = address("grad");
+    task.out = address("out");
+    task.gain = address("gain");
+    task.eps = fields["eps"].cast<double>();
+    task.scale = fields["scale"].cast<double>();
+    task.n = count("n");
+    task.filters = count("filters");
+    task.first_filter = count("first_filter");
+    task.columns = count("columns");
+    task.weight_dtype = dtype("weight_dtype");
+    task.aligned_dtype = dtype("aligned_dtype");
+    task.gain_dtype = dtype("gain_dtype");
+    return task;
+}
+
+py::list align(const std::string& direction, const std::vector<py::dict>& fields, uintptr_t statistics,
+               uintptr_t grad_gain, bool is_double, const Run& how) {
+    std::vector<wa::AlignTask> tasks;
+    for (const py::dict& f : fields) tasks.push_back(task_of(f));
+    wa::AlignList list{};
+    list.tasks = tasks.data();
+    list.count = uint32_t(tasks.size());
+    list.statistics = pointer(statistics);
+    list.grad_gain = pointer(grad_gain);
+    list.is_double = is_double;
+    if (direction != "forward" && direction != "backward") throw std::invalid_argument("direction: " + direction);
+    return run(how, [&] { direction == "forward" ? wa::align_forward(list) : wa::align_backward(list); });
+}
+
+py::list run_selftest(const std::string& name, uintptr_t in, uintptr_t out, const Run& how) {
+    return run(how, [&] {
+        if (!selftest(name.c_str(), pointer(in), pointer(out))) throw std::invalid_argument("no such kernel: " + name);
+    });
+}
+
+py::list run_transpose(uintptr_t in, uintptr_t out, int rows, int columns, const Run& how) {
+    return run(how, [&] { selftest_transpose(pointer(in), pointer(out), rows, columns); });
+}
+
+void define(py::module_& m) {
+    using namespace py::literals;
+    py::register_local_exception<Fault>(m, "Fault");
+    py::class_<Run>(m, "Run", py::module_local())
+        .def(py::init([](std::vector<Buffer> buffers, unsigned seed, unsigned preempt_every,
+                         std::optional<std::pair<long long, long long>> blocks) {
+                 return Run{std::move(buffers), seed, preempt_every, blocks};
+             }),
+             "buffers"_a, "seed"_a = 1, "preempt_every"_a = 0, "blocks"_a = py::none());
+    m.def("instrumented", simt::instrumented);
+    m.def("align", align, "direction"_a, "tasks"_a, "statistics"_a, "grad_gain"_a, "is_double"_a, "run"_a);
+    m.def("selftest", run_selftest, "name"_a, "x"_a, "y"_a, "run"_a);
+    m.def("transpose", run_transpose, "x"_a, "y"_a, "rows"_a, "columns"_a, "run"_a);
+}
+
+}  // namespace
+
+// Both in one object file, which is linked into both modules.
+PYBIND11_MODULE(simt_check, m) { define(m); }
+PYBIND11_MODULE(simt_asan, m) { define(m); }

@@ -1,0 +1,32 @@
+// Test-only. What a test's bindings ask of the emulator, before and after they call a launcher.
+#pragma once
+#include <cstddef>
+
+namespace simt {
+
+#pragma GCC visibility push(default)  // the bindings are another library, so that their thread_locals are not poisoned
+
+// Forgets the last run's buffers and error. preempt_every: also switch threads at one memory access in so many.
+void reset(unsigned seed, unsigned preempt_every);
+
+// Of every launch until the next reset, run only these blocks.
+void only_blocks(long long first, long long end);
+
+// The first fault since the reset; null: none.
+const char* error();
+
+// Whether the kernels' file was compiled with the checks: bounds, races, counts.
+bool instrumented();
+
+// Tells the checks of memory that the kernels may touch. granule: the element size. Returns the buffer's number.
+int add_buffer(const char* name, void* begin, size_t size, size_t granule, bool initialised, bool writable);
+
+struct Counts {
+    size_t accesses[2][6];       // [is a write][log2 of the width; 5: a copy of any width]
+    unsigned least[2], most[2];  // accesses of one granule, 255 meaning that or more
+};
+Counts counts(int buffer);
+
+#pragma GCC visibility pop
+
+}  // namespace simt
