@@ -47,7 +47,8 @@ def align(
     rank = CHANNELS_LAST_RANK.get(memory_format)
     if rank is not None and weight.dim() != rank:
         raise ValueError(f"memory_format: {memory_format} is for rank {rank}, got a weight of rank {weight.dim()}")
-    _check_gain("gain", gain, weight)
+    if gain is not None:
+        _check_gain("gain", gain, weight)
     _check_number("eps", eps, positive=True)
     _check_number("scale", scale)
     return _run([weight], [gain], [eps], [scale], _result_dtype("weight", weight, dtype), memory_format)[0]
@@ -84,14 +85,15 @@ def align_foreach(
     _check_memory_format(memory_format)
     all_eps = _per_weight("eps", eps, count, positive=True)
     scales = _per_weight("scale", scale, count)
-    groups: dict[tuple[Any, ...], list[int]] = {}
+    groups: dict[tuple[torch.device, torch.dtype], list[int]] = {}
     for i, (weight, gain) in enumerate(zip(weights, gains, strict=True)):
-        _check_weight(f"weights[{i}]", weight)
-        _check_gain(f"gains[{i}]", gain, weight)
-        key = (weight.device, weight.dtype, _result_dtype(f"weights[{i}]", weight, dtype))
-        groups.setdefault(key, []).append(i)
+        _check_weight("weights", weight, i)
+        if gain is not None:
+            _check_gain("gains", gain, weight, i)
+        groups.setdefault((weight.device, weight.dtype), []).append(i)
+    result_dtypes = [_result_dtype("weights", weights[members[0]], dtype, members[0]) for members in groups.values()]
     results: list[Any] = [None] * count
-    for (_, _, result_dtype), members in groups.items():
+    for members, result_dtype in zip(groups.values(), result_dtypes, strict=True):
         aligned = _run(
             [weights[i] for i in members],
             [gains[i] for i in members],
@@ -119,52 +121,58 @@ def _run(
     return run(weights, gains, eps, scales, dtype, memory_format)[0]
 
 
-def _result_dtype(name: str, weight: Tensor, dtype: torch.dtype | None) -> torch.dtype:
+def _result_dtype(name: str, weight: Tensor, dtype: torch.dtype | None, index: int | None = None) -> torch.dtype:
     if dtype is None:
         device_type = weight.device.type
-        if weight.dtype == torch.float64 or not torch.amp.is_autocast_available(device_type):
+        if weight.dtype is torch.float64 or device_type == "meta" or not torch.is_autocast_enabled(device_type):
             return weight.dtype
-        return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else weight.dtype
+        return torch.get_autocast_dtype(device_type)
     if dtype not in DTYPES:
         raise TypeError(f"dtype: expected float32, float16, bfloat16 or float64, got {dtype}")
     if (dtype == torch.float64) != (weight.dtype == torch.float64):
         raise ValueError(
-            f"dtype: float64 goes to float64 only, and nothing else does; got {dtype} for {name} of {weight.dtype}"
+            f"dtype: float64, and nothing else, goes to float64; got {dtype} for {_at(name, index)} of {weight.dtype}"
         )
     return dtype
 
 
-def _check_tensor(name: str, value: Any, expected: str = "a Tensor") -> None:
+def _at(name: str, index: int | None) -> str:
+    return name if index is None else f"{name}[{index}]"
+
+
+def _check_tensor(name: str, value: Any, index: int | None, expected: str) -> None:
     if not isinstance(value, Tensor):
-        raise TypeError(f"{name}: expected {expected}, got {type(value).__name__}")
+        raise TypeError(f"{_at(name, index)}: expected {expected}, got {type(value).__name__}")
     if value.dtype not in DTYPES:
-        raise TypeError(f"{name}: expected float32, float16, bfloat16 or float64, got {value.dtype}")
-    if value.layout != torch.strided:
-        raise TypeError(f"{name}: expected a strided tensor, got layout {value.layout}")
+        raise TypeError(f"{_at(name, index)}: expected float32, float16, bfloat16 or float64, got {value.dtype}")
+    if value.layout is not torch.strided:
+        raise TypeError(f"{_at(name, index)}: expected a strided tensor, got layout {value.layout}")
 
 
-def _check_weight(name: str, weight: Any) -> None:
-    _check_tensor(name, weight)
+def _check_weight(name: str, weight: Any, index: int | None = None) -> None:
+    _check_tensor(name, weight, index, "a Tensor")
     if weight.dim() < 2:
-        raise ValueError(f"{name}: expected rank 2 or more, filters along dimension 0; got shape {tuple(weight.shape)}")
+        raise ValueError(
+            f"{_at(name, index)}: expected rank 2 or more, filters along dimension 0; got shape {tuple(weight.shape)}"
+        )
 
 
-def _check_gain(name: str, gain: Any, weight: Tensor) -> None:
-    if gain is None:
-        return
-    _check_tensor(name, gain, "a Tensor or None")
-    if gain.shape != weight.shape[:1]:
-        raise ValueError(f"{name}: expected shape ({weight.shape[0]},), one for each filter; got {tuple(gain.shape)}")
+def _check_gain(name: str, gain: Any, weight: Tensor, index: int | None = None) -> None:
+    _check_tensor(name, gain, index, "a Tensor or None")
+    if gain.dim() != 1 or gain.size(0) != weight.size(0):
+        raise ValueError(
+            f"{_at(name, index)}: expected shape ({weight.size(0)},), one for each filter; got {tuple(gain.shape)}"
+        )
     if gain.device != weight.device:
-        raise ValueError(f"{name}: expected the weight's device {weight.device}, got {gain.device}")
+        raise ValueError(f"{_at(name, index)}: expected the weight's device {weight.device}, got {gain.device}")
 
 
-def _check_number(name: str, value: Any, positive: bool = False) -> None:
+def _check_number(name: str, value: Any, positive: bool = False, index: int | None = None) -> None:
     if isinstance(value, bool) or not isinstance(value, (float, int)):
-        raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
-    if not math.isfinite(value) or (positive and value <= 0):
+        raise TypeError(f"{_at(name, index)}: expected a number, got {type(value).__name__}")
+    if not abs(value) < math.inf or (positive and value <= 0):  # not isfinite: torch.compile passes symbols
         wanted = "a finite number greater than 0" if positive else "a finite number"
-        raise ValueError(f"{name}: expected {wanted}, got {value}")
+        raise ValueError(f"{_at(name, index)}: expected {wanted}, got {value}")
 
 
 def _per_weight(name: str, value: Any, count: int, positive: bool = False) -> list[float]:
@@ -172,7 +180,7 @@ def _per_weight(name: str, value: Any, count: int, positive: bool = False) -> li
         _check_number(name, value, positive)
         return [value] * count
     for i, each in enumerate(_check_list(name, value, count)):
-        _check_number(f"{name}[{i}]", each, positive)
+        _check_number(name, each, positive, i)
     return list(value)
 
 

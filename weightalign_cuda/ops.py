@@ -66,12 +66,12 @@ class _Align(torch.autograd.Function):
     """align_forward with align_backward as its derivative: one launch each for the whole list."""
 
     @staticmethod
-    def forward(ctx: Any, eps: list[float], scales: list[float], dtype: torch.dtype, memory_format: torch.memory_format,
-                count: int, *tensors: Tensor | None) -> tuple[Tensor, ...]:  # fmt: skip
-        weights, gains = list(tensors[:count]), list(tensors[count:])
-        aligned, statistics = _below_autograd(align_forward, weights, gains, eps, scales, dtype, memory_format)
+    def forward(ctx: Any, options: tuple[Any, ...], *tensors: Tensor | None) -> tuple[Tensor, ...]:
+        """options: the op's arguments after the tensors, which are the weights and as many gains."""
+        count = len(tensors) // 2
+        aligned, statistics = _below_autograd(align_forward, tensors[:count], tensors[count:], *options)
         ctx.save_for_backward(*tensors, statistics)
-        ctx.eps, ctx.scales, ctx.dtype, ctx.count = eps, scales, dtype, count
+        ctx.options = options
         ctx.mark_non_differentiable(statistics)
         ctx.set_materialize_grads(False)
         return (*aligned, statistics)
@@ -79,33 +79,28 @@ class _Align(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         *tensors, statistics = ctx.saved_tensors
-        count, wanted = ctx.count, ctx.needs_input_grad[5:]
+        count, wanted = len(tensors) // 2, ctx.needs_input_grad[1:]
         if torch.is_grad_enabled():
-            return (None,) * 5 + _differentiable_gradients(ctx, tensors, grads[:count], wanted)
+            return None, *_differentiable_gradients(ctx.options, tensors, grads[:count], wanted)
+        weights, gains, scales = tensors[:count], tensors[count:], ctx.options[1]
+        # Frozen weights, and those whose result nobody used, take no part.
         used = [i for i in range(count) if grads[i] is not None and (wanted[i] or wanted[count + i])]
-        results: list[Tensor | None] = [None] * (2 * count)
         if not used:
-            return (None,) * 5 + tuple(results)
-        weights, gains = tensors[:count], tensors[count:]
-        filters = [w.shape[0] for w in weights]
-        if len(used) < count:  # frozen weights, and those whose result nobody used
-            per_weight = statistics.split(filters)
+            return (None,) * (1 + 2 * count)
+        used_grads: Sequence[Tensor | None] = grads[:count]
+        if len(used) < count:
+            per_weight = statistics.split([w.shape[0] for w in weights])
             statistics = torch.cat([per_weight[i] for i in used])
-        grad_weights, grad_gains = _below_autograd(
-            align_backward,
-            [grads[i] for i in used],
-            [weights[i] for i in used],
-            [gains[i] for i in used],
-            statistics,
-            [ctx.scales[i] for i in used],
-        )
-        rows = grad_gains.split([filters[i] for i in used]) if len(used) > 1 else (grad_gains,)
-        for i, grad_weight, grad_gain in zip(used, grad_weights, rows, strict=True):
+            used_grads, weights, gains, scales = ([t[i] for i in used] for t in (grads, weights, gains, scales))
+        grad_weights, grad_gains = _below_autograd(align_backward, used_grads, weights, gains, statistics, scales)
+        rows = grad_gains.split([w.shape[0] for w in weights]) if len(used) > 1 else (grad_gains,)
+        results: list[Tensor | None] = [None] * (2 * count)
+        for i, gain, grad_weight, grad_gain in zip(used, gains, grad_weights, rows, strict=True):
             if wanted[i]:
                 results[i] = grad_weight
             if wanted[count + i]:
-                results[count + i] = grad_gain.to(gains[i].dtype)
-        return (None,) * 5 + tuple(results)
+                results[count + i] = grad_gain if gain.dtype is grad_gain.dtype else grad_gain.to(gain.dtype)
+        return None, *results
 
 
 def _below_autograd(op: Any, *args: Any) -> Any:
@@ -114,18 +109,22 @@ def _below_autograd(op: Any, *args: Any) -> Any:
 
 
 def _differentiable_gradients(
-    ctx: Any, tensors: Sequence[Tensor | None], grads: Sequence[Tensor | None], wanted: Sequence[bool]
-) -> tuple[Tensor | None, ...]:
+    options: tuple[Any, ...], tensors: Sequence[Tensor | None], grads: Sequence[Tensor | None], wanted: Sequence[bool]
+) -> list[Tensor | None]:
     """The backward under create_graph: through the reference, which PyTorch can differentiate again."""
-    used = [i for i, grad in enumerate(grads) if grad is not None]
+    eps, scales, dtype, _ = options
+    count = len(tensors) // 2
+    used = [i for i in range(count) if grads[i] is not None]
     with torch.enable_grad():
+        weights_and_gains = [(tensors[i], tensors[count + i]) for i in used]
         aligned = [
-            reference.align(tensors[i], tensors[ctx.count + i], ctx.eps[i], ctx.scales[i], ctx.dtype,  # type: ignore[arg-type]
-                            torch.preserve_format)[0] for i in used
-        ]  # fmt: skip
+            reference.align(weight, gain, eps[i], scales[i], dtype, torch.preserve_format)[0]  # type: ignore[arg-type]
+            for i, (weight, gain) in zip(used, weights_and_gains, strict=True)
+        ]
     inputs = [t for t, is_wanted in zip(tensors, wanted, strict=True) if is_wanted]
-    found = iter(torch.autograd.grad(aligned, inputs, [grads[i] for i in used], create_graph=True, allow_unused=True))  # type: ignore[arg-type]
-    return tuple(next(found) if is_wanted else None for is_wanted in wanted)
+    outside = [grads[i] for i in used]
+    found = iter(torch.autograd.grad(aligned, inputs, outside, create_graph=True, allow_unused=True))  # type: ignore[arg-type]
+    return [next(found) if is_wanted else None for is_wanted in wanted]
 
 
 def align_with_autograd(
@@ -140,7 +139,7 @@ def align_with_autograd(
     needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (*weights, *gains))
     if not needs_grad:
         return _below_autograd(align_forward, weights, gains, eps, scales, dtype, memory_format)
-    *aligned, statistics = _Align.apply(eps, scales, dtype, memory_format, len(weights), *weights, *gains)
+    *aligned, statistics = _Align.apply((eps, scales, dtype, memory_format), *weights, *gains)
     return aligned, statistics
 
 

@@ -25,30 +25,31 @@ const AlignKernels& kernels() {
     return best;
 }
 
-// Work is dealt out in items of about kItem values, so that threads get equal shares whatever the list looks like; a
-// thread is woken for no less than kThread values (some 10 us of work).
-constexpr int64_t kItem = 8192, kThread = 32768;
+// Work is dealt out in pieces of kPiece values, all tensors of the list laid end to end, so that threads get equal shares
+// whatever the list looks like; a thread is woken for no less than kThread values (some 10 us of work). A filter belongs
+// to the piece that its first value lies in.
+constexpr int64_t kPiece = 4096, kThread = 32768;
 constexpr int64_t kMaxTransposed = 4 << 20;  // bytes of a filter that a thread stages
 
-int64_t filters_per_item(const AlignTask& task) { return std::max<int64_t>(1, kItem / task.n); }
-
 void run(AlignFilters filters, const AlignList& list) {
-    std::vector<int64_t> first_item(list.count + 1, 0);
+    std::vector<int64_t> begins(list.count + 1, 0);  // where each tensor's values begin
     size_t scratch_size = 0;
     for (uint32_t i = 0; i < list.count; ++i) {
-        int64_t per_item = filters_per_item(list.tasks[i]);
-        first_item[i + 1] = first_item[i] + (list.tasks[i].filters + per_item - 1) / per_item;
+        begins[i + 1] = begins[i] + int64_t(list.tasks[i].filters) * list.tasks[i].n;
         scratch_size = std::max(scratch_size, scratch_bytes(list.tasks[i]));
     }
-    torch::stable::parallel_for(0, first_item.back(), kThread / kItem, [&](int64_t begin, int64_t end) {
+    int64_t pieces = (begins.back() + kPiece - 1) / kPiece;
+    torch::stable::parallel_for(0, pieces, kThread / kPiece, [&](int64_t first_piece, int64_t last_piece) {
         std::unique_ptr<char[]> scratch(scratch_size ? new char[scratch_size] : nullptr);
-        auto i = std::upper_bound(first_item.begin(), first_item.end(), begin) - first_item.begin() - 1;
-        for (; i < list.count && first_item[i] < end; ++i) {
+        int64_t begin = first_piece * kPiece, end = last_piece * kPiece;
+        auto i = std::upper_bound(begins.begin(), begins.end(), begin) - begins.begin() - 1;
+        for (; i < list.count && begins[i] < end; ++i) {
             const AlignTask& task = list.tasks[i];
-            int64_t per_item = filters_per_item(task);
-            int64_t first = std::max<int64_t>(0, begin - first_item[i]) * per_item;
-            int64_t last = std::min<int64_t>(task.filters, (end - first_item[i]) * per_item);
-            filters(list, task, uint32_t(first), uint32_t(last), scratch.get());
+            auto first_from = [&](int64_t value) {  // the first filter that begins at this value or later
+                int64_t filter = (std::max<int64_t>(0, value - begins[i]) + task.n - 1) / task.n;
+                return uint32_t(std::min<int64_t>(filter, task.filters));
+            };
+            filters(list, task, first_from(begin), first_from(end), scratch.get());
         }
     });
 }

@@ -1,0 +1,160 @@
+"""python -m benchmarks.align: what aligning costs, against its rivals, on the convolutions of ResNet-50.
+
+Forward, backward and both, with the autograd and allocation a training step pays: each distinct weight shape alone,
+then the whole network, then the host time of calls on tiny weights. Rivals: the formula in eager PyTorch, timm's
+F.batch_norm trick, torch.compile of the formula; floors: the cast of a plain convolution, and a flat copy.
+Writes align.jsonl (a record a line) and a plot for each dtype.
+"""
+
+import argparse
+import importlib.util
+import json
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+import weightalign_cuda as wa
+
+from . import harness, layers, machine, report
+from .harness import Case, Limits
+from .layers import Network
+from .providers import (
+    DIRECTIONS,
+    Direction,
+    Inputs,
+    Setting,
+    make_inputs,
+    ours,
+    ours_foreach,
+    providers,
+    short,
+    why_no_compile,
+)
+from .stats import quantiles
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+NETWORK_COST = 12  # a direction of the network takes about so many times one of a layer, for the time left
+
+
+def settings(device: str, dtype: str, out_dtype: str | None) -> list[Setting]:
+    """fp32 -> fp32; on CUDA also fp32 -> bf16 channels_last, which convolutions under autocast consume."""
+    if out_dtype is not None or dtype != "float32":
+        return [Setting(device, DTYPES[dtype], DTYPES[out_dtype or dtype])]
+    half = Setting(device, torch.float32, torch.bfloat16, torch.channels_last)
+    return [Setting(device), half] if device == "cuda" else [Setting(device)]
+
+
+def cases(network: Network, only: str | None) -> list[Case]:
+    """Distinct shapes and the whole network; `only` keeps those whose name contains it."""
+    single = [Case("x".join(map(str, shape)), (shape,)) for shape in network.shapes]
+    everything = [*single, Case(network.name, tuple(shape for _, shape in network.layers))]
+    kept = [case for case in everything if only is None or only in case.name]
+    if not kept:
+        raise SystemExit(f"--only {only}: none of {', '.join(case.name for case in everything)}")
+    return kept
+
+
+def host_records(setting: Setting, limits: Limits) -> list[dict[str, Any]]:
+    """Wall time of calls on weights so tiny that only the host's work is left."""
+    shape = (8, 4, 1, 1)
+    one, many = make_inputs([shape], setting), make_inputs([shape] * 53, setting)
+    cuda = setting.device == "cuda"
+
+    def backward(align: Any, inputs: Inputs) -> Any:
+        return torch.autograd.grad(align(inputs.weights, inputs.gains), inputs.weights + inputs.gains, inputs.grads)
+
+    subjects = ("align, 1 weight", ours(setting), one), ("align_foreach, 53 weights", ours_foreach(setting), many)
+    calls = {}
+    for name, align, inputs in subjects:
+        forward = lambda align=align, inputs=inputs: align(inputs.weights, inputs.gains)  # noqa: E731
+        calls[f"{name}, forward without grad"] = torch.no_grad()(forward)
+        calls[f"{name}, forward with grad"] = forward
+        calls[f"{name}, forward + backward"] = lambda align=align, inputs=inputs: backward(align, inputs)
+    timers = {name: harness.wall_timer([call], cuda)[0] for name, call in calls.items()}
+    samples = harness.interleave(timers, limits)
+    common = {
+        "suite": "host", "provider": "ours", "clock": "wall", "dtype": short(setting.dtype),
+        "out_dtype": short(setting.out_dtype), "layout": "contiguous_format", "out_layout": short(setting.out_layout),
+        "shape": list(shape), "batch": None,
+    }  # fmt: skip
+    records = []
+    for name in calls:
+        inputs = many if "53" in name else one
+        direction: Direction = "both" if "backward" in name else "forward"
+        bytes_min = Case(name, (shape,) * len(inputs.weights)).bytes_min(direction, setting)
+        extra = {"case": name, "direction": direction, "n_layers": len(inputs.weights), "bytes_min": bytes_min}
+        p20, p50, p80 = quantiles(samples[name])
+        extra |= {"p20": p20, "p50": p50, "p80": p80, "samples": len(samples[name]), "speedups": {}}
+        records.append(common | extra)
+    return records
+
+
+def run(
+    chosen: Sequence[Setting], network: Network, only: str | None, limits: Limits, console: Console
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """All records, and what was left out and why."""
+    records: list[dict[str, Any]] = []
+    left_out = []
+    todo = cases(network, only)
+    device = chosen[0].device
+    facts = machine.facts(device)
+    console.print(f"{machine.label(facts)}; backends: {wa.backends()}", highlight=False)
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+    with Progress(*columns, TimeRemainingColumn(), console=console) as progress:
+        costs = [NETWORK_COST if len(case.shapes) > 1 else 1 for case in todo]
+        task = progress.add_task("copy rate", total=len(chosen) * len(DIRECTIONS) * sum(costs))
+        copy = harness.copy_rate(device)
+        for setting in chosen:
+            torch.manual_seed(0)
+            progress.update(task, description="torch.compile, first try")
+            if reason := why_no_compile(setting):
+                left_out.append(f"compile, {setting}: {reason}")
+            for case, cost in zip(todo, costs, strict=True):
+                progress.update(task, description=f"{case.name:>16} {setting}")
+                single = len(case.shapes) == 1
+                entrants = providers(setting, len(case.shapes), with_compile=reason is None)
+                within = limits if single else Limits(limits.rounds, 4 * limits.seconds)
+                suite = "layer" if single else "network"
+                advance = lambda cost=cost: progress.advance(task, cost)  # noqa: E731
+                records += harness.measure(suite, case, setting, entrants, within, copy, advance=advance)
+            records += host_records(setting, limits)
+    return [{**record, **facts} for record in records], left_out
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("out"), help="folder (default: out)")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the weights")
+    parser.add_argument("--out-dtype", choices=DTYPES, help="of the result (default: --dtype; on CUDA bfloat16 too)")
+    parser.add_argument("--only", help="just the cases whose name contains this, such as 64x64x1x1 or resnet50")
+    parser.add_argument("--rounds", type=int, default=30, help="samples of each provider (at least 10 if slow)")
+    parser.add_argument("--seconds", type=float, default=1.0, help="time for the rounds of one layer and direction")
+    arguments = parser.parse_args()
+    console = Console()
+    chosen = settings(arguments.device, arguments.dtype, arguments.out_dtype)
+    limits = Limits(arguments.rounds, arguments.seconds)
+    records, left_out = run(chosen, layers.load("resnet50"), arguments.only, limits, console)
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    path = arguments.out / "align.jsonl"
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    report.print_report(console, records, left_out)
+    written = [path]
+    for setting in chosen:
+        clock = "graph" if setting.device == "cuda" else "wall"
+        fields = {"dtype": short(setting.dtype), "out_dtype": short(setting.out_dtype), "clock": clock}
+        plotted = report.pick(records, suite="layer", provider="ours", direction="both", **fields)
+        if plotted and importlib.util.find_spec("matplotlib") is None:
+            console.print("no plot: matplotlib is not installed")
+        elif plotted:
+            written.append(arguments.out / f"align-{setting.device}-{fields['dtype']}-{fields['out_dtype']}.png")
+            report.plot(plotted, written[-1])
+    console.print("wrote " + ", ".join(map(str, written)), highlight=False)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,231 @@
+"""How things are measured: clocks, providers in turn, correctness first, one record for each result.
+
+CPU: wall time of enough calls for 200 us. CUDA: a CUDA graph of many calls ("graph", the primary clock) and the wall
+time of eager calls ("wall"). Calls rotate over sets of fresh random buffers, together three times the last cache where
+the cap on sets allows it (`sets` and `bytes_rotated` of a record say).
+"""
+
+import gc
+import itertools
+import math
+import pathlib
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from .layers import Shape
+from .providers import DIRECTIONS, Direction, Inputs, Provider, Setting, make_inputs, short
+from .stats import Ratio, median_ratio, quantiles
+
+MIN_ROUNDS = 10
+MAX_SETS = {"cpu": 8, "cuda": 200}
+GRAPH_BYTES = 1 << 30  # what the calls of one CUDA graph may move: their results are all kept
+Call = Callable[[], Any]
+Timer = Callable[[], float]
+# Largest error / largest value against float64. Gradients sum up to 4608 float32 products and, like the result, are
+# rounded to their dtype once; rivals also round in between.
+TOLERANCES = {torch.float64: 1e-12, torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
+
+
+class WrongResultError(AssertionError):
+    """A provider disagrees with float64."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """Weights that are aligned together: one layer, or a network."""
+
+    name: str
+    shapes: tuple[Shape, ...]
+
+    def bytes_min(self, direction: Direction, setting: Setting) -> int:
+        """What any implementation must move. forward: weights, results, gains, statistics; backward: weights, gradients
+        in and out, gains and their gradients, statistics."""
+        weights, filters = sum(math.prod(s) for s in self.shapes), sum(s[0] for s in self.shapes)
+        own, out = setting.dtype.itemsize, setting.out_dtype.itemsize
+        forward = weights * (own + out) + filters * (4 + 8)
+        backward = weights * (2 * own + out) + filters * (4 + 4 + 8)
+        return {"forward": forward, "backward": backward, "both": forward + backward}[direction]
+
+
+@dataclass(frozen=True)
+class Limits:
+    """When to stop sampling: after `rounds`, or after `seconds` but with MIN_ROUNDS at least."""
+
+    rounds: int = 30
+    seconds: float = 2.0
+
+
+def interleave(timers: dict[str, Timer], limits: Limits) -> dict[str, list[float]]:
+    """One sample of each timer a round: A B A B."""
+    samples: dict[str, list[float]] = {name: [] for name in timers}
+    collecting = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        start = time.perf_counter()
+        for done in range(1, limits.rounds + 1):
+            for name, timer in timers.items():
+                samples[name].append(timer())
+            if done >= MIN_ROUNDS and time.perf_counter() - start > limits.seconds:
+                break
+    finally:
+        if collecting:
+            gc.enable()
+    return samples
+
+
+def wall_timer(calls: Sequence[Call], cuda: bool) -> tuple[Timer, int]:
+    """Wall seconds a call, over calls that take 200 us together (2 ms on CUDA, to the end of their kernels)."""
+    turn = itertools.cycle(calls)
+    finish = torch.cuda.synchronize if cuda else lambda: None
+    target = 2e-3 if cuda else 2e-4
+
+    def total(count: int) -> float:
+        finish()
+        start = time.perf_counter()
+        for call in itertools.islice(turn, count):
+            call()
+        finish()
+        return time.perf_counter() - start
+
+    total(len(calls))
+    count = 1
+    while (took := min(total(count), total(count))) < target:
+        count = max(count + 1, math.ceil(count * min(1.2 * target / took, 10)))
+    return lambda: total(count) / count, count
+
+
+def graph_timer(calls: Sequence[Call], count: int, stream: "torch.cuda.Stream") -> tuple[Timer, int]:
+    """GPU seconds a call, from replays of a CUDA graph of `count` calls captured on `stream`, the current one."""
+    for call in calls:
+        call()
+    graph = torch.cuda.CUDAGraph()
+    kept = []  # so that no result takes the memory of another one, still in the cache
+    with torch.cuda.graph(graph, stream=stream):
+        for call in itertools.islice(itertools.cycle(calls), count):
+            kept.append(call())
+    kept.clear()
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+
+    def sample() -> float:
+        begin.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        return float(begin.elapsed_time(end)) * 1e-3 / count
+
+    sample()
+    return sample, count
+
+
+def largest_error(provider: Provider, direction: Direction, inputs: Inputs) -> float:
+    """Largest error / largest value over the results, memory poisoned before; WrongResultError beyond the tolerance."""
+    expected = provider.expected(direction, inputs)
+    call = provider.call(direction, inputs)
+    poison = [torch.full_like(t, math.nan, dtype=t.dtype) for t in (*inputs.weights, *inputs.grads)]
+    del poison
+    results = call()
+    if len(results) != len(expected):
+        raise WrongResultError(f"{provider.name}: {len(results)} results instead of {len(expected)}")
+    worst = 0.0
+    for result, reference in zip(results, expected, strict=True):
+        result, reference = result.detach(), reference.detach()
+        error = float((result.double() - reference).abs().max() / reference.abs().max())
+        tolerance = max(TOLERANCES[result.dtype], TOLERANCES[inputs.setting.dtype])
+        if not error <= tolerance:  # NaN is wrong too
+            which = f"{provider.name}, {direction}, {tuple(reference.shape)}"
+            raise WrongResultError(f"{which}: error {error:.1e} > {tolerance:.0e}")
+        worst = max(worst, error)
+    return worst
+
+
+def count_launches(call: Call) -> int:
+    """Kernels, copies and fills that one call puts on the GPU."""
+    from torch.profiler import ProfilerActivity, profile
+
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
+        call()
+        torch.cuda.synchronize()
+    return sum(event.device_type == torch.autograd.DeviceType.CUDA for event in profiler.events())
+
+
+def cache_bytes(device: str) -> int:
+    """The cache to be larger than: L2 of the GPU, the largest one of the CPU (32 MiB if it does not say)."""
+    if device == "cuda":
+        return int(torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size)
+    sizes = [p.read_text().strip() for p in pathlib.Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")]
+    return max((int(s[:-1]) << 10 for s in sizes if s.endswith("K")), default=32 << 20)
+
+
+def copy_rate(device: str) -> float:
+    """Bytes a second, read and written, of copying a buffer that no cache holds."""
+    source = torch.ones((1 << 29 if device == "cuda" else 1 << 27) // 4, device=device)
+    target = torch.zeros_like(source)
+    timer, _ = wall_timer([lambda: target.copy_(source)], device == "cuda")
+    return 2 * source.nbytes / quantiles([timer() for _ in range(MIN_ROUNDS)])[1]
+
+
+def measure(
+    suite: str,
+    case: Case,
+    setting: Setting,
+    entrants: Sequence[Provider],
+    limits: Limits,
+    copy: float | None = None,
+    directions: Sequence[Direction] = DIRECTIONS,
+    advance: Callable[[], None] = lambda: None,
+) -> list[dict[str, Any]]:
+    """Records of all `entrants` on `case`, for each direction and clock. `copy`: bytes/s of a large copy."""
+    cuda = setting.device == "cuda"
+    stream = torch.cuda.Stream() if cuda else None
+    records = []
+    with torch.cuda.stream(stream):
+        footprint = case.bytes_min("both", setting)
+        sets = max(1, min(MAX_SETS[setting.device], math.ceil(3 * cache_bytes(setting.device) / footprint)))
+        inputs = [make_inputs(case.shapes, setting) for _ in range(sets)]
+        for direction in directions:
+            errors = {p.name: largest_error(p, direction, inputs[0]) for p in entrants}
+            calls = {p.name: [p.call(direction, each) for each in inputs] for p in entrants}
+            launches = {name: count_launches(each[0]) if cuda else None for name, each in calls.items()}
+            timings = {"wall": {name: wall_timer(each, cuda) for name, each in calls.items()}}
+            if stream is not None:
+                count = max(1, 200 // len(case.shapes), sets if len(case.shapes) > 1 else 1)
+                count = max(min(count, GRAPH_BYTES // footprint), 2)
+                timings["graph"] = {name: graph_timer(each, count, stream) for name, each in calls.items()}
+            bytes_min = case.bytes_min(direction, setting)
+            for clock, pairs in timings.items():
+                samples = interleave({name: timer for name, (timer, _) in pairs.items()}, limits)
+                common = {
+                    "suite": suite, "case": case.name, "direction": direction, "clock": clock,
+                    "dtype": short(setting.dtype), "out_dtype": short(setting.out_dtype),
+                    "layout": "contiguous_format", "out_layout": short(setting.out_layout),
+                    "shape": list(case.shapes[0]) if len(case.shapes) == 1 else None, "n_layers": len(case.shapes),
+                    "batch": None, "bytes_min": bytes_min, "sets": sets,
+                    "bytes_rotated": sets * footprint,
+                }  # fmt: skip
+                for p in entrants:
+                    extra = {"calls": pairs[p.name][1], "launches": launches[p.name], "max_error": errors[p.name]}
+                    numbers = summary(p.name, samples, bytes_min, copy)
+                    records.append({**common, "provider": p.name, **extra, **numbers})
+            advance()
+    return records
+
+
+def summary(name: str, samples: dict[str, list[float]], bytes_min: int, copy: float | None) -> dict[str, Any]:
+    """Quantiles, rates and, for ours, speedups of one provider."""
+    p20, p50, p80 = quantiles(samples[name])
+    rate = bytes_min / p50
+    speedups: dict[str, Ratio] = {}
+    if name.startswith("ours"):
+        speedups = {rival: median_ratio(each, samples[name]) for rival, each in samples.items() if rival != name}
+    return {
+        "p20": p20, "p50": p50, "p80": p80, "samples": len(samples[name]), "GB/s": rate / 1e9,
+        "fraction_of_flat": quantiles(samples["flat"])[1] / p50 if "flat" in samples else None,
+        "fraction_of_copy": rate / copy if copy else None,
+        "speedups": {rival: ratio.to_json() for rival, ratio in speedups.items()},
+    }  # fmt: skip

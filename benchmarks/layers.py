@@ -1,0 +1,79 @@
+"""The convolutions of real networks, as JSON in benchmarks/layers/ made from the models.
+
+python -m benchmarks.layers    writes them again (needs torchvision)
+"""
+
+import collections
+import functools
+import json
+import math
+import pathlib
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+FOLDER = pathlib.Path(__file__).with_name("layers")
+NETWORKS = ("resnet50",)
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Network:
+    """Convolutions of a network in the order of its modules."""
+
+    name: str
+    layers: tuple[tuple[str, Shape], ...]
+
+    @functools.cached_property
+    def shapes(self) -> dict[Shape, int]:
+        """Each distinct weight shape, in order of appearance, and how many layers have it."""
+        return dict(collections.Counter(shape for _, shape in self.layers))
+
+    @property
+    def weights(self) -> int:
+        return sum(math.prod(shape) for _, shape in self.layers)
+
+    @property
+    def filters(self) -> int:
+        return sum(shape[0] for _, shape in self.layers)
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "network": f"torchvision.models.{self.name}",
+            "weights": self.weights,
+            "filters": self.filters,
+            "layers": [{"name": name, "shape": list(shape)} for name, shape in self.layers],
+            "shapes": [{"shape": list(shape), "count": count} for shape, count in self.shapes.items()],
+        }
+
+
+def from_model(name: str) -> Network:
+    """Every Conv2d of torchvision.models.<name>."""
+    import torchvision
+
+    with torch.device("meta"):
+        model = getattr(torchvision.models, name)()
+    convolutions = [(n, m) for n, m in model.named_modules() if isinstance(m, torch.nn.Conv2d)]
+    return Network(name, tuple((n, tuple(m.weight.shape)) for n, m in convolutions))
+
+
+def load(name: str) -> Network:
+    """The network as committed."""
+    layers = json.loads((FOLDER / f"{name}.json").read_text())["layers"]
+    return Network(name, tuple((layer["name"], tuple(layer["shape"])) for layer in layers))
+
+
+def to_text(network: Network) -> str:
+    """JSON, one layer a line."""
+    fields = []
+    for key, value in network.to_json().items():
+        rows = ",\n".join(f"    {json.dumps(row)}" for row in value) if isinstance(value, list) else None
+        fields.append(f"  {json.dumps(key)}: " + (json.dumps(value) if rows is None else f"[\n{rows}\n  ]"))
+    return "{\n" + ",\n".join(fields) + "\n}\n"
+
+
+if __name__ == "__main__":
+    for each in NETWORKS:
+        (FOLDER / f"{each}.json").write_text(to_text(from_model(each)))
+        print(FOLDER / f"{each}.json")

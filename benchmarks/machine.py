@@ -1,0 +1,63 @@
+"""What a record says about where and when it was made."""
+
+import datetime
+import pathlib
+import platform
+import subprocess
+from typing import Any
+
+import torch
+
+ROOT = pathlib.Path(__file__).parent.parent
+
+
+def output_of(*command: str) -> str | None:
+    """What a command prints; None if it is missing or fails."""
+    try:
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def cpu_name() -> str:
+    info = pathlib.Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor())
+
+
+def git_revision() -> str | None:
+    revision = output_of("git", "rev-parse", "--short=12", "HEAD")
+    return revision and revision + ("-dirty" if output_of("git", "status", "--porcelain") else "")
+
+
+def triton_version() -> str | None:
+    try:
+        import triton
+    except ImportError:
+        return None
+    return str(triton.__version__)
+
+
+def facts(device: str) -> dict[str, Any]:
+    """Fields for every record of a run on `device`."""
+    cuda = device == "cuda"
+    driver = output_of("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") if cuda else None
+    return {
+        "device": device,
+        "gpu": torch.cuda.get_device_name() if cuda else None,
+        "cpu": cpu_name(),
+        "threads": torch.get_num_threads(),
+        "driver": driver.splitlines()[0] if driver else None,
+        "cuda": torch.version.cuda,
+        "torch": torch.__version__,
+        "triton": triton_version(),
+        "git": git_revision(),
+        "time": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
+def label(facts: dict[str, Any]) -> str:
+    """The machine in a line."""
+    name = facts["gpu"] or f"{facts['cpu']}, {facts['threads']} threads"
+    return f"{name}, torch {facts['torch']}"

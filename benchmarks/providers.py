@@ -1,0 +1,197 @@
+"""What is measured: our alignment, its rivals, and two floors, all for a list of weights.
+
+Floors: `cast` is what a plain convolution under autocast does to its weights (a clone where the dtype stays, whose
+backward then moves nothing); `flat` moves the bytes of the alignment in one elementwise operation, without autograd.
+"""
+
+import math
+import types
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import weightalign_cuda as wa
+
+from .layers import Shape
+
+Direction = Literal["forward", "backward", "both"]
+DIRECTIONS: tuple[Direction, ...] = ("forward", "backward", "both")
+EPS = 1e-5
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Where and in what dtypes and layout the weights are aligned."""
+
+    device: str
+    dtype: torch.dtype = torch.float32
+    out_dtype: torch.dtype = torch.float32
+    out_layout: torch.memory_format = torch.preserve_format
+
+    def __str__(self) -> str:
+        layout = "" if self.out_layout == torch.preserve_format else f" {short(self.out_layout)}"
+        return f"{short(self.dtype)} -> {short(self.out_dtype)}{layout}"
+
+
+@dataclass
+class Inputs:
+    """One set of buffers: weights and gains, which want gradients, and gradients of the aligned weights."""
+
+    weights: list[Tensor]
+    gains: list[Tensor]
+    grads: list[Tensor]
+    setting: Setting
+
+
+def short(name: Any) -> str:
+    return str(name).removeprefix("torch.")
+
+
+def make_inputs(shapes: Sequence[Shape], setting: Setting) -> Inputs:
+    """He-initialised weights off zero mean, gains about 1, normal gradients in the layout of the result."""
+    device, weights, gains, grads = setting.device, [], [], []
+    for shape in shapes:
+        deviation = math.sqrt(2 / math.prod(shape[1:]))
+        weight = torch.randn(shape, device=device).mul_(deviation).add_(0.1 * deviation).to(setting.dtype)
+        gain = 1 + 0.1 * torch.randn(shape[0], device=device)
+        grad = torch.randn(shape, device=device).to(setting.out_dtype, memory_format=setting.out_layout)
+        weights.append(weight.requires_grad_())
+        gains.append(gain.requires_grad_())
+        grads.append(grad)
+    return Inputs(weights, gains, grads, setting)
+
+
+def formula(weight: Tensor, gain: Tensor, dtype: torch.dtype, layout: torch.memory_format, eps: float = EPS) -> Tensor:
+    """The alignment as one writes it in PyTorch."""
+    dims, n = (1, 2, 3), weight[0].numel()
+    mean = weight.mean(dims, keepdim=True)
+    var = weight.var(dims, keepdim=True, unbiased=False)
+    aligned = gain.view(-1, 1, 1, 1) * (weight - mean) / torch.sqrt(n / 2 * var + eps)
+    return aligned.to(dtype, memory_format=layout)
+
+
+def timm_trick(weight: Tensor, gain: Tensor, dtype: torch.dtype, layout: torch.memory_format) -> Tensor:
+    """F.batch_norm over the filters, as timm.layers.ScaledStdConv2d with gamma = sqrt(2), eps = 2 eps / n: ours."""
+    n = weight[0].numel()
+    scaled = (gain * (2**0.5 * n**-0.5)).view(-1)
+    flat = weight.reshape(1, weight.shape[0], -1)
+    aligned = F.batch_norm(flat, None, None, weight=scaled, training=True, momentum=0.0, eps=2 * EPS / n)
+    return aligned.reshape_as(weight).to(dtype, memory_format=layout)
+
+
+Align = Callable[[list[Tensor], list[Tensor]], list[Tensor]]
+
+
+class Provider:
+    """A way to align, differentiated by autograd as in a training step."""
+
+    def __init__(self, name: str, align: Align, aligns: bool = True) -> None:
+        self.name, self.align, self.aligns = name, align, aligns
+
+    def call(self, direction: Direction, inputs: Inputs) -> Callable[[], list[Tensor]]:
+        """What is timed: returns the aligned weights (forward) or the gradients of weights and gains."""
+        weights, gains, grads = inputs.weights, inputs.gains, inputs.grads
+        wanted = weights + gains if self.aligns else weights
+        if direction == "forward":
+            return lambda: self.align(weights, gains)
+        if direction == "both":
+            return lambda: list(torch.autograd.grad(self.align(weights, gains), wanted, grads))
+        aligned = self.align(weights, gains)
+        return lambda: list(torch.autograd.grad(aligned, wanted, grads, retain_graph=True))
+
+    def expected(self, direction: Direction, inputs: Inputs) -> list[Tensor]:
+        """The same in float64."""
+        weights, gains = ([t.detach().double().requires_grad_() for t in ts] for ts in (inputs.weights, inputs.gains))
+        aligned, wanted = weights, weights
+        if self.aligns:
+            fixed = (torch.float64, torch.preserve_format)
+            aligned = [formula(w, g, *fixed) for w, g in zip(weights, gains, strict=True)]
+            wanted = weights + gains
+        if direction == "forward":
+            return aligned
+        return list(torch.autograd.grad(aligned, wanted, [g.double() for g in inputs.grads]))
+
+
+class Flat(Provider):
+    """The ceiling: forward w.to(dtype), backward w + G, each over one flat buffer and into one that is there."""
+
+    def __init__(self) -> None:
+        super().__init__("flat", lambda weights, gains: [], aligns=False)
+
+    def call(self, direction: Direction, inputs: Inputs) -> Callable[[], list[Tensor]]:
+        weight, grad = (torch.cat([t.detach().flatten() for t in ts]) for ts in (inputs.weights, inputs.grads))
+        result = torch.full_like(grad, math.nan)
+        total = torch.full_like(weight, math.nan)
+        if direction == "forward":
+            return lambda: [result.copy_(weight)]
+        if direction == "backward":
+            return lambda: [torch.add(weight, grad, out=total)]
+        return lambda: [result.copy_(weight), torch.add(weight, grad, out=total)]
+
+    def expected(self, direction: Direction, inputs: Inputs) -> list[Tensor]:
+        weight, grad = (torch.cat([t.detach().flatten() for t in ts]).double() for ts in (inputs.weights, inputs.grads))
+        return {"forward": [weight], "backward": [weight + grad], "both": [weight, weight + grad]}[direction]
+
+
+def per_layer(function: Callable[..., Tensor], setting: Setting) -> Align:
+    """`function(weight, gain, dtype, layout)` for each weight."""
+    fixed = setting.out_dtype, setting.out_layout
+    return lambda weights, gains: [function(w, g, *fixed) for w, g in zip(weights, gains, strict=True)]
+
+
+def compiled(setting: Setting) -> Align:
+    """torch.compile of the formula over the list, as a function of its own: no other shape's guards to check.
+
+    Donated buffers are off, because the backward is timed on a graph that is kept.
+    """
+    import torch._functorch.config
+
+    torch._functorch.config.donated_buffer = False  # type: ignore[attr-defined]
+    fixed = setting.out_dtype, setting.out_layout
+
+    def over_list(weights: list[Tensor], gains: list[Tensor]) -> list[Tensor]:
+        return [formula(w, g, *fixed) for w, g in zip(weights, gains, strict=True)]
+
+    own = types.FunctionType(over_list.__code__.replace(), globals(), "over_list", None, over_list.__closure__)
+    mode = "max-autotune-no-cudagraphs" if setting.device == "cuda" else None
+    return torch.compile(own, dynamic=False, fullgraph=True, mode=mode)  # type: ignore[no-any-return]
+
+
+def ours(setting: Setting) -> Align:
+    """wa.align for each weight."""
+    return per_layer(lambda w, g, dtype, layout: wa.align(w, g, eps=EPS, dtype=dtype, memory_format=layout), setting)
+
+
+def ours_foreach(setting: Setting) -> Align:
+    """wa.align_foreach of the list."""
+    dtype, layout = setting.out_dtype, setting.out_layout
+    return lambda weights, gains: wa.align_foreach(weights, gains, eps=EPS, dtype=dtype, memory_format=layout)
+
+
+def cast(weight: Tensor, gain: Tensor, dtype: torch.dtype, layout: torch.memory_format) -> Tensor:
+    return weight.to(dtype, memory_format=layout, copy=True)
+
+
+def providers(setting: Setting, layers: int, with_compile: bool) -> list[Provider]:
+    """All of them for a list of `layers` weights; ours comes first, and for a list also ours layer by layer."""
+    own = [Provider("ours", ours(setting))]
+    if layers > 1:
+        own = [Provider("ours", ours_foreach(setting)), Provider("ours per layer", ours(setting))]
+    rivals = [Provider("eager", per_layer(formula, setting)), Provider("timm", per_layer(timm_trick, setting))]
+    if with_compile:
+        rivals.append(Provider("compile", compiled(setting)))
+    return [*own, *rivals, Provider("cast", per_layer(cast, setting), aligns=False), Flat()]
+
+
+def why_no_compile(setting: Setting) -> str | None:
+    """Why torch.compile does not work here, from compiling one tiny weight; None if it does."""
+    inputs = make_inputs([(8, 4, 1, 1)], setting)
+    try:
+        Provider("compile", compiled(setting)).call("both", inputs)()
+    except Exception as failure:
+        return f"{type(failure).__name__}: {str(failure).strip().splitlines()[0] if str(failure).strip() else ''}"
+    return None
