@@ -80,13 +80,13 @@ class _Align(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         *tensors, statistics = ctx.saved_tensors
         count, wanted = len(tensors) // 2, ctx.needs_input_grad[1:]
-        if torch.is_grad_enabled():
-            return None, *_differentiable_gradients(ctx.options, tensors, grads[:count], wanted)
-        weights, gains, scales = tensors[:count], tensors[count:], ctx.options[1]
         # Frozen weights, and those whose result nobody used, take no part.
         used = [i for i in range(count) if grads[i] is not None and (wanted[i] or wanted[count + i])]
         if not used:
             return (None,) * (1 + 2 * count)
+        if torch.is_grad_enabled():
+            return None, *_differentiable_gradients(ctx.options, tensors, grads, used, wanted)
+        weights, gains, scales = tensors[:count], tensors[count:], ctx.options[1]
         used_grads: Sequence[Tensor | None] = grads[:count]
         if len(used) < count:
             per_weight = statistics.split([w.shape[0] for w in weights])
@@ -109,12 +109,15 @@ def _below_autograd(op: Any, *args: Any) -> Any:
 
 
 def _differentiable_gradients(
-    options: tuple[Any, ...], tensors: Sequence[Tensor | None], grads: Sequence[Tensor | None], wanted: Sequence[bool]
+    options: tuple[Any, ...],
+    tensors: Sequence[Tensor | None],
+    grads: Sequence[Tensor | None],
+    used: Sequence[int],
+    wanted: Sequence[bool],
 ) -> list[Tensor | None]:
     """The backward under create_graph: through the reference, which PyTorch can differentiate again."""
     eps, scales, dtype, _ = options
     count = len(tensors) // 2
-    used = [i for i in range(count) if grads[i] is not None]
     with torch.enable_grad():
         weights_and_gains = [(tensors[i], tensors[count + i]) for i in used]
         aligned = [

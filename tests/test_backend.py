@@ -1,0 +1,156 @@
+"""The choice of backend: pure, per thread, kept for the backward; and its reasons."""
+
+import threading
+
+import pytest
+import torch
+from test_foreach import CountOps
+from truth import normal
+
+import weightalign_cuda as wa
+from weightalign_cuda import _backend
+from weightalign_cuda._library import Library
+
+ALL = (75, 80, 90, 100, 120)
+
+
+def served_by_op(weight):
+    with CountOps() as ops:
+        wa.align(weight)
+    return bool(ops.calls)
+
+
+def test_names_and_states():
+    assert list(wa.backends()) == ["cuda", "cpu", "triton", "reference"]
+    assert wa.backends()["reference"] == "available"
+    assert all(isinstance(state, str) and state for state in wa.backends().values())
+
+
+def test_native_backend_is_the_default(device):
+    assert _backend.choose(device) == device
+    assert served_by_op(normal(4, 9, device=device))
+    assert _backend.choose("meta") == "reference"
+
+
+def test_nesting(device):
+    weight = normal(4, 9, device=device)
+    with wa.use_backend("reference"):
+        assert not served_by_op(weight)
+        with wa.use_backend(device):
+            assert served_by_op(weight)
+            with pytest.raises(KeyError), wa.use_backend("reference"):
+                raise KeyError
+            assert served_by_op(weight)
+        assert not served_by_op(weight)
+    assert served_by_op(weight)
+
+
+def test_choice_is_of_one_thread(device):
+    """Two threads inside `use_backend` at once, and this one outside."""
+    weight = normal(4, 9, device=device)
+    served, both_inside = {}, threading.Barrier(3)
+
+    def run(name):
+        with wa.use_backend(name):
+            both_inside.wait(30)
+            served[name] = served_by_op(weight)
+            both_inside.wait(30)
+
+    threads = [threading.Thread(target=run, args=(name,)) for name in (device, "reference")]
+    for thread in threads:
+        thread.start()
+    with wa.use_backend("reference"):
+        inside = threading.Thread(target=lambda: served.update(inside=served_by_op(weight)))
+        inside.start()
+        inside.join()
+    both_inside.wait(30)
+    served["outside"] = served_by_op(weight)
+    both_inside.wait(30)
+    for thread in threads:
+        thread.join()
+    assert served == {device: True, "reference": False, "outside": True, "inside": True}
+
+
+@pytest.mark.parametrize("forward_by_op", [True, False])
+def test_backward_keeps_the_choice_of_its_forward(device, forward_by_op):
+    names = (device, "reference") if forward_by_op else ("reference", device)
+    weight = normal(4, 9, device=device).requires_grad_()
+    with wa.use_backend(names[0]):
+        aligned = wa.align(weight)
+    with wa.use_backend(names[1]), CountOps() as ops:
+        aligned.sum().backward()
+    assert ops.calls == ({"align_backward": 1} if forward_by_op else {})
+
+
+def test_forced_cuda_on_cpu_tensors():
+    state = wa.backends()["cuda"]
+    reason = r"it does not serve tensors on 'cpu'" if state == "available" else state.replace("+", r"\+")
+    for run in (lambda: wa.align(normal(4, 9)), lambda: wa.align_foreach([normal(4, 9)])):
+        with (
+            wa.use_backend("cuda"),
+            pytest.raises(RuntimeError, match=f"^backend 'cuda' was asked for, but:? {reason}$"),
+        ):
+            run()
+
+
+def test_forced_cpu_on_other_tensors():
+    with (
+        wa.use_backend("cpu"),
+        pytest.raises(RuntimeError, match=r"'cpu' was asked for, but it does not serve .* 'meta'"),
+    ):
+        wa.align(normal(4, 9, device="meta"))
+
+
+def test_a_backend_that_is_not_there_never_falls_back(monkeypatch):
+    monkeypatch.setitem(wa.backends(), "cpu", "broken: mend it")
+    monkeypatch.setattr(_backend, "_known", {})
+    with (
+        wa.use_backend("cpu"),
+        pytest.raises(RuntimeError, match=r"^backend 'cpu' was asked for, but: broken: mend it$"),
+    ):
+        wa.align(normal(4, 9))
+    assert _backend.choose("cpu") == "reference"
+
+
+@pytest.mark.parametrize(
+    ("compiled", "serves", "serves_not"),
+    [
+        (ALL, (75, 80, 86, 87, 89, 90, 100, 103, 120, 121, 130), (50, 61, 70, 72, 110)),
+        ((80,), (80, 86, 89, 90, 120), (70, 75)),  # beyond 8.x: PTX
+        ((90,), (90, 100), (80, 89)),
+        ((75, 100), (75, 100, 103, 120), (80, 90)),
+        ((86, 90), (86, 89, 90), (75, 80)),  # machine code never serves an older minor version
+    ],
+    ids=str,
+)
+def test_architectures_that_a_library_serves(monkeypatch, compiled, serves, serves_not):
+    monkeypatch.setattr(_backend, "library", Library(architectures=compiled))
+    assert [c for c in (*serves, *serves_not) if _backend._runs_on(c)] == list(serves)
+
+
+@pytest.fixture
+def cuda_machine(monkeypatch):
+    """Two devices, sm_90 and sm_70, and a library and driver of one's choice."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: [(9, 0), (7, 0)][device])
+
+    def plant(architectures=ALL, runtime=13000, driver=13000):
+        monkeypatch.setattr(_backend, "library", Library(None, architectures, runtime, driver))
+        return _backend._cuda()
+
+    return plant
+
+
+def test_why_cuda_is_not_available(cuda_machine, monkeypatch):
+    assert cuda_machine(architectures=()).startswith("the native library was built without nvcc: put nvcc on PATH")
+    assert "built with CUDA 13.0, the driver serves up to 12.4: update" in cuda_machine(driver=12040)
+    assert "cuda:1 is sm_70, the native library has sm_75, sm_80" in cuda_machine()
+    assert "WEIGHTALIGN_CUDA_ARCHS=70" in cuda_machine()
+    assert cuda_machine((60, 70, 90)) == "available"
+    assert cuda_machine((60, 70, 90), runtime=12080, driver=12020) == "available"  # same major version
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    assert cuda_machine() == f"torch {torch.__version__} sees no CUDA device"
+    monkeypatch.setattr(torch.version, "cuda", None)
+    assert cuda_machine() == f"torch {torch.__version__} is a CPU-only build"

@@ -1,0 +1,127 @@
+"""Every message: the argument it names, what came, what is wanted; before anything runs."""
+
+import math
+import re
+
+import pytest
+import torch
+
+import weightalign_cuda as wa
+
+W, G = torch.ones(4, 9), torch.ones(4)
+IMAGE = torch.ones(4, 2, 3, 3)
+FLOATS = "expected float32, float16, bfloat16 or float64, got "
+
+ALIGN = {
+    "weight is no tensor": (([1.0],), {}, TypeError, "weight: expected a Tensor, got list"),
+    "weight is None": ((None,), {}, TypeError, "weight: expected a Tensor, got NoneType"),
+    "integer weight": ((W.long(),), {}, TypeError, f"weight: {FLOATS}torch.int64"),
+    "complex weight": ((W.cfloat(),), {}, TypeError, f"weight: {FLOATS}torch.complex64"),
+    "sparse weight": ((W.to_sparse(),), {}, TypeError, "weight: expected a strided tensor...torch.sparse_coo"),
+    "weight of rank 1": (
+        (G,), {}, ValueError, "weight: expected rank 2 or more...got shape (4,)"),
+    "weight of rank 0": (
+        (G[0],), {}, ValueError, "weight: expected rank 2 or more...got shape ()"),
+    "gain is no tensor": ((W, 1.0), {}, TypeError, "gain: expected a Tensor or None, got float"),
+    "integer gain": ((W, G.int()), {}, TypeError, f"gain: {FLOATS}torch.int32"),
+    "sparse gain": ((W, G.to_sparse()), {}, TypeError, "gain: expected a strided tensor, got layout torch.sparse_coo"),
+    "long gain": ((W, W[0]), {}, ValueError, "gain: expected shape (4,)...got (9,)"),
+    "gain of timm": (
+        (IMAGE, G.view(4, 1, 1, 1)), {}, ValueError, "gain: expected shape (4,)...got (4, 1, 1, 1)"),
+    "gain elsewhere": ((W, G.to("meta")), {}, ValueError, "gain: expected the weight's device cpu, got meta"),
+    "eps is no number": ((W,), {"eps": "1e-5"}, TypeError, "eps: expected a number, got str"),
+    "eps is a tensor": ((W,), {"eps": torch.tensor(1e-5)}, TypeError, "eps: expected a number, got Tensor"),
+    "eps is bool": ((W,), {"eps": True}, TypeError, "eps: expected a number, got bool"),
+    "eps is 0": ((W,), {"eps": 0}, ValueError, "eps: expected a finite number greater than 0, got 0"),
+    "negative eps": ((W,), {"eps": -1e-5}, ValueError, "eps: expected a finite number greater than 0, got -1e-05"),
+    "infinite eps": ((W,), {"eps": math.inf}, ValueError, "eps: expected a finite number greater than 0, got inf"),
+    "eps is NaN": ((W,), {"eps": math.nan}, ValueError, "eps: expected a finite number greater than 0, got nan"),
+    "scale is no number": ((W,), {"scale": None}, TypeError, "scale: expected a number, got NoneType"),
+    "scale is NaN": ((W,), {"scale": math.nan}, ValueError, "scale: expected a finite number, got nan"),
+    "integer result": ((W,), {"dtype": torch.int8}, TypeError, f"dtype: {FLOATS}torch.int8"),
+    "name of a dtype": ((W,), {"dtype": "float32"}, TypeError, f"dtype: {FLOATS}float32"),
+    "float64 from float32": (
+        (W,), {"dtype": torch.float64}, ValueError,
+        "dtype: float64...got torch.float64 for weight of torch.float32"),
+    "float16 from float64": (
+        (W.double(),), {"dtype": torch.float16}, ValueError,
+        "dtype: float64...got torch.float16 for weight of torch.float64"),
+    "memory_format is no format": (
+        (IMAGE,), {"memory_format": "channels_last"}, TypeError,
+        "memory_format: expected a torch.memory_format, got str"),
+    "channels_last of rank 2": (
+        (W,), {"memory_format": torch.channels_last}, ValueError,
+        "memory_format: torch.channels_last is for rank 4, got a weight of rank 2"),
+    "channels_last_3d of rank 4": (
+        (IMAGE,), {"memory_format": torch.channels_last_3d}, ValueError,
+        "memory_format: torch.channels_last_3d is for rank 5, got a weight of rank 4"),
+}  # fmt: skip
+
+FOREACH = {
+    "a tensor for a list": ((W,), {}, TypeError, "weights: expected a list or tuple, got Tensor"),
+    "a generator for a list": ((iter([W]),), {}, TypeError, "weights: expected a list or tuple, got list_iterator"),
+    "a bad weight": (([W, 1],), {}, TypeError, "weights[1]: expected a Tensor, got int"),
+    "an integer weight": (([W, W.int()],), {}, TypeError, f"weights[1]: {FLOATS}torch.int32"),
+    "a weight of rank 1": (
+        ([W, W, G],), {}, ValueError, "weights[2]: expected rank 2 or more...got shape (4,)"),
+    "a tensor for gains": (([W], G), {}, TypeError, "gains: expected a list or tuple, got Tensor"),
+    "too few gains": (([W, W], [G]), {}, ValueError, "gains: expected one for each of the 2 weights, got 1"),
+    "a bad gain": (([W, W], [None, 2]), {}, TypeError, "gains[1]: expected a Tensor or None, got int"),
+    "a long gain": (
+        ([W, W], [G, W[0]]), {}, ValueError, "gains[1]: expected shape (4,)...got (9,)"),
+    "bad eps": (([W],), {"eps": "x"}, TypeError, "eps: expected a number, got str"),
+    "eps is 0": (([W],), {"eps": 0.0}, ValueError, "eps: expected a finite number greater than 0, got 0.0"),
+    "one eps is 0": (
+        ([W, W],), {"eps": [1, 0]}, ValueError, "eps[1]: expected a finite number greater than 0, got 0"),
+    "one eps is None": (([W, W],), {"eps": (None, 1)}, TypeError, "eps[0]: expected a number, got NoneType"),
+    "too many eps": (([W],), {"eps": [1, 2]}, ValueError, "eps: expected one for each of the 1 weights, got 2"),
+    "no scales": (([W],), {"scale": []}, ValueError, "scale: expected one for each of the 1 weights, got 0"),
+    "one scale is infinite": (
+        ([W, W],), {"scale": [1, -math.inf]}, ValueError, "scale[1]: expected a finite number, got -inf"),
+    "a bad dtype": (([W],), {"dtype": torch.bool}, TypeError, f"dtype: {FLOATS}torch.bool"),
+    "float64 among others": (
+        ([W, W.double()],), {"dtype": torch.float32}, ValueError,
+        "dtype: float64...got torch.float32 for weights[1] of torch.float64"),
+    "a bad memory_format": (
+        ([W],), {"memory_format": 1}, TypeError, "memory_format: expected a torch.memory_format, got int"),
+}  # fmt: skip
+
+
+def pattern(message):
+    """The whole message; `...` stands for anything."""
+    return f"^{re.escape(message)}$".replace(re.escape("..."), ".*")
+
+
+@pytest.mark.parametrize(("args", "kwargs", "error", "message"), ALIGN.values(), ids=ALIGN)
+def test_align(args, kwargs, error, message):
+    with pytest.raises(error, match=pattern(message)):
+        wa.align(*args, **kwargs)
+
+
+@pytest.mark.parametrize(("args", "kwargs", "error", "message"), FOREACH.values(), ids=FOREACH)
+def test_align_foreach(args, kwargs, error, message):
+    with pytest.raises(error, match=pattern(message)):
+        wa.align_foreach(*args, **kwargs)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "error", "message"),
+    [
+        ({"eps": 0}, ValueError, "eps: expected a finite number greater than 0, got 0"),
+        ({"eps": "small"}, TypeError, "eps: expected a number, got str"),
+        ({"scale": math.nan}, ValueError, "scale: expected a finite number, got nan"),
+        ({"scale": False}, TypeError, "scale: expected a number, got bool"),
+        ({"groups": 2}, ValueError, "in_channels must be divisible by groups"),  # torch's own
+    ],
+    ids=lambda value: str(value) if isinstance(value, dict) else "",
+)
+def test_layer(kwargs, error, message):
+    with pytest.raises(error, match=pattern(message)):
+        wa.WAConv2d(3, 4, 3, **kwargs)
+
+
+@pytest.mark.parametrize("name", ["gpu", "", "CPU", None])
+def test_unknown_backend(name):
+    message = f"name: expected one of cuda, cpu, triton, reference, got {name!r}"
+    with pytest.raises(ValueError, match=pattern(message)), wa.use_backend(name):
+        raise AssertionError("not reached")

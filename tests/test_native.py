@@ -1,0 +1,36 @@
+"""The installed library: one small file that any torch >= 2.11 loads, with CUDA or without."""
+
+import pathlib
+import re
+import subprocess
+
+import weightalign_cuda as wa
+from weightalign_cuda import ops
+
+PACKAGE = pathlib.Path(wa.__file__).parent
+LIBRARY = PACKAGE / "_weightalign.so"
+
+
+def test_it_is_here_and_loaded():
+    assert [p.name for p in PACKAGE.rglob("*.so*")] == [LIBRARY.name]
+    assert ops.library.error is None
+    assert wa.backends()["cpu"] == "available"
+
+
+def test_it_is_small():
+    assert LIBRARY.stat().st_size < 3_000_000
+
+
+def test_it_needs_nothing_that_a_cpu_machine_lacks():
+    """CUDA comes in statically, and from whichever torch is there."""
+    dynamic = subprocess.run(["readelf", "-d", str(LIBRARY)], capture_output=True, text=True, check=True).stdout
+    needed = re.findall(r"\(NEEDED\).*\[(.+)\]", dynamic)
+    assert "libtorch_cpu.so" in needed
+    assert not [n for n in needed if re.match(r"lib(torch_cuda|torch_python|c10_cuda|cuda|cudart|nv|python)", n)]
+
+
+def test_it_says_what_it_was_built_with():
+    built_with_cuda = bool(ops.library.architectures)
+    assert list(ops.library.architectures) == sorted(set(ops.library.architectures))
+    assert all(70 <= a < 200 for a in ops.library.architectures)
+    assert (ops.library.cuda_runtime >= 12000) == built_with_cuda

@@ -1,0 +1,94 @@
+"""The package in processes of its own: its command, without the native library, under WEIGHTALIGN_BACKEND."""
+
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+
+import torch
+
+import weightalign_cuda as wa
+
+PACKAGE = pathlib.Path(wa.__file__).parent
+
+
+def python(*args, root=PACKAGE.parent, **environment):
+    """A Python that imports the package from `root`, whichever is installed."""
+    env = {k: v for k, v in os.environ.items() if k != "WEIGHTALIGN_BACKEND"} | {"PYTHONPATH": str(root)} | environment
+    return subprocess.run([sys.executable, *args], cwd=root, env=env, capture_output=True, text=True, timeout=120)
+
+
+def test_command():
+    done = python("-m", "weightalign_cuda", WEIGHTALIGN_BACKEND="")  # empty: as if not set
+    assert done.returncode == 0, done.stderr
+    for expected in (f"weightalign_cuda {wa.__version__}", f"torch {torch.__version__}", "compiled architectures"):
+        assert expected in " ".join(done.stdout.split())
+    for name, state in wa.backends().items():
+        assert f"backend {name} {state}" in " ".join(done.stdout.split())
+
+
+WITHOUT_LIBRARY = """
+import torch, weightalign_cuda as wa
+from weightalign_cuda import ops, _backend
+print(wa.backends()["cpu"]); print(wa.backends()["cuda"]); print(_backend.choose("cpu"))
+
+def grads(align):
+    w = torch.arange(12, dtype=torch.float64).sin().view(3, 4).requires_grad_()
+    g = torch.ones(3, dtype=torch.float64, requires_grad=True)
+    y = align(w, g)
+    return torch.cat([t.flatten() for t in (y, *torch.autograd.grad(y.cos().sum(), (w, g)))])
+
+def formula(w, g):
+    return g[:, None] * (w - w.mean(1, keepdim=True)) / (2 * w.var(1, correction=0, keepdim=True) + 1e-5).sqrt()
+
+def op(w, g):  # where nothing native is registered, the reference is the op's kernel
+    return ops.align_forward([w], [g], [1e-5], [1.0], torch.float64, torch.preserve_format)[0][0]
+
+for align in (wa.align, op):
+    torch.testing.assert_close(grads(align), grads(formula), rtol=1e-12, atol=1e-12)
+try:
+    with wa.use_backend("cpu"):
+        wa.align(torch.ones(2, 2))
+except RuntimeError as refused:
+    print(refused)
+"""
+
+
+def test_without_the_native_library(tmp_path):
+    shutil.copytree(PACKAGE, tmp_path / PACKAGE.name, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    done = python("-c", WITHOUT_LIBRARY, root=tmp_path)
+    assert done.returncode == 0, done.stderr
+    cpu, cuda, choice, refused = done.stdout.splitlines()
+    assert cpu == cuda and cpu.startswith("the native library is not built: no _weightalign.so beside") and "pip" in cpu
+    assert choice == "reference"
+    assert refused == f"backend 'cpu' was asked for, but: {cpu}"
+
+
+def test_with_a_library_that_does_not_load(tmp_path):
+    shutil.copytree(PACKAGE, tmp_path / PACKAGE.name, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    (tmp_path / PACKAGE.name / "_weightalign.so").write_bytes(b"not a library")
+    done = python("-c", WITHOUT_LIBRARY, root=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(f"the native library does not load with torch {torch.__version__}: ")
+
+
+PRINT_CHOICE = """
+import torch, weightalign_cuda as wa
+from weightalign_cuda import _backend
+print(_backend.choose("cpu"))
+with wa.use_backend("cpu"):
+    print(_backend.choose("cpu"))
+"""
+
+
+def test_environment_variable():
+    done = python("-c", PRINT_CHOICE, WEIGHTALIGN_BACKEND="reference")
+    assert done.stdout.split() == ["reference", "cpu"], done.stderr  # use_backend goes before it
+
+
+def test_environment_variable_with_an_unknown_name():
+    done = python("-c", PRINT_CHOICE, WEIGHTALIGN_BACKEND="gpu")
+    assert done.returncode == 1
+    message = "ValueError: WEIGHTALIGN_BACKEND: expected one of cuda, cpu, triton, reference, got 'gpu'"
+    assert done.stderr.splitlines()[-1] == message

@@ -1,0 +1,76 @@
+"""timm's weight-standardised convolutions are ours with a constant scale and their own eps: an independent oracle."""
+
+import pytest
+import torch
+from timm.layers import ScaledStdConv2d, StdConv2d
+from truth import F64, normal
+
+import weightalign_cuda as wa
+
+CONVOLUTIONS = {  # in_channels, out_channels, kernel_size, groups; n of a filter
+    "plain": ((8, 6, 3, 1), 72),
+    "pointwise": ((16, 4, 1, 1), 16),
+    "stem": ((3, 8, 7, 1), 147),
+    "groups": ((8, 6, 3, 2), 36),
+    "depthwise": ((6, 6, 3, 6), 9),
+    "two filters a channel": ((4, 8, 3, 4), 9),
+}
+
+
+def gradients(conv, output, leaves):
+    return torch.autograd.grad(output, leaves, normal(*output.shape, seed=9, dtype=F64, device=output.device))
+
+
+def assert_same(ours, theirs):
+    for a, b in zip(ours, theirs, strict=True):
+        assert (a - b).abs().max() <= 1e-12 * b.abs().max()
+
+
+@pytest.fixture(params=CONVOLUTIONS.values(), ids=CONVOLUTIONS)
+def case(request):
+    (channels_in, channels_out, size, groups), n = request.param
+    arguments = {"kernel_size": size, "padding": size // 2, "groups": groups, "bias": False}
+    return (channels_in, channels_out), arguments, n
+
+
+@pytest.mark.parametrize("eps", [1e-5, 1e-2])
+def test_scaled_std_conv(backend, device, case, eps):
+    channels, arguments, n = case
+    theirs = ScaledStdConv2d(*channels, gamma=2**0.5, eps=2 * eps / n, **arguments).double().to(device)
+    ours = wa.WAConv2d(*channels, eps=eps, **arguments).double().to(device)
+    with torch.no_grad():
+        ours.weight.copy_(theirs.weight)
+        ours.gain.copy_(normal(channels[1], seed=2, dtype=F64))
+        theirs.gain.copy_(ours.gain.view(-1, 1, 1, 1))
+    image = normal(2, channels[0], 9, 8, seed=1, dtype=F64, device=device).requires_grad_()
+    outputs = ours(image), theirs(image)
+    assert_same(outputs[:1], outputs[1:])
+    *first, grad_gain = gradients(ours, outputs[0], (image, ours.weight, ours.gain))
+    second = gradients(theirs, outputs[1], (image, theirs.weight, theirs.gain))
+    assert_same((*first, grad_gain.view(-1, 1, 1, 1)), second)
+
+
+@pytest.mark.parametrize(("gamma", "eps"), [(1.0, 1e-6), (1.7139, 1e-5)])
+def test_scaled_std_conv_of_any_gamma(backend, device, case, gamma, eps):
+    """As NFNets have it: gamma is that of their activation, times 1 / sqrt(2) our scale."""
+    channels, arguments, n = case
+    theirs = ScaledStdConv2d(*channels, gamma=gamma, eps=eps, **arguments).double().to(device)
+    ours = wa.WAConv2d(*channels, eps=n / 2 * eps, scale=gamma / 2**0.5, **arguments).double().to(device)
+    ours.load_state_dict({k: v.view(-1) if k == "gain" else v for k, v in theirs.state_dict().items()})
+    image = normal(2, channels[0], 9, 8, seed=1, dtype=F64, device=device)
+    outputs = ours(image), theirs(image)
+    assert_same(outputs[:1], outputs[1:])
+    assert_same(gradients(ours, outputs[0], (ours.weight,)), gradients(theirs, outputs[1], (theirs.weight,)))
+
+
+@pytest.mark.parametrize("eps", [1e-8, 1e-6, 1e-3])
+def test_std_conv(backend, device, case, eps):
+    channels, arguments, n = case
+    theirs = StdConv2d(*channels, eps=eps, **arguments).double().to(device)
+    ours = wa.WAConv2d(*channels, eps=n / 2 * eps, scale=(n / 2) ** 0.5, **arguments).double().to(device)
+    with torch.no_grad():
+        ours.weight.copy_(theirs.weight)
+    image = normal(2, channels[0], 9, 8, seed=1, dtype=F64, device=device)
+    outputs = ours(image), theirs(image)
+    assert_same(outputs[:1], outputs[1:])
+    assert_same(gradients(ours, outputs[0], (ours.weight,)), gradients(theirs, outputs[1], (theirs.weight,)))

@@ -1,0 +1,139 @@
+"""What is right, and how near to it a result must be: the formula in float64, tolerances derived from unit roundoffs.
+
+Written from the formula alone, independently of weightalign_cuda.reference. (A module of its own: pytest has two
+conftest.py here, and only one of them can be imported by name.)
+"""
+
+import torch
+
+import weightalign_cuda as wa
+
+F32, F16, BF16, F64 = torch.float32, torch.float16, torch.bfloat16, torch.float64
+DTYPES = (F32, F16, BF16, F64)
+PAIRS = [(w, r) for w in DTYPES for r in DTYPES if (w == F64) == (r == F64)]  # dtypes of weight and result
+EPS = 1e-5
+
+# Tolerances, in unit roundoffs u of what sums are formed in (float32; float64 for float64 weights):
+# - a sum: no backend adds more than 128 values one after another (the CPU's float64 lanes; the rest is trees and
+#   doubles). Roundings go up as often as down, so they come to about sqrt(128) u of the sum of magnitudes; twice that.
+# - the aligned weight, relative to its filter's largest: the mean (a sum), half of the variance's (a sum under a root),
+#   and two subtractions, the stored slope and the product.
+# - its gradient, relative to the sizes of its terms (see `gradient_sizes`): the same sums, and two more operations.
+# - the gain's gradient, relative to the magnitudes it sums: as the aligned weight.
+# Then one rounding to the result's dtype: its u of the value, or half the spacing of its subnormals.
+SUM = 2 * 128**0.5
+ALIGNED = 4 + 1.5 * SUM
+GRADIENT = 6 + 1.5 * SUM
+
+
+def roundoff(dtype):
+    return torch.finfo(dtype).eps / 2
+
+
+def tolerance(terms, size, truth, dtype, sum_dtype):
+    """Largest error allowed: `terms` roundoffs of `size` in the sums, and one rounding of the true value to `dtype`."""
+    computed = terms * roundoff(sum_dtype) * size
+    subnormal = torch.finfo(dtype).smallest_normal * roundoff(dtype)
+    return computed + (roundoff(dtype) * (truth.abs() + computed)).clamp(min=subnormal)
+
+
+def over_filters(reduce, t):
+    """reduce(t, dim) over the values of each filter, kept as dimensions of size 1."""
+    return reduce(t.flatten(1), 1).reshape((t.shape[0],) + (1,) * (t.dim() - 1))
+
+
+def variance(d):
+    """Biased, (K, 1), of deviations (K, n). Not Tensor.var: it adds one value after another and so, for long filters,
+    errs more in float64 than what it is to judge."""
+    return d.square().mean(1, keepdim=True)
+
+
+def formula(weight, gain=None, eps=EPS, scale=1.0):
+    """scale * gain * (w - mean) / sqrt(n/2 * var + eps) in the weight's own dtype."""
+    w = weight.flatten(1)
+    d = w - w.mean(1, keepdim=True)
+    aligned = scale * d / (w.shape[1] / 2 * variance(d) + eps).sqrt()
+    return (aligned if gain is None else aligned * gain[:, None]).view(weight.shape)
+
+
+def shifted(weight):
+    """float64, less the first value of each filter: it changes nothing, and spares the formula the loss of digits in
+    `w - mean` where the mean is large (float64 weights would meet it in the truth itself)."""
+    w = weight.detach().double().flatten(1)
+    return (w - w[:, :1]).view(weight.shape)
+
+
+def true_results(weight, gain, grad, eps=EPS, scale=1.0):
+    """Aligned weight, gradients of weight and gain (None without one): float64, by autograd of the formula."""
+    w = shifted(weight).requires_grad_()
+    g = None if gain is None else gain.detach().double().requires_grad_()
+    aligned = formula(w, g, eps, scale)
+    grads = torch.autograd.grad(aligned, [w] if g is None else [w, g], grad.detach().double())
+    return (aligned.detach(), *grads, *([None] if g is None else []))
+
+
+def gradient_sizes(weight, gain, grad, eps, scale):
+    """Of d w = slope * (G - mean(G) - x * sum(G x) / 2): largest |slope G| + |slope x sum(|G x|) / 2| of each filter.
+    Of d gain = scale * sum(G x): |scale| sum(|G x|)."""
+    w, grad = shifted(weight), grad.detach().double()
+    x = formula(w, None, eps)
+    var = over_filters(lambda t, dim: variance(t - t.mean(dim, keepdim=True)), w)
+    slope = scale / (w.shape[1:].numel() / 2 * var + eps).sqrt()
+    if gain is not None:
+        slope = slope * gain.detach().double().view_as(slope)
+    along = over_filters(torch.sum, (grad * x).abs())
+    size = over_filters(torch.amax, grad.abs()) + over_filters(torch.amax, x.abs()) * along / 2
+    return slope.abs() * size, abs(scale) * along.flatten()
+
+
+def assert_near(name, result, truth, bound):
+    error = (result.double() - truth).abs()
+    assert bool((error <= bound).all()), f"{name}: error up to {(error / bound).max():.3g} times what is allowed"
+
+
+def assert_right(weight, gain, grad, aligned, grad_weight, grad_gain=None, *, eps=EPS, scale=1.0):
+    """Values and dtypes of aligned weight and gradients; grad is the gradient that came in."""
+    true_aligned, true_grad_weight, true_grad_gain = true_results(weight, gain, grad, eps, scale)
+    weight_size, gain_size = gradient_sizes(weight, gain, grad, eps, scale)
+    sums = F64 if weight.dtype == F64 else F32
+    size = over_filters(torch.amax, true_aligned.abs())
+    assert_near("aligned", aligned, true_aligned, tolerance(ALIGNED, size, true_aligned, aligned.dtype, sums))
+    assert grad_weight.dtype == weight.dtype
+    bound = tolerance(GRADIENT, weight_size, true_grad_weight, weight.dtype, sums)
+    assert_near("gradient of weight", grad_weight, true_grad_weight, bound)
+    if gain is not None:
+        assert grad_gain.dtype == gain.dtype
+        bound = tolerance(ALIGNED, gain_size, true_grad_gain, gain.dtype, sums)
+        assert_near("gradient of gain", grad_gain, true_grad_gain, bound)
+
+
+def check_align(weight, gain=None, grad=None, *, eps=EPS, scale=1.0, **kwargs):
+    """Runs wa.align forward and backward, asserts that all is right; returns aligned weight and gradients (as they
+    come: autograd gives .grad the parameter's strides whatever the backward did)."""
+    weight = weight.detach().requires_grad_()
+    gain = None if gain is None else gain.detach().requires_grad_()
+    aligned = wa.align(weight, gain, eps=eps, scale=scale, **kwargs)
+    assert aligned.dtype == (kwargs.get("dtype") or weight.dtype)
+    if grad is None:
+        grad = normal(*weight.shape, seed=7, device=weight.device).to(aligned.dtype)
+    grads = torch.autograd.grad(aligned, [weight] if gain is None else [weight, gain], grad)
+    assert_right(weight, gain, grad, aligned, *grads, eps=eps, scale=scale)
+    return (aligned.detach(), *grads)
+
+
+def normal(*shape, seed=0, mean=0.0, std=1.0, dtype=F32, device="cpu"):
+    """The same random numbers on every device."""
+    values = torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=F64)
+    return (values * std + mean).to(device, dtype)
+
+
+def dense(t, order):
+    """A copy of t whose dimensions lie in memory in this order, outermost first."""
+    order = list(order)
+    inverse = [order.index(d) for d in range(t.dim())]
+    return t.permute(order).contiguous().permute(inverse)
+
+
+def name(value):
+    """Ids of parameters: dtypes and memory formats by their short names."""
+    return str(value).removeprefix("torch.") if isinstance(value, (torch.dtype, torch.memory_format)) else None
