@@ -31,7 +31,9 @@ demo: $(INSTALLED)
 
 # On a GPU: build, the tests on the device, the benchmark.
 gpu-report: $(INSTALLED)
-	$(PY) -m benchmarks.gpu_report
+	$(PY) -m weightalign_cuda
+	$(PY) -m pytest
+	$(PY) -m benchmarks.align --device cuda
 
 lint: $(INSTALLED)
 	$(PY) -m ruff check

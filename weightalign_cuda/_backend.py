@@ -88,13 +88,10 @@ def use_backend(name: str) -> Iterator[None]:
         _forced.reset(token)
 
 
-def choose(device_type: str) -> str:
-    """The backend that serves tensors of this device now."""
-    return _serving(_forced.get() or _environment, device_type)
-
-
 @torch.compiler.assume_constant_result
-def _serving(forced: str | None, device_type: str) -> str:
+def choose(device_type: str) -> str:
+    """The backend that serves tensors of this device now. A compiled function keeps what it was traced with."""
+    forced = _forced.get() or _environment
     key = forced, device_type
     if key not in _known:
         _known[key] = _default(device_type) if forced is None else _check_serves(forced, device_type)

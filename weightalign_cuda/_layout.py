@@ -17,8 +17,10 @@ def is_dense(t: Tensor) -> bool:
 
 
 def empty_result(t: Tensor, dtype: torch.dtype, memory_format: torch.memory_format) -> Tensor:
-    """An empty tensor of t's shape: in `memory_format` (ranks it does not name keep theirs), else in t's own strides if
-    they are dense, else contiguous."""
+    """An uninitialised tensor of t's shape: in `memory_format` (ranks it does not name keep theirs), else in t's own
+    strides if they are dense, else contiguous; contiguous, too, if it has no elements."""
+    if t.numel() == 0:
+        return torch.empty(t.shape, dtype=dtype, device=t.device)
     if CHANNELS_LAST_RANK.get(memory_format) == t.dim():
         return torch.empty(t.shape, dtype=dtype, device=t.device, memory_format=memory_format)
     if memory_format != torch.contiguous_format and is_dense(t):

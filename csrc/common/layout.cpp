@@ -53,10 +53,11 @@ bool has_contiguous_filters(const Tensor& t) {
 }
 
 const int64_t* result_strides(const Tensor& t, MemoryFormat memory_format, Strides& storage) {
+    bool empty = t.numel() == 0;
     bool channels_last = (memory_format == MemoryFormat::ChannelsLast && t.dim() == 4) ||
                          (memory_format == MemoryFormat::ChannelsLast3d && t.dim() == 5);
-    if (!channels_last && memory_format != MemoryFormat::Contiguous && is_dense(t)) return strides_of(t);
-    if (channels_last) {
+    if (!empty && !channels_last && memory_format != MemoryFormat::Contiguous && is_dense(t)) return strides_of(t);
+    if (channels_last && !empty) {
         std::vector<int> order = {0};
         for (int d = 2; d < t.dim(); ++d) order.push_back(d);
         order.push_back(1);

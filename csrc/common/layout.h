@@ -21,7 +21,8 @@ bool is_dense(const Tensor& t);
 bool has_contiguous_filters(const Tensor& t);
 
 // The strides a result takes: those of `memory_format` (ranks it does not name keep theirs), else the tensor's own if
-// it is dense, else contiguous ones. `storage` holds them if they are not the tensor's own.
+// it is dense, else contiguous ones, which a tensor without elements always takes. `storage` holds them if they are not
+// the tensor's own.
 const int64_t* result_strides(const Tensor& t, MemoryFormat memory_format, Strides& storage);
 
 // Whether two strides put the elements of this shape in the same order (strides of dimensions of size 1 say nothing).

@@ -25,9 +25,9 @@ const AlignKernels& kernels() {
     return best;
 }
 
-// Work is dealt out in pieces of kPiece values, all tensors of the list laid end to end, so that threads get equal shares
-// whatever the list looks like; a thread is woken for no less than kThread values (some 10 us of work). A filter belongs
-// to the piece that its first value lies in.
+// Work is dealt out in pieces of kPiece values, all tensors of the list laid end to end, so that threads get equal
+// shares whatever the list looks like; a thread is woken for no less than kThread values (some 10 us of work). A filter
+// belongs to the piece that its first value lies in.
 constexpr int64_t kPiece = 4096, kThread = 32768;
 constexpr int64_t kMaxTransposed = 4 << 20;  // bytes of a filter that a thread stages
 

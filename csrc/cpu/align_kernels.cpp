@@ -52,9 +52,6 @@ WA_INLINE void for_each(uint32_t n, const Each& each) {
     for (; at < n; ++at) each(OneValue{}, at);
 }
 
-// The next filter begins where this one ends: its way from memory overlaps with the writing of this one.
-WA_INLINE void prefetch(const void* p) { __builtin_prefetch(p, 0, 2); }
-
 double gain_of(const AlignTask& task, uint32_t filter) {
     switch (task.gain ? task.gain_dtype : DType::kFloat64) {
         case DType::kFloat32: return static_cast<const float*>(task.gain)[filter];
@@ -84,7 +81,6 @@ WA_INLINE void forward_filter(const W* w, Y* y, uint32_t n, double factor, doubl
     double rstd = 1 / sqrt(squares / 2 + eps);
     Acc correction = Acc(rest), slope = Acc(factor * rstd);
     for_each<Acc>(n, [=](auto width, uint32_t at) WA_LAMBDA {
-        prefetch(w + n + at);
         store<Acc>(width, y + at, (load<Acc>(width, w + at) - mean - correction) * slope);
     });
     statistics[0] = Acc(mean + rest);
@@ -106,8 +102,6 @@ WA_INLINE double backward_filter(const W* w, const G* g, W* dw, uint32_t n, doub
     Acc correction = Acc(rest), g_mean = Acc(sums_[1] * per_value), along = Acc(g_dot_x * rstd / 2),
         slope = Acc(factor * rstd);
     for_each<Acc>(n, [=](auto width, uint32_t at) WA_LAMBDA {
-        prefetch(w + n + at);
-        prefetch(g + n + at);
         auto d = load<Acc>(width, w + at) - mean - correction;
         store<Acc>(width, dw + at, (load<Acc>(width, g + at) - g_mean - d * along) * slope);
     });
