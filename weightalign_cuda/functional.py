@@ -107,18 +107,12 @@ def align_foreach(
     return results
 
 
-def _run(
-    weights: list[Tensor],
-    gains: list[Tensor | None],
-    eps: list[float],
-    scales: list[float],
-    dtype: torch.dtype,
-    memory_format: torch.memory_format,
-) -> list[Tensor]:
+def _run(weights: list[Tensor], gains: list[Tensor | None], *options: Any) -> Sequence[Tensor]:
+    """options: the op's other arguments; all weights are of one device and dtype."""
     if _backend.choose(weights[0].device.type) == "reference":
-        return reference.align_forward(weights, gains, eps, scales, dtype, memory_format)[0]
+        return reference.align_forward(weights, gains, *options)[0]
     run = ops.align_forward if torch.compiler.is_compiling() else ops.align_with_autograd
-    return run(weights, gains, eps, scales, dtype, memory_format)[0]
+    return run(weights, gains, *options)[0]
 
 
 def _result_dtype(name: str, weight: Tensor, dtype: torch.dtype | None, index: int | None = None) -> torch.dtype:

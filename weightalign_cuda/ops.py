@@ -131,18 +131,13 @@ def _differentiable_gradients(
 
 
 def align_with_autograd(
-    weights: list[Tensor],
-    gains: list[Tensor | None],
-    eps: list[float],
-    scales: list[float],
-    dtype: torch.dtype,
-    memory_format: torch.memory_format,
-) -> tuple[list[Tensor], Tensor]:
+    weights: list[Tensor], gains: list[Tensor | None], *options: Any
+) -> tuple[Sequence[Tensor], Tensor]:
     """align_forward as the Autograd key sees it. Called directly, it spares eager code a way through the dispatcher."""
     needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (*weights, *gains))
     if not needs_grad:
-        return _below_autograd(align_forward, weights, gains, eps, scales, dtype, memory_format)
-    *aligned, statistics = _Align.apply((eps, scales, dtype, memory_format), *weights, *gains)
+        return _below_autograd(align_forward, weights, gains, *options)
+    *aligned, statistics = _Align.apply(options, *weights, *gains)
     return aligned, statistics
 
 
