@@ -11,7 +11,8 @@ INSTALL = $(PY) -m pip install --no-build-isolation --no-deps -e .
 else
 PY := $(VENV)/bin/python
 INSTALLED := $(VENV)/installed
-INSTALL = $(PY) -m pip install -q "$(TORCH)" -e ".[test,bench,lint]"
+# torch first: it is then what the library is built against, instead of a second one in pip's build environment.
+INSTALL = $(PY) -m pip install -q "$(TORCH)" && $(PY) -m pip install -q "$(TORCH)" -e ".[test,bench,lint]"
 $(INSTALLED): $(VENV)/bin/python
 endif
 # An editable install, for the repository's root shadows an installed package; its library is rebuilt when this changes.

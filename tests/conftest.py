@@ -1,3 +1,13 @@
+"""Which tests run here, and the fixtures they share.
+
+A test file that needs a package which is not installed is left out, and named in the summary; with
+WEIGHTALIGN_TESTS=all that is an error.
+"""
+
+import importlib.util
+import os
+import shutil
+
 import pytest
 import torch
 
@@ -6,6 +16,28 @@ import weightalign_cuda as wa
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SERVING = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
 BACKENDS = [name for name in SERVING[DEVICE] if wa.backends()[name] == "available"]
+
+NEEDS = {
+    "simt": ["pybind11"],
+    "test_abi_audit.py": ["torch_abi_audit"],
+    "test_benchmarks.py": ["matplotlib", "numpy", "rich", "torchvision"],
+    "test_cubin.py": [] if shutil.which("cuobjdump") else ["triton"],  # Triton brings a cuobjdump
+    "test_layout.py": ["hypothesis"],
+    "test_timm.py": ["timm", "torchvision"],
+}
+left_out = {
+    name: absent
+    for name, needed in NEEDS.items()
+    if (absent := [package for package in needed if importlib.util.find_spec(package) is None])
+}
+collect_ignore = list(left_out)
+if left_out and os.environ.get("WEIGHTALIGN_TESTS") == "all":
+    raise pytest.UsageError(f"WEIGHTALIGN_TESTS=all, but packages are not installed: {left_out}")
+
+
+def pytest_terminal_summary(terminalreporter):
+    for name, absent in left_out.items():
+        terminalreporter.write_line(f"left out: tests/{name}, for {', '.join(absent)} is not installed")
 
 
 @pytest.fixture

@@ -35,7 +35,6 @@ def quick(monkeypatch):
 
 
 def test_layers_are_those_of_the_model():
-    pytest.importorskip("torchvision")
     for name in layers.NETWORKS:
         assert (layers.FOLDER / f"{name}.json").read_text() == layers.to_text(layers.from_model(name))
 
