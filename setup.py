@@ -7,6 +7,7 @@ WEIGHTALIGN_CUDA_ARCHS=80;90 (default: 75;80;90;100;120, as far as nvcc knows th
 import os
 import pathlib
 import platform
+import shutil
 import subprocess
 import sysconfig
 
@@ -50,6 +51,7 @@ class CMakeBuild(build_ext):
             raise SystemExit(f"WEIGHTALIGN_CUDA: expected 0, 1 or nothing, got {os.environ['WEIGHTALIGN_CUDA']!r}")
         configure = [
             "cmake", "-S", ROOT, "-B", build, "-G", "Ninja", f"-DWA_TORCH={torch}", f"-DWA_CUDA={cuda}",
+            f"-DCMAKE_MAKE_PROGRAM={shutil.which('ninja')}",  # the cache names that of an earlier build environment
             f"-DWA_CUDA_ARCHITECTURES={os.environ.get('WEIGHTALIGN_CUDA_ARCHS', '').replace(',', ';')}",
         ]  # fmt: skip
         subprocess.run(configure, check=True)
