@@ -44,6 +44,9 @@ class CMakeBuild(build_ext):
             raise SystemExit(
                 f"weightalign_cuda is built against {TORCH}, which is not installed: pip install '{TORCH}'"
             )
+        for program in ("cmake", "ninja"):
+            if shutil.which(program) is None:
+                raise SystemExit(f"{program} was not found: pip install {program}")
         target = pathlib.Path(self.get_ext_fullpath(ext.name)).resolve().parent
         build = ROOT / "build" / f"native-{platform.machine()}"
         cuda = {"": "AUTO", "1": "ON", "0": "OFF"}.get(os.environ.get("WEIGHTALIGN_CUDA", ""))
