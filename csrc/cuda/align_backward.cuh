@@ -1,10 +1,11 @@
 // Gradients of weights and gains, for all filters of a table of tensors.
 //
-// One block takes as many filters of one tensor as fit 8192 values: a team of 8 to 512 threads each, about 16 values a
-// thread of the weight and as many of the gradient. Both are read once, kept in registers for three sums that are
-// formed together, and the weight's gradient is written once; the gain's is one store, without atomics. Only beyond
-// 8192 values are they read a second time. Why that shape: 16 + 16 floats a thread are the forward's 32, under 64
-// registers.
+// One block takes as many filters of one tensor as fit its registers (AlignShape): a team of 8 threads to the whole
+// block each, about 16 values a thread of the weight and as many of the gradient. Both are read once, in 16-byte
+// accesses where rows are aligned (a transposed gradient through shared memory), kept in registers for three sums that
+// are formed together, and the weight's gradient is written once; the gain's is one store, without atomics. Only a
+// filter beyond AlignShape::kOnChip values is read a second time. Why that shape: as for the forward, whose blocks it
+// shares.
 #pragma once
 #include "align_table.cuh"
 #include "tile.cuh"

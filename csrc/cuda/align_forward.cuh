@@ -1,10 +1,11 @@
 // Aligned weights and their statistics, for all filters of a table of tensors.
 //
-// One block takes as many filters of one tensor as fit 8192 values: a team of 8 to 256 threads each, about 32 values a
-// thread. A filter is read once, in 16-byte accesses where its rows are aligned, kept in registers for the mean and the
-// centred squares, and written once; its statistics are one store. Only beyond 8192 values is it read a second time.
-// Why that shape: 32 floats a thread keep 128 bytes a thread in flight and leave the kernel under 64 registers, so that
-// four blocks share an SM; small blocks of work keep the tail of the launch short.
+// One block takes as many filters of one tensor as fit its registers (AlignShape): a team of 8 threads to the whole
+// block each, about 16 values a thread. A filter is read once, in 16-byte accesses where its rows are aligned, kept in
+// registers for the mean and the centred squares, and written once, through shared memory only where it is transposed;
+// its statistics are one store. Only a filter beyond AlignShape::kOnChip values is read a second time. Why that shape:
+// 16 floats a thread at 1024 threads an SM keep 64 KB in flight, twice what an H200 needs, and leave room for all ways
+// through the kernel under 64 registers; blocks of 32 KB keep the tail of the launch short.
 #pragma once
 #include "align_table.cuh"
 #include "tile.cuh"
