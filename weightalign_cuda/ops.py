@@ -119,10 +119,9 @@ def _differentiable_gradients(
     eps, scales, dtype, _ = options
     count = len(tensors) // 2
     with torch.enable_grad():
-        weights_and_gains = [(tensors[i], tensors[count + i]) for i in used]
         aligned = [
-            reference.align(weight, gain, eps[i], scales[i], dtype, torch.preserve_format)[0]  # type: ignore[arg-type]
-            for i, (weight, gain) in zip(used, weights_and_gains, strict=True)
+            reference.align(tensors[i], tensors[count + i], eps[i], scales[i], dtype, torch.preserve_format)[0]  # type: ignore[arg-type]
+            for i in used
         ]
     inputs = [t for t, is_wanted in zip(tensors, wanted, strict=True) if is_wanted]
     outside = [grads[i] for i in used]

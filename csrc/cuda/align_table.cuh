@@ -93,8 +93,7 @@ struct AlignWork {
     }
 };
 
-// Runs the block's team by team: ways.on_chip<chunk>(work) or, for longer filters,
-// ways.in_parts<chunk>(work).
+// Finds the block's work and runs ways.on_chip<chunk>(work) or, for longer filters, ways.in_parts<chunk>(work).
 template <class Acc, class Table, class Ways>
 __device__ void align_block(const Table& table, const Ways& ways) {
     const int index = table.find(blockIdx.x);

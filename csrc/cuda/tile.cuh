@@ -12,7 +12,7 @@ namespace {
 
 template <class Acc, int kValues, int kChunk>
 struct Tile {
-    static constexpr int kSteps = kValues / kChunk, kBatch = kSteps < 16 ? kSteps : 16;
+    static constexpr int kSteps = kValues / kChunk;
     Team team;
     int size;   // values in the tile, over the whole team; a multiple of kChunk
     int steps;  // chunks that this thread holds of them
@@ -25,7 +25,7 @@ struct Tile {
 
     __device__ int first() const { return team.rank() * kChunk; }
 
-    // Which chunks this thread holds, and how far they lie beyond its first. Cheap to compute, dear to keep: up to 32
+    // Which chunks this thread holds, and how far they lie beyond its first. Cheap to compute, dear to keep: up to 16
     // comparisons and offsets, which would fill the registers from the load to the store.
     struct Reach {
         int steps, lanes_log2;
@@ -50,15 +50,12 @@ struct Tile {
     __device__ void load_as(const Stored* from) {
         const Reach reach(*this);
         from += first();
+        Chunk<Stored, kChunk> chunks[kSteps] = {};
 #pragma unroll
-        for (int begin = 0; begin < kSteps; begin += kBatch) {
-            Chunk<Stored, kChunk> chunks[kBatch] = {};
+        for (int step = 0; step < kSteps; ++step)
+            if (reach.holds(step)) chunks[step].load(from + reach.beyond_first(step));
 #pragma unroll
-            for (int i = 0; i < kBatch; ++i)
-                if (reach.holds(begin + i)) chunks[i].load(from + reach.beyond_first(begin + i));
-#pragma unroll
-            for (int i = 0; i < kBatch; ++i) chunks[i].unpack(x[begin + i]);
-        }
+        for (int step = 0; step < kSteps; ++step) chunks[step].unpack(x[step]);
     }
 
     template <class Stored>
