@@ -2,7 +2,7 @@
 
 Forward, backward and both, with the autograd and allocation a training step pays: each distinct weight shape alone,
 then the whole network, then the host time of calls on tiny weights. Rivals: the formula in eager PyTorch, timm's
-F.batch_norm trick, torch.compile of the formula; floors: the cast of a plain convolution, and a flat copy.
+F.batch_norm trick, torch.compile of the formula; floors: gain * weight, the cast of a plain convolution, a flat copy.
 Writes align.jsonl (a record a line) and a plot for each dtype.
 """
 

@@ -1,6 +1,6 @@
 """How things are measured: clocks, providers in turn, correctness first, one record for each result.
 
-CPU: wall time of enough calls for 200 us. CUDA: a CUDA graph of many calls ("graph", the primary clock) and the wall
+CPU: wall time of enough calls for 2 ms. CUDA: a CUDA graph of many calls ("graph", the primary clock) and the wall
 time of eager calls ("wall"). Calls rotate over sets of fresh random buffers, together three times the last cache where
 the cap on sets allows it (`sets` and `bytes_rotated` of a record say).
 """
@@ -79,10 +79,10 @@ def interleave(timers: dict[str, Timer], limits: Limits) -> dict[str, list[float
 
 
 def wall_timer(calls: Sequence[Call], cuda: bool) -> tuple[Timer, int]:
-    """Wall seconds a call, over calls that take 200 us together (2 ms on CUDA, to the end of their kernels)."""
+    """Wall seconds a call, over calls that take 2 ms together, on CUDA to the end of their kernels."""
     turn = itertools.cycle(calls)
     finish = torch.cuda.synchronize if cuda else lambda: None
-    target = 2e-3 if cuda else 2e-4
+    target = 2e-3
 
     def total(count: int) -> float:
         finish()

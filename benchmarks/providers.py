@@ -1,7 +1,9 @@
-"""What is measured: our alignment, its rivals, and two floors, all for a list of weights.
+"""What is measured: our alignment, its rivals, and three floors, all for a list of weights.
 
-Floors: `cast` is what a plain convolution under autocast does to its weights (a clone where the dtype stays, whose
-backward then moves nothing); `flat` moves the bytes of the alignment in one elementwise operation, without autograd.
+Floors: `multiply` is gain * weight, the least that a differentiable function of both can cost: autograd, allocation and
+the same bytes moved, by PyTorch's own operation. `cast` is what a plain convolution under autocast does to its weights
+(a clone where the dtype stays, whose backward then moves nothing). `flat` moves the bytes of the alignment in one
+elementwise operation, without autograd.
 """
 
 import math
@@ -65,37 +67,42 @@ def make_inputs(shapes: Sequence[Shape], setting: Setting) -> Inputs:
     return Inputs(weights, gains, grads, setting)
 
 
-def formula(weight: Tensor, gain: Tensor, dtype: torch.dtype, layout: torch.memory_format, eps: float = EPS) -> Tensor:
+def formula(weight: Tensor, gain: Tensor, eps: float = EPS) -> Tensor:
     """The alignment as one writes it in PyTorch."""
     dims, n = (1, 2, 3), weight[0].numel()
     mean = weight.mean(dims, keepdim=True)
     var = weight.var(dims, keepdim=True, unbiased=False)
-    aligned = gain.view(-1, 1, 1, 1) * (weight - mean) / torch.sqrt(n / 2 * var + eps)
-    return aligned.to(dtype, memory_format=layout)
+    return gain.view(-1, 1, 1, 1) * (weight - mean) / torch.sqrt(n / 2 * var + eps)
 
 
-def timm_trick(weight: Tensor, gain: Tensor, dtype: torch.dtype, layout: torch.memory_format) -> Tensor:
+def multiply(weight: Tensor, gain: Tensor) -> Tensor:
+    return gain.view(-1, 1, 1, 1) * weight
+
+
+def timm_trick(weight: Tensor, gain: Tensor) -> Tensor:
     """F.batch_norm over the filters, as timm.layers.ScaledStdConv2d with gamma = sqrt(2), eps = 2 eps / n: ours."""
     n = weight[0].numel()
     scaled = (gain * (2**0.5 * n**-0.5)).view(-1)
     flat = weight.reshape(1, weight.shape[0], -1)
     aligned = F.batch_norm(flat, None, None, weight=scaled, training=True, momentum=0.0, eps=2 * EPS / n)
-    return aligned.reshape_as(weight).to(dtype, memory_format=layout)
+    return aligned.reshape_as(weight)
 
 
 Align = Callable[[list[Tensor], list[Tensor]], list[Tensor]]
+Truth = Callable[[Tensor, Tensor], Tensor]
 
 
 class Provider:
     """A way to align, differentiated by autograd as in a training step."""
 
-    def __init__(self, name: str, align: Align, aligns: bool = True) -> None:
-        self.name, self.align, self.aligns = name, align, aligns
+    def __init__(self, name: str, align: Align, truth: Truth | None = None, has_gains: bool = True) -> None:
+        """truth: what `align` computes for a weight and a gain, if that is not the formula."""
+        self.name, self.align, self.truth, self.has_gains = name, align, truth or formula, has_gains
 
     def call(self, direction: Direction, inputs: Inputs) -> Callable[[], list[Tensor]]:
         """What is timed: returns the aligned weights (forward) or the gradients of weights and gains."""
         weights, gains, grads = inputs.weights, inputs.gains, inputs.grads
-        wanted = weights + gains if self.aligns else weights
+        wanted = weights + gains if self.has_gains else weights
         if direction == "forward":
             return lambda: self.align(weights, gains)
         if direction == "both":
@@ -106,11 +113,8 @@ class Provider:
     def expected(self, direction: Direction, inputs: Inputs) -> list[Tensor]:
         """The same in float64."""
         weights, gains = ([t.detach().double().requires_grad_() for t in ts] for ts in (inputs.weights, inputs.gains))
-        aligned, wanted = weights, weights
-        if self.aligns:
-            fixed = (torch.float64, torch.preserve_format)
-            aligned = [formula(w, g, *fixed) for w, g in zip(weights, gains, strict=True)]
-            wanted = weights + gains
+        aligned = [self.truth(w, g) for w, g in zip(weights, gains, strict=True)]
+        wanted = weights + gains if self.has_gains else weights
         if direction == "forward":
             return aligned
         return list(torch.autograd.grad(aligned, wanted, [g.double() for g in inputs.grads]))
@@ -120,7 +124,7 @@ class Flat(Provider):
     """The ceiling: forward w.to(dtype), backward w + G, each over one flat buffer and into one that is there."""
 
     def __init__(self) -> None:
-        super().__init__("flat", lambda weights, gains: [], aligns=False)
+        super().__init__("flat", lambda weights, gains: [], has_gains=False)
 
     def call(self, direction: Direction, inputs: Inputs) -> Callable[[], list[Tensor]]:
         weight, grad = (torch.cat([t.detach().flatten() for t in ts]) for ts in (inputs.weights, inputs.grads))
@@ -137,10 +141,12 @@ class Flat(Provider):
         return {"forward": [weight], "backward": [weight + grad], "both": [weight, weight + grad]}[direction]
 
 
-def per_layer(function: Callable[..., Tensor], setting: Setting) -> Align:
-    """`function(weight, gain, dtype, layout)` for each weight."""
-    fixed = setting.out_dtype, setting.out_layout
-    return lambda weights, gains: [function(w, g, *fixed) for w, g in zip(weights, gains, strict=True)]
+def per_layer(function: Truth, setting: Setting) -> Align:
+    """`function(weight, gain)` for each weight, then its dtype and layout."""
+    dtype, layout = setting.out_dtype, setting.out_layout
+    return lambda weights, gains: [
+        function(w, g).to(dtype, memory_format=layout) for w, g in zip(weights, gains, strict=True)
+    ]
 
 
 def compiled(setting: Setting) -> Align:
@@ -151,10 +157,10 @@ def compiled(setting: Setting) -> Align:
     import torch._functorch.config
 
     torch._functorch.config.donated_buffer = False  # type: ignore[attr-defined]
-    fixed = setting.out_dtype, setting.out_layout
+    align = per_layer(formula, setting)
 
     def over_list(weights: list[Tensor], gains: list[Tensor]) -> list[Tensor]:
-        return [formula(w, g, *fixed) for w, g in zip(weights, gains, strict=True)]
+        return align(weights, gains)
 
     own = types.FunctionType(over_list.__code__.replace(), globals(), "over_list", None, over_list.__closure__)
     mode = "max-autotune-no-cudagraphs" if setting.device == "cuda" else None
@@ -163,7 +169,10 @@ def compiled(setting: Setting) -> Align:
 
 def ours(setting: Setting) -> Align:
     """wa.align for each weight."""
-    return per_layer(lambda w, g, dtype, layout: wa.align(w, g, eps=EPS, dtype=dtype, memory_format=layout), setting)
+    dtype, layout = setting.out_dtype, setting.out_layout
+    return lambda weights, gains: [
+        wa.align(w, g, eps=EPS, dtype=dtype, memory_format=layout) for w, g in zip(weights, gains, strict=True)
+    ]
 
 
 def ours_foreach(setting: Setting) -> Align:
@@ -172,8 +181,9 @@ def ours_foreach(setting: Setting) -> Align:
     return lambda weights, gains: wa.align_foreach(weights, gains, eps=EPS, dtype=dtype, memory_format=layout)
 
 
-def cast(weight: Tensor, gain: Tensor, dtype: torch.dtype, layout: torch.memory_format) -> Tensor:
-    return weight.to(dtype, memory_format=layout, copy=True)
+def cast(setting: Setting) -> Align:
+    dtype, layout = setting.out_dtype, setting.out_layout
+    return lambda weights, gains: [w.to(dtype, memory_format=layout, copy=True) for w in weights]
 
 
 def providers(setting: Setting, layers: int, with_compile: bool) -> list[Provider]:
@@ -184,7 +194,12 @@ def providers(setting: Setting, layers: int, with_compile: bool) -> list[Provide
     rivals = [Provider("eager", per_layer(formula, setting)), Provider("timm", per_layer(timm_trick, setting))]
     if with_compile:
         rivals.append(Provider("compile", compiled(setting)))
-    return [*own, *rivals, Provider("cast", per_layer(cast, setting), aligns=False), Flat()]
+    floors = [
+        Provider("multiply", per_layer(multiply, setting), multiply),
+        Provider("cast", cast(setting), lambda w, g: w, has_gains=False),
+        Flat(),
+    ]
+    return [*own, *rivals, *floors]
 
 
 def why_no_compile(setting: Setting) -> str | None:

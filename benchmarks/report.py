@@ -10,7 +10,7 @@ from rich.table import Table
 from . import machine
 from .stats import geometric_mean
 
-RIVALS = ("eager", "timm", "compile", "cast", "flat")
+RIVALS = ("eager", "timm", "compile", "multiply", "cast", "flat")
 PLOTTED = ("eager", "timm", "compile")
 Record = dict[str, Any]
 

@@ -1,6 +1,5 @@
 """The functions users call: arguments checked, dtype and backend chosen, one op call for a whole list."""
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -8,9 +7,16 @@ import torch
 from torch import Tensor
 
 from . import _backend, ops, reference
+from ._checks import (
+    check_gain,
+    check_list,
+    check_memory_format,
+    check_number,
+    check_weight,
+    per_weight,
+    result_dtype,
+)
 from ._layout import CHANNELS_LAST_RANK
-
-DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 def align(
@@ -42,16 +48,18 @@ def align(
     Raises:
         TypeError, ValueError: naming the argument, what came and what is wanted, before anything runs.
     """
-    _check_weight("weight", weight)
-    _check_memory_format(memory_format)
+    check_weight("weight", weight)
+    check_memory_format(memory_format)
     rank = CHANNELS_LAST_RANK.get(memory_format)
     if rank is not None and weight.dim() != rank:
         raise ValueError(f"memory_format: {memory_format} is for rank {rank}, got a weight of rank {weight.dim()}")
     if gain is not None:
-        _check_gain("gain", gain, weight)
-    _check_number("eps", eps, positive=True)
-    _check_number("scale", scale)
-    return _run([weight], [gain], [eps], [scale], _result_dtype("weight", weight, dtype), memory_format)[0]
+        check_gain("gain", gain, weight)
+    check_number("eps", eps, positive=True)
+    check_number("scale", scale)
+    device_type = "cpu" if weight.is_cpu else weight.device.type  # the string costs 4 us in a training loop
+    dtype = result_dtype("weight", weight, device_type, dtype)
+    return _run(device_type, [weight], [gain], [eps], [scale], dtype, memory_format)[0]
 
 
 def align_foreach(
@@ -79,113 +87,35 @@ def align_foreach(
     Raises:
         TypeError, ValueError: as `align`, with the index of the weight or gain.
     """
-    weights = _check_list("weights", weights)
+    weights = check_list("weights", weights)
     count = len(weights)
-    gains = [None] * count if gains is None else _check_list("gains", gains, count)
-    _check_memory_format(memory_format)
-    all_eps = _per_weight("eps", eps, count, positive=True)
-    scales = _per_weight("scale", scale, count)
+    gains = [None] * count if gains is None else check_list("gains", gains, count)
+    check_memory_format(memory_format)
+    all_eps = per_weight("eps", eps, count, positive=True)
+    scales = per_weight("scale", scale, count)
     groups: dict[tuple[torch.device, torch.dtype], list[int]] = {}
     for i, (weight, gain) in enumerate(zip(weights, gains, strict=True)):
-        _check_weight("weights", weight, i)
+        check_weight("weights", weight, i)
         if gain is not None:
-            _check_gain("gains", gain, weight, i)
+            check_gain("gains", gain, weight, i)
         groups.setdefault((weight.device, weight.dtype), []).append(i)
-    result_dtypes = [_result_dtype("weights", weights[members[0]], dtype, members[0]) for members in groups.values()]
+    calls = []  # all checked before the first one runs
+    for (device, _), members in groups.items():
+        result = result_dtype("weights", weights[members[0]], device.type, dtype, members[0])
+        calls.append((members, device.type, result))
+    if len(calls) == 1:
+        return list(_run(calls[0][1], weights, gains, all_eps, scales, calls[0][2], memory_format))
     results: list[Any] = [None] * count
-    for members, result_dtype in zip(groups.values(), result_dtypes, strict=True):
-        aligned = _run(
-            [weights[i] for i in members],
-            [gains[i] for i in members],
-            [all_eps[i] for i in members],
-            [scales[i] for i in members],
-            result_dtype,
-            memory_format,
-        )
-        for i, tensor in zip(members, aligned, strict=True):
+    for members, device_type, result in calls:
+        each = ([values[i] for i in members] for values in (weights, gains, all_eps, scales))
+        for i, tensor in zip(members, _run(device_type, *each, result, memory_format), strict=True):
             results[i] = tensor
     return results
 
 
-def _run(weights: list[Tensor], gains: list[Tensor | None], *options: Any) -> Sequence[Tensor]:
-    """options: the op's other arguments; all weights are of one device and dtype."""
-    if _backend.choose(weights[0].device.type) == "reference":
-        return reference.align_forward(weights, gains, *options)[0]
+def _run(device_type: str, *arguments: Any) -> Sequence[Tensor]:
+    """The op align_forward on the backend of this device: `arguments` are its own, all weights of one kind."""
+    if _backend.choose(device_type) == "reference":
+        return reference.align_forward(*arguments)[0]
     run = ops.align_forward if torch.compiler.is_compiling() else ops.align_with_autograd
-    return run(weights, gains, *options)[0]
-
-
-def _result_dtype(name: str, weight: Tensor, dtype: torch.dtype | None, index: int | None = None) -> torch.dtype:
-    if dtype is None:
-        device_type = weight.device.type
-        if weight.dtype is torch.float64 or device_type == "meta" or not torch.is_autocast_enabled(device_type):
-            return weight.dtype
-        return torch.get_autocast_dtype(device_type)
-    if dtype not in DTYPES:
-        raise TypeError(f"dtype: expected float32, float16, bfloat16 or float64, got {dtype}")
-    if (dtype == torch.float64) != (weight.dtype == torch.float64):
-        raise ValueError(
-            f"dtype: float64, and nothing else, goes to float64; got {dtype} for {_at(name, index)} of {weight.dtype}"
-        )
-    return dtype
-
-
-def _at(name: str, index: int | None) -> str:
-    return name if index is None else f"{name}[{index}]"
-
-
-def _check_tensor(name: str, value: Any, index: int | None, expected: str) -> None:
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{_at(name, index)}: expected {expected}, got {type(value).__name__}")
-    if value.dtype not in DTYPES:
-        raise TypeError(f"{_at(name, index)}: expected float32, float16, bfloat16 or float64, got {value.dtype}")
-    if value.layout is not torch.strided:
-        raise TypeError(f"{_at(name, index)}: expected a strided tensor, got layout {value.layout}")
-
-
-def _check_weight(name: str, weight: Any, index: int | None = None) -> None:
-    _check_tensor(name, weight, index, "a Tensor")
-    if weight.dim() < 2:
-        raise ValueError(
-            f"{_at(name, index)}: expected rank 2 or more, filters along dimension 0; got shape {tuple(weight.shape)}"
-        )
-
-
-def _check_gain(name: str, gain: Any, weight: Tensor, index: int | None = None) -> None:
-    _check_tensor(name, gain, index, "a Tensor or None")
-    if gain.dim() != 1 or gain.size(0) != weight.size(0):
-        raise ValueError(
-            f"{_at(name, index)}: expected shape ({weight.size(0)},), one for each filter; got {tuple(gain.shape)}"
-        )
-    if gain.device != weight.device:
-        raise ValueError(f"{_at(name, index)}: expected the weight's device {weight.device}, got {gain.device}")
-
-
-def _check_number(name: str, value: Any, positive: bool = False, index: int | None = None) -> None:
-    if isinstance(value, bool) or not isinstance(value, (float, int)):
-        raise TypeError(f"{_at(name, index)}: expected a number, got {type(value).__name__}")
-    if not abs(value) < math.inf or (positive and value <= 0):  # not isfinite: torch.compile passes symbols
-        wanted = "a finite number greater than 0" if positive else "a finite number"
-        raise ValueError(f"{_at(name, index)}: expected {wanted}, got {value}")
-
-
-def _per_weight(name: str, value: Any, count: int, positive: bool = False) -> list[float]:
-    if not isinstance(value, (list, tuple)):
-        _check_number(name, value, positive)
-        return [value] * count
-    for i, each in enumerate(_check_list(name, value, count)):
-        _check_number(name, each, positive, i)
-    return list(value)
-
-
-def _check_list(name: str, value: Any, count: int | None = None) -> list[Any]:
-    if not isinstance(value, (list, tuple)):
-        raise TypeError(f"{name}: expected a list or tuple, got {type(value).__name__}")
-    if count is not None and len(value) != count:
-        raise ValueError(f"{name}: expected one for each of the {count} weights, got {len(value)}")
-    return list(value)
-
-
-def _check_memory_format(memory_format: Any) -> None:
-    if not isinstance(memory_format, torch.memory_format):
-        raise TypeError(f"memory_format: expected a torch.memory_format, got {type(memory_format).__name__}")
+    return run(*arguments)[0]

@@ -4,7 +4,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .functional import _check_number, align
+from ._checks import check_number
+from .functional import align
 
 
 class WAConv2d(nn.Conv2d):
@@ -27,8 +28,8 @@ class WAConv2d(nn.Conv2d):
     """
 
     def __init__(self, *args: Any, eps: float = 1e-5, scale: float = 1.0, **kwargs: Any) -> None:
-        _check_number("eps", eps, positive=True)
-        _check_number("scale", scale)
+        check_number("eps", eps, positive=True)
+        check_number("scale", scale)
         super().__init__(*args, **kwargs)
         self.eps = eps
         self.scale = scale

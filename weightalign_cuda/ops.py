@@ -33,6 +33,8 @@ align_backward = torch.ops.weightalign_cuda.align_backward.default
 
 library = _library.load()
 
+_below_autograd = torch._C._AutoDispatchBelowAutograd
+
 
 def _per_filter(weights: Sequence[Tensor], *size: int) -> Tensor:
     filters = sum(w.shape[0] for w in weights)
@@ -69,7 +71,8 @@ class _Align(torch.autograd.Function):
     def forward(ctx: Any, options: tuple[Any, ...], *tensors: Tensor | None) -> tuple[Tensor, ...]:
         """options: the op's arguments after the tensors, which are the weights and as many gains."""
         count = len(tensors) // 2
-        aligned, statistics = _below_autograd(align_forward, tensors[:count], tensors[count:], *options)
+        with _below_autograd():
+            aligned, statistics = align_forward(tensors[:count], tensors[count:], *options)
         ctx.save_for_backward(*tensors, statistics)
         ctx.options = options
         ctx.mark_non_differentiable(statistics)
@@ -82,8 +85,9 @@ class _Align(torch.autograd.Function):
         count, wanted = len(tensors) // 2, ctx.needs_input_grad[1:]
         # Frozen weights, and those whose result nobody used, take no part.
         used = [i for i in range(count) if grads[i] is not None and (wanted[i] or wanted[count + i])]
+        results: list[Tensor | None] = [None] * (2 * count)
         if not used:
-            return (None,) * (1 + 2 * count)
+            return None, *results
         if torch.is_grad_enabled():
             return None, *_differentiable_gradients(ctx.options, tensors, grads, used, wanted)
         weights, gains, scales = tensors[:count], tensors[count:], ctx.options[1]
@@ -92,20 +96,15 @@ class _Align(torch.autograd.Function):
             per_weight = statistics.split([w.shape[0] for w in weights])
             statistics = torch.cat([per_weight[i] for i in used])
             used_grads, weights, gains, scales = ([t[i] for i in used] for t in (grads, weights, gains, scales))
-        grad_weights, grad_gains = _below_autograd(align_backward, used_grads, weights, gains, statistics, scales)
+        with _below_autograd():
+            grad_weights, grad_gains = align_backward(used_grads, weights, gains, statistics, scales)
         rows = grad_gains.split([w.shape[0] for w in weights]) if len(used) > 1 else (grad_gains,)
-        results: list[Tensor | None] = [None] * (2 * count)
-        for i, gain, grad_weight, grad_gain in zip(used, gains, grad_weights, rows, strict=True):
-            if wanted[i]:
-                results[i] = grad_weight
-            if wanted[count + i]:
-                results[count + i] = grad_gain if gain.dtype is grad_gain.dtype else grad_gain.to(gain.dtype)
+        # Autograd drops what is not wanted, as long as it belongs to a tensor.
+        for i, gain, grad_weight, row in zip(used, gains, grad_weights, rows, strict=True):
+            results[i] = grad_weight
+            if gain is not None:
+                results[count + i] = row if gain.dtype is row.dtype else row.to(gain.dtype)
         return None, *results
-
-
-def _below_autograd(op: Any, *args: Any) -> Any:
-    with torch._C._AutoDispatchBelowAutograd():
-        return op(*args)
 
 
 def _differentiable_gradients(
@@ -130,14 +129,16 @@ def _differentiable_gradients(
 
 
 def align_with_autograd(
-    weights: list[Tensor], gains: list[Tensor | None], *options: Any
+    weights: Sequence[Tensor], gains: Sequence[Tensor | None], *options: Any
 ) -> tuple[Sequence[Tensor], Tensor]:
     """align_forward as the Autograd key sees it. Called directly, it spares eager code a way through the dispatcher."""
-    needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (*weights, *gains))
-    if not needs_grad:
-        return _below_autograd(align_forward, weights, gains, *options)
-    *aligned, statistics = _Align.apply(options, *weights, *gains)
-    return aligned, statistics
+    if torch.is_grad_enabled():
+        for t in (*weights, *gains):
+            if t is not None and t.requires_grad:
+                *aligned, statistics = _Align.apply(options, *weights, *gains)
+                return aligned, statistics
+    with _below_autograd():
+        return align_forward(weights, gains, *options)
 
 
 _definitions.impl("align_forward", align_with_autograd, "Autograd")

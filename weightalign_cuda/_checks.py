@@ -1,0 +1,97 @@
+"""What arguments must be. Each check raises TypeError or ValueError naming the argument, what came and what is wanted.
+
+A check is one expression that holds for every good argument, cheap enough for a call on one tiny weight; what exactly
+is wrong is found out only when it does not hold.
+"""
+
+import math
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+_FLOATS = "float32, float16, bfloat16 or float64"
+
+
+def at(name: str, index: int | None) -> str:
+    return name if index is None else f"{name}[{index}]"
+
+
+def check_weight(name: str, weight: Any, index: int | None = None) -> None:
+    good = isinstance(weight, Tensor) and weight.dtype in DTYPES and weight.layout is torch.strided
+    if not good:
+        _refuse_tensor(at(name, index), weight, "a Tensor")
+    if weight.dim() < 2:
+        raise ValueError(
+            f"{at(name, index)}: expected rank 2 or more, filters along dimension 0; got shape {tuple(weight.shape)}"
+        )
+
+
+def check_gain(name: str, gain: Any, weight: Tensor, index: int | None = None) -> None:
+    good = isinstance(gain, Tensor) and gain.dtype in DTYPES and gain.layout is torch.strided
+    if not good:
+        _refuse_tensor(at(name, index), gain, "a Tensor or None")
+    if gain.dim() != 1 or gain.shape[0] != weight.shape[0]:
+        raise ValueError(
+            f"{at(name, index)}: expected shape ({weight.shape[0]},), one for each filter; got {tuple(gain.shape)}"
+        )
+    if gain.device != weight.device:
+        raise ValueError(f"{at(name, index)}: expected the weight's device {weight.device}, got {gain.device}")
+
+
+def _refuse_tensor(name: str, value: Any, expected: str) -> NoReturn:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected {expected}, got {type(value).__name__}")
+    if value.dtype not in DTYPES:
+        raise TypeError(f"{name}: expected {_FLOATS}, got {value.dtype}")
+    raise TypeError(f"{name}: expected a strided tensor, got layout {value.layout}")
+
+
+def check_number(name: str, value: Any, positive: bool = False, index: int | None = None) -> None:
+    if isinstance(value, bool) or not isinstance(value, (float, int)):
+        raise TypeError(f"{at(name, index)}: expected a number, got {type(value).__name__}")
+    if not abs(value) < math.inf or (positive and value <= 0):  # not isfinite: torch.compile passes symbols
+        wanted = "a finite number greater than 0" if positive else "a finite number"
+        raise ValueError(f"{at(name, index)}: expected {wanted}, got {value}")
+
+
+def per_weight(name: str, value: Any, count: int, positive: bool = False) -> list[float]:
+    """A number for each weight, from one for all or a list."""
+    if not isinstance(value, (list, tuple)):
+        check_number(name, value, positive)
+        return [value] * count
+    for i, each in enumerate(check_list(name, value, count)):
+        check_number(name, each, positive, i)
+    return list(value)
+
+
+def check_list(name: str, value: Any, count: int | None = None) -> list[Any]:
+    if not isinstance(value, (list, tuple)):
+        raise TypeError(f"{name}: expected a list or tuple, got {type(value).__name__}")
+    if count is not None and len(value) != count:
+        raise ValueError(f"{name}: expected one for each of the {count} weights, got {len(value)}")
+    return list(value)
+
+
+def check_memory_format(memory_format: Any) -> None:
+    if not isinstance(memory_format, torch.memory_format):
+        raise TypeError(f"memory_format: expected a torch.memory_format, got {type(memory_format).__name__}")
+
+
+def result_dtype(
+    name: str, weight: Tensor, device_type: str, dtype: torch.dtype | None, index: int | None = None
+) -> torch.dtype:
+    """What a weight on `device_type` is aligned to: `dtype`, else autocast's where it is on, else the weight's own."""
+    own = weight.dtype
+    if dtype is None:
+        if own is torch.float64 or device_type == "meta" or not torch.is_autocast_enabled(device_type):
+            return own
+        return torch.get_autocast_dtype(device_type)
+    if dtype not in DTYPES:
+        raise TypeError(f"dtype: expected {_FLOATS}, got {dtype}")
+    if (dtype is torch.float64) != (own is torch.float64):
+        raise ValueError(
+            f"dtype: float64, and nothing else, goes to float64; got {dtype} for {at(name, index)} of {own}"
+        )
+    return dtype
