@@ -3,7 +3,15 @@
 
 #include <cstdint>
 
+#ifdef __CUDACC__
+#define WA_ANYWHERE __host__ __device__
+#else
+#define WA_ANYWHERE
+#endif
+
 namespace wa {
+
+struct PrepareTask;
 
 enum class DType : uint8_t { kFloat32, kFloat16, kBFloat16, kFloat64 };
 
@@ -31,10 +39,12 @@ struct AlignTask {
     DType gain_dtype;
 };
 
-// The tasks of one call. All weights are of one accumulation type: double if they are float64, else float.
+// The work of one call: weights, and one input of a convolution. All are of one accumulation type: double if they are
+// float64, else float.
 struct AlignList {
     const AlignTask* tasks;
     uint32_t count;
+    const PrepareTask* input;  // null: none
     void* statistics;  // (filters of all tasks, 2): mean and rstd = 1 / sqrt(n/2 * var + eps); read by the backward
     void* grad_gain;   // (filters of all tasks,); backward only
     bool is_double;
