@@ -19,6 +19,7 @@ BACKENDS = [name for name in SERVING[DEVICE] if wa.backends()[name] == "availabl
 
 NEEDS = {
     "simt": ["pybind11"],
+    "simt/test_launch_plan.py": ["numpy", "rich"],
     "test_abi_audit.py": ["torch_abi_audit"],
     "test_benchmarks.py": ["matplotlib", "numpy", "rich", "torchvision"],
     "test_cubin.py": [] if shutil.which("cuobjdump") else ["triton"],  # Triton brings a cuobjdump

@@ -18,7 +18,7 @@ EPS = 1e-5
 #   doubles). Roundings go up as often as down, so they come to about sqrt(128) u of the sum of magnitudes; twice that.
 # - the aligned weight, relative to its filter's largest: the mean (a sum), half of the variance's (a sum under a root),
 #   and two subtractions, the stored slope and the product.
-# - its gradient, relative to the sizes of its terms (see `gradient_sizes`): the same sums, and two more operations.
+# - its gradient, relative to the sizes of its terms (see `sizes`): the same sums, and two more operations.
 # - the gain's gradient, relative to the magnitudes it sums: as the aligned weight.
 # Then one rounding to the result's dtype: its u of the value, or half the spacing of its subnormals.
 SUM = 2 * 128**0.5
@@ -72,39 +72,64 @@ def true_results(weight, gain, grad, eps=EPS, scale=1.0):
     return (aligned.detach(), *grads, *([None] if g is None else []))
 
 
-def gradient_sizes(weight, gain, grad, eps, scale):
-    """Of d w = slope * (G - mean(G) - x * sum(G x) / 2): largest |slope G| + |slope x sum(|G x|) / 2| of each filter.
-    Of d gain = scale * sum(G x): |scale| sum(|G x|)."""
+def sizes(weight, gain, grad, eps, scale):
+    """What the terms of each result measure before they cancel, for each filter: largest |slope d| of the aligned
+    weight; of d w = slope * (G - mean(G) - x * sum(G x) / 2) largest |slope G| + |slope x sum(|G x|) / 2|; of d gain =
+    scale * sum(G x) |scale| sum(|G x|). Below the least normal number of the sums' dtype values err as if they were it.
+    """
     w, grad = shifted(weight), grad.detach().double()
-    x = formula(w, None, eps)
     var = over_filters(lambda t, dim: variance(t - t.mean(dim, keepdim=True)), w)
-    slope = scale / (w.shape[1:].numel() / 2 * var + eps).sqrt()
+    rstd = 1 / (w.shape[1:].numel() / 2 * var + eps).sqrt()
+    slope = abs(scale) * rstd
     if gain is not None:
-        slope = slope * gain.detach().double().view_as(slope)
-    along = over_filters(torch.sum, (grad * x).abs())
-    size = over_filters(torch.amax, grad.abs()) + over_filters(torch.amax, x.abs()) * along / 2
-    return slope.abs() * size, abs(scale) * along.flatten()
+        slope = slope * gain.detach().double().abs().view_as(slope)
+    x = formula(w, None, eps).abs() + rstd * torch.finfo(sum_dtype(weight)).smallest_normal
+    along = over_filters(torch.sum, grad.abs() * x)
+    largest = over_filters(torch.amax, x)
+    of_weight = slope * (over_filters(torch.amax, grad.abs()) + largest * along / 2)
+    return largest * slope / rstd, of_weight, abs(scale) * along.flatten()
+
+
+def sum_dtype(weight):
+    return F64 if weight.dtype == F64 else F32
+
+
+def judged(weight, gain, grad, dtype, *, eps=EPS, scale=1.0):
+    """(name, truth, size of its terms, largest error allowed) of the aligned weight in `dtype` and of the gradients of
+    weight and gain, if there is one; grad is the gradient that came in."""
+    truths, of = true_results(weight, gain, grad, eps, scale), sizes(weight, gain, grad, eps, scale)
+    names, terms = ("aligned", "gradient of weight", "gradient of gain"), (ALIGNED, GRADIENT, ALIGNED)
+    dtypes = (dtype, weight.dtype, None if gain is None else gain.dtype)
+    for i in range(2 if gain is None else 3):
+        yield names[i], truths[i], of[i], tolerance(terms[i], of[i], truths[i], dtypes[i], sum_dtype(weight))
+
+
+def distance(result, truth):
+    """|result - truth|; 0 where both are NaN. Infinity is the number that would follow the largest of result's dtype,
+    and what is true beyond that is that too."""
+    largest = torch.finfo(result.dtype).max * (1 + roundoff(result.dtype))
+    error = result.double().clamp(-largest, largest) - truth.clamp(-largest, largest)
+    return error.abs().masked_fill(result.isnan() & truth.isnan(), 0)
+
+
+def is_near(result, truth, bound):
+    error = distance(result, truth)
+    return bool(((error <= bound) | (error == 0)).all())  # the bound of what is truly NaN is NaN too
 
 
 def assert_near(name, result, truth, bound):
-    error = (result.double() - truth).abs()
-    assert bool((error <= bound).all()), f"{name}: error up to {(error / bound).max():.3g} times what is allowed"
+    excess = (distance(result, truth) / bound).max()
+    assert is_near(result, truth, bound), f"{name}: error up to {excess:.3g} times what is allowed"
 
 
 def assert_right(weight, gain, grad, aligned, grad_weight, grad_gain=None, *, eps=EPS, scale=1.0):
     """Values and dtypes of aligned weight and gradients; grad is the gradient that came in."""
-    true_aligned, true_grad_weight, true_grad_gain = true_results(weight, gain, grad, eps, scale)
-    weight_size, gain_size = gradient_sizes(weight, gain, grad, eps, scale)
-    sums = F64 if weight.dtype == F64 else F32
-    size = over_filters(torch.amax, true_aligned.abs())
-    assert_near("aligned", aligned, true_aligned, tolerance(ALIGNED, size, true_aligned, aligned.dtype, sums))
     assert grad_weight.dtype == weight.dtype
-    bound = tolerance(GRADIENT, weight_size, true_grad_weight, weight.dtype, sums)
-    assert_near("gradient of weight", grad_weight, true_grad_weight, bound)
-    if gain is not None:
-        assert grad_gain.dtype == gain.dtype
-        bound = tolerance(ALIGNED, gain_size, true_grad_gain, gain.dtype, sums)
-        assert_near("gradient of gain", grad_gain, true_grad_gain, bound)
+    assert gain is None or grad_gain.dtype == gain.dtype
+    results = aligned, grad_weight, *(() if gain is None else (grad_gain,))
+    judgements = judged(weight, gain, grad, aligned.dtype, eps=eps, scale=scale)
+    for result, (name, truth, _, bound) in zip(results, judgements, strict=True):
+        assert_near(name, result, truth, bound)
 
 
 def check_align(weight, gain=None, grad=None, *, eps=EPS, scale=1.0, **kwargs):

@@ -31,7 +31,8 @@ def moments(weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     rest = (w - mean).mean(dims, keepdim=True)
     deviations = w - mean - rest
     var = deviations.square().mean(dims, keepdim=True)
-    return mean + rest, deviations, (n / 2 * var + eps).rsqrt()
+    # Not rsqrt, whose derivative cubes it: 0 in float32 from deviations of 1e12 on.
+    return mean + rest, deviations, 1 / (n / 2 * var + eps).sqrt()
 
 
 def align(

@@ -62,6 +62,12 @@ py::list run(const Run& how, const Launcher& launcher) {
     return counts;
 }
 
+std::vector<std::tuple<unsigned, size_t, size_t>> traffic() {
+    std::vector<std::tuple<unsigned, size_t, size_t>> blocks;
+    for (const simt::Traffic& block : simt::traffic()) blocks.emplace_back(block.threads, block.read, block.written);
+    return blocks;
+}
+
 wa::DType dtype_of(const std::string& name) {
     static const char* const kNames[] = {"float32", "float16", "bfloat16", "float64"};  // in DType's order
     for (int i = 0; i < 4; ++i)
@@ -124,6 +130,7 @@ void define(py::module_& m) {
              }),
              "buffers"_a, "seed"_a = 1, "preempt_every"_a = 0, "blocks"_a = py::none());
     m.def("instrumented", simt::instrumented);
+    m.def("traffic", traffic);
     m.def("align", align, "direction"_a, "tasks"_a, "statistics"_a, "grad_gain"_a, "is_double"_a, "run"_a);
     m.def("selftest", run_selftest, "name"_a, "x"_a, "y"_a, "run"_a);
     m.def("transpose", run_transpose, "x"_a, "y"_a, "rows"_a, "columns"_a, "run"_a);

@@ -92,6 +92,15 @@ class Backward:
     counts: dict[str, Counts]
 
 
+@dataclasses.dataclass(frozen=True)
+class Block:
+    """Its size, and what it reads and writes in bytes (see simt::Traffic)."""
+
+    threads: int
+    read: int
+    written: int
+
+
 class _Buffers:
     """The tensors of one run, by name, as the module wants them."""
 
@@ -118,6 +127,10 @@ class Emulator:
     ) -> dict[str, Counts]:
         counts = function(*arguments, self.module.Run(buffers.described, **options))
         return dict(zip(buffers.names, counts, strict=False))  # no counts: no names
+
+    def blocks(self) -> list[Block]:
+        """The blocks of the last run, in the order of the launch."""
+        return [Block(*each) for each in self.module.traffic()]
 
     def selftest(self, name: str, x: Tensor, y: Tensor, **options: Any) -> dict[str, Counts]:
         buffers = _Buffers()

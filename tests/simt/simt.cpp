@@ -159,7 +159,7 @@ void run_block() {
     ++now.block;
     now.block_epoch = arrived = exited = predicates = 0;
     std::fill_n(now.warp_epoch, 32, 0);
-    poison_shared();
+    check_block(threads);
     ready_warps = 0;
     for (auto* lanes : {ready_lanes, waiting_lanes, exited_lanes}) std::fill_n(lanes, 32, 0);
     for (unsigned i = 0; i < threads; ++i) start(i);

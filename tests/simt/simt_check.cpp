@@ -45,6 +45,7 @@ struct Region {
 
 std::vector<Region> regions;
 std::vector<Region*> by_address;
+std::vector<Traffic> moved;
 size_t buffers;  // the regions that tests have registered; the rest are a launch's shared memory
 Range parameters, module_image, tls_segment;
 unsigned preempt;
@@ -105,6 +106,8 @@ const char* conflict(Region& region, Cell& cell, Kind kind, uint32_t epoch) {
     if (kind != kRead && was_read && !ordered(cell.reader, cell.read_epoch)) return "race with another thread's read";
     if (kind != kWrite && !region.initialised && !(region.shared ? written : cell.write_block)) return "uninitialised";
     if (kind == kRead) {
+        bool again = was_read && cell.read_block == now.block && cell.read_epoch >> 16 == now.block_epoch;
+        if (!region.shared && !again) moved.back().read += region.granule;
         uint16_t several = kSeveralLanes | now.thread / 32;
         cell.several_blocks = read_elsewhere;
         if (!was_read || read_elsewhere || cell.read_epoch >> 16 != now.block_epoch) cell.reader = now.thread;
@@ -116,6 +119,7 @@ const char* conflict(Region& region, Cell& cell, Kind kind, uint32_t epoch) {
         cell.write_block = now.block, cell.write_epoch = epoch, cell.writer = now.thread;
         cell.atomic = kind == kAtomic;
         cell.writes += cell.writes < 255;
+        if (!region.shared) moved.back().written += region.granule;
     }
     return nullptr;
 }
@@ -162,6 +166,7 @@ void atomic_access(const void* address, size_t size) {
 void check_reset(unsigned preempt_every) {
     preempt = preempt_every;
     regions.clear();
+    moved.clear();
     buffers = 0;
     find_module();
 }
@@ -178,11 +183,13 @@ void check_launch(Range kernel_call) {
 void check_launched() {
     while (regions.size() > buffers) regions.pop_back();
 }
-void poison_shared() {
+void check_block(unsigned threads) {
+    moved.push_back({threads, 0, 0});
     for (Range range : {tls_segment, dynamic_range()}) std::fill_n(range.first, range.second, '\xff');  // NaN
 }
 
 bool instrumented() { return has_checks; }
+const std::vector<Traffic>& traffic() { return moved; }
 
 int add_buffer(const char* name, void* begin, size_t size, size_t granule, bool initialised, bool writable) {
     regions.emplace_back(name, Range(static_cast<char*>(begin), size), granule, initialised, writable, false);

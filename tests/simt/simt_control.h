@@ -1,6 +1,7 @@
 // Test-only. What a test's bindings ask of the emulator, before and after they call a launcher.
 #pragma once
 #include <cstddef>
+#include <vector>
 
 namespace simt {
 
@@ -26,6 +27,14 @@ struct Counts {
     unsigned least[2], most[2];  // accesses of one granule, 255 meaning that or more
 };
 Counts counts(int buffer);
+
+// What a block reads and writes of all buffers, in bytes. What its threads read between the same two barriers counts
+// once: they share it in a warp or find it in the cache.
+struct Traffic {
+    unsigned threads;
+    size_t read, written;
+};
+const std::vector<Traffic>& traffic();  // of every block since the reset, in the launch's order
 
 #pragma GCC visibility pop
 

@@ -31,7 +31,7 @@ Range dynamic_range();  // this launch's dynamic shared memory
 
 void check_launch(Range kernel_call);  // before the first block
 void check_launched();                 // after the last
-void poison_shared();                  // before each block
+void check_block(unsigned threads);    // before each block
 void check_reset(unsigned preempt_every);
 
 }  // namespace simt

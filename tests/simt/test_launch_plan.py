@@ -1,0 +1,53 @@
+"""What benchmarks/launch_plan.py counts and computes, where it is known; its figures for ResNet-50 are in NOTES.md."""
+
+import sys
+
+import pytest
+from emulator import REPOSITORY, Emulator
+
+sys.path.insert(0, str(REPOSITORY))
+
+from benchmarks import launch_plan
+from benchmarks.harness import Case
+from benchmarks.launch_plan import makespan, plan
+
+both_directions = pytest.mark.parametrize("direction", ["forward", "backward"])
+LAYERS = ((64, 3, 7, 7), (67, 64, 1, 1), (70, 64, 3, 3), (5, 256, 1, 1), (3, 512, 3, 3), (9, 2048, 1, 1))
+
+
+@both_directions
+def test_blocks_move_what_any_implementation_must(check: Emulator, direction: launch_plan.Direction) -> None:
+    found = plan(check, Case("some of ResNet-50", LAYERS), direction)
+    assert found.over_floor == 1
+    assert sum(found.values) == sum(k * c * h * w for k, c, h, w in LAYERS)
+    assert {block.threads for block in found.blocks} == {512}
+
+
+@both_directions
+def test_a_second_read_counts(check: Emulator, direction: launch_plan.Direction) -> None:
+    """A filter beyond what a block holds is read twice: 10 instead of 6 bytes a value, 16 instead of 10."""
+    (block,) = plan(check, Case("long", ((1, 9000),)), direction).blocks
+    read, written = launch_plan.PER_VALUE[direction]
+    read_once, written_once = launch_plan.PER_FILTER[direction]
+    assert (block.read, block.written) == (2 * 9000 * read + read_once, 9000 * written + written_once)
+
+
+@both_directions
+def test_largest_blocks_first_leave_a_short_tail(check: Emulator, direction: launch_plan.Direction) -> None:
+    """No slot waits while blocks are left: the last to begin found all slots busy, so time <= ideal + that block."""
+    found = plan(check, Case("some of ResNet-50", LAYERS), direction)
+    slots = 4
+    assert 1 <= found.tail(slots) <= 1 + max(found.moved) * slots / sum(found.moved)
+
+
+@pytest.mark.parametrize(
+    ("costs", "slots", "end"),
+    [([4, 3, 3, 2], 2, 6), ([1, 1, 4], 2, 5), ([4, 1, 1], 2, 4), ([5], 3, 5), ([2] * 7, 3, 6)],
+)
+def test_makespan(costs: list[float], slots: int, end: float) -> None:
+    assert makespan(costs, slots) == end
+
+
+def test_in_flight_is_averaged_over_bytes() -> None:
+    blocks = [launch_plan.simt.Block(512, read, 0) for read in (100, 300)]
+    assert launch_plan.Plan(Case("", ()), "forward", blocks).in_flight == 2 * (100 * 100 + 300 * 300) / 400
