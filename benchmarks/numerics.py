@@ -102,7 +102,7 @@ def ours(backend: str) -> Column:
 
 
 def rival(function: Callable[..., Tensor]) -> Column:
-    return by_autograd(lambda weight, gain: function(weight, gain, weight.dtype, torch.preserve_format))
+    return by_autograd(lambda weight, gain: function(weight, gain).to(weight.dtype))
 
 
 def emulated(emulator: Any) -> Column:

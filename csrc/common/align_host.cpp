@@ -8,16 +8,6 @@
 namespace wa {
 namespace {
 
-DType dtype_of(ScalarType type) {
-    switch (type) {
-        case ScalarType::Float: return DType::kFloat32;
-        case ScalarType::Half: return DType::kFloat16;
-        case ScalarType::BFloat16: return DType::kBFloat16;
-        case ScalarType::Double: return DType::kFloat64;
-        default: STD_TORCH_CHECK(false, "dtype: want float32, float16, bfloat16 or float64");
-    }
-}
-
 // A weight as the kernels want it: its filters contiguous, in the order of its own strides where that is so already.
 struct Source {
     Tensor tensor;
@@ -49,8 +39,13 @@ struct Target {
 
 class TaskList {
 public:
-    TaskList(const std::vector<Tensor>& weights, const std::vector<std::optional<Tensor>>& gains)
-        : first_(weights.at(0)), type_(first_.scalar_type()) {
+    TaskList(const std::vector<Tensor>& weights, const std::vector<std::optional<Tensor>>& gains,
+             const InputWork* input)
+        : first_(weights.empty() && input ? input->tensor : weights.at(0)),
+          type_(!weights.empty()     ? first_.scalar_type()
+                : input->is_double ? ScalarType::Double
+                                     : ScalarType::Float),
+          input_(input ? input->task : nullptr) {
         STD_TORCH_CHECK(gains.size() == weights.size(), "gains: want one gain or None for each weight");
         for (const Tensor& w : weights) {
             STD_TORCH_CHECK(w.dim() >= 2, "weights: want rank 2 or more, got rank ", w.dim());
@@ -107,8 +102,9 @@ public:
     void run(const AlignBackend& backend, const Tensor& statistics, const Tensor* grad_gain) {
         tasks_.erase(std::remove_if(tasks_.begin(), tasks_.end(), [](const AlignTask& t) { return t.n == 0; }),
                      tasks_.end());
-        if (tasks_.empty()) return;
+        if (tasks_.empty() && !input_) return;
         AlignList list{};
+        list.input = input_;
         list.tasks = tasks_.data();
         list.count = uint32_t(tasks_.size());
         list.statistics = statistics.data_ptr();
@@ -120,6 +116,7 @@ public:
 private:
     Tensor first_;
     ScalarType type_;
+    const PrepareTask* input_;
     int64_t filters_ = 0;
     uint32_t next_filter_ = 0;
     bool has_empty_ = false;
@@ -139,12 +136,23 @@ std::vector<Tensor> finish(std::vector<Target>& targets) {
 
 }  // namespace
 
-AlignForwardResult align_forward(const AlignBackend& backend, const std::vector<Tensor>& weights,
-                                 const std::vector<std::optional<Tensor>>& gains, const std::vector<double>& eps,
-                                 const std::vector<double>& scales, ScalarType dtype, MemoryFormat memory_format) {
+DType dtype_of(ScalarType type) {
+    switch (type) {
+        case ScalarType::Float: return DType::kFloat32;
+        case ScalarType::Half: return DType::kFloat16;
+        case ScalarType::BFloat16: return DType::kBFloat16;
+        case ScalarType::Double: return DType::kFloat64;
+        default: STD_TORCH_CHECK(false, "dtype: want float32, float16, bfloat16 or float64");
+    }
+}
+
+AlignForwardResult forward_beside(const InputWork* input, const AlignBackend& backend,
+                                  const std::vector<Tensor>& weights, const std::vector<std::optional<Tensor>>& gains,
+                                  const std::vector<double>& eps, const std::vector<double>& scales, ScalarType dtype,
+                                  MemoryFormat memory_format) {
     STD_TORCH_CHECK(eps.size() == weights.size() && scales.size() == weights.size(),
                     "eps, scales: want one for each weight");
-    TaskList list(weights, gains);
+    TaskList list(weights, gains, input);
     STD_TORCH_CHECK((dtype == ScalarType::Double) == (list.weight_dtype() == ScalarType::Double),
                     "dtype: float64 goes to float64 only, and nothing else does");
     std::vector<Source> sources;
@@ -165,12 +173,13 @@ AlignForwardResult align_forward(const AlignBackend& backend, const std::vector<
     return {finish(targets), statistics};
 }
 
-AlignBackwardResult align_backward(const AlignBackend& backend, const std::vector<Tensor>& grads,
-                                   const std::vector<Tensor>& weights, const std::vector<std::optional<Tensor>>& gains,
-                                   const Tensor& statistics, const std::vector<double>& scales) {
+AlignBackwardResult backward_beside(const InputWork* input, const AlignBackend& backend,
+                                    const std::vector<Tensor>& grads, const std::vector<Tensor>& weights,
+                                    const std::vector<std::optional<Tensor>>& gains, const Tensor& statistics,
+                                    const std::vector<double>& scales) {
     STD_TORCH_CHECK(grads.size() == weights.size() && scales.size() == weights.size(),
                     "grads, scales: want one for each weight");
-    TaskList list(weights, gains);
+    TaskList list(weights, gains, input);
     std::vector<Source> sources;
     std::vector<Target> targets;
     Strides storage;
@@ -197,6 +206,18 @@ AlignBackwardResult align_backward(const AlignBackend& backend, const std::vecto
     Tensor grad_gain = list.per_filter(1);
     list.run(backend, rows, &grad_gain);
     return {finish(targets), grad_gain};
+}
+
+AlignForwardResult align_forward(const AlignBackend& backend, const std::vector<Tensor>& weights,
+                                 const std::vector<std::optional<Tensor>>& gains, const std::vector<double>& eps,
+                                 const std::vector<double>& scales, ScalarType dtype, MemoryFormat memory_format) {
+    return forward_beside(nullptr, backend, weights, gains, eps, scales, dtype, memory_format);
+}
+
+AlignBackwardResult align_backward(const AlignBackend& backend, const std::vector<Tensor>& grads,
+                                   const std::vector<Tensor>& weights, const std::vector<std::optional<Tensor>>& gains,
+                                   const Tensor& statistics, const std::vector<double>& scales) {
+    return backward_beside(nullptr, backend, grads, weights, gains, statistics, scales);
 }
 
 }  // namespace wa

@@ -2,9 +2,16 @@
 #pragma once
 
 #include "abi.h"
-#include "align_task.h"
+#include "prepare_task.h"
 
 namespace wa {
+
+// A convolution's input to prepare in one launch with the weights of a list.
+struct InputWork {
+    const PrepareTask* task;  // null: it has no values
+    Tensor tensor;            // on the device in question
+    bool is_double;
+};
 
 // A backend: runs the whole list (`device_index` is the weights' device); transposes filters of up to
 // `max_transposed` bytes, in the accumulation type, on the way; longer ones are copied by the host.
@@ -23,5 +30,25 @@ AlignForwardResult align_forward(const AlignBackend& backend, const std::vector<
 AlignBackwardResult align_backward(const AlignBackend& backend, const std::vector<Tensor>& grads,
                                    const std::vector<Tensor>& weights, const std::vector<std::optional<Tensor>>& gains,
                                    const Tensor& statistics, const std::vector<double>& scales);
+
+// The same, with a convolution's input prepared beside them unless it is null; the lists then may be empty.
+AlignForwardResult forward_beside(const InputWork* input, const AlignBackend& backend,
+                                  const std::vector<Tensor>& weights, const std::vector<std::optional<Tensor>>& gains,
+                                  const std::vector<double>& eps, const std::vector<double>& scales, ScalarType dtype,
+                                  MemoryFormat memory_format);
+AlignBackwardResult backward_beside(const InputWork* input, const AlignBackend& backend,
+                                    const std::vector<Tensor>& grads, const std::vector<Tensor>& weights,
+                                    const std::vector<std::optional<Tensor>>& gains, const Tensor& statistics,
+                                    const std::vector<double>& scales);
+
+DType dtype_of(ScalarType type);
+
+// An op of one backend: call(arguments...) = function(backend, arguments...).
+template <auto function, const AlignBackend& backend>
+struct OpOn;
+template <class R, class... A, R (*function)(const AlignBackend&, A...), const AlignBackend& backend>
+struct OpOn<function, backend> {
+    static R call(A... arguments) { return function(backend, arguments...); }
+};
 
 }  // namespace wa

@@ -15,9 +15,9 @@ std::vector<int> memory_order(const Tensor& shape, const int64_t* strides) {
     return order;
 }
 
-// Row-major strides of the dimensions in this order, outermost first.
-Strides strides_in(const Tensor& t, const std::vector<int>& order) {
-    auto sizes = t.sizes();
+}  // namespace
+
+Strides strides_in(const std::vector<int64_t>& sizes, const std::vector<int>& order) {
     Strides strides(sizes.size());
     int64_t next = 1;
     for (auto d = order.rbegin(); d != order.rend(); ++d) {
@@ -27,12 +27,19 @@ Strides strides_in(const Tensor& t, const std::vector<int>& order) {
     return strides;
 }
 
-}  // namespace
+std::vector<int> order_of(MemoryFormat memory_format, int64_t rank) {
+    std::vector<int> order(rank);
+    for (int d = 0; d < rank; ++d) order[d] = d;
+    if ((memory_format == MemoryFormat::ChannelsLast && rank == 4) ||
+        (memory_format == MemoryFormat::ChannelsLast3d && rank == 5))
+        std::rotate(order.begin() + 1, order.begin() + 2, order.end());
+    return order;
+}
+
+std::vector<int64_t> sizes_of(const Tensor& t) { return {t.sizes().begin(), t.sizes().end()}; }
 
 Strides contiguous_strides(const Tensor& t) {
-    std::vector<int> order(t.dim());
-    for (int d = 0; d < int(order.size()); ++d) order[d] = d;
-    return strides_in(t, order);
+    return strides_in(sizes_of(t), order_of(MemoryFormat::Contiguous, t.dim()));
 }
 
 bool is_dense(const Tensor& t) {
@@ -54,17 +61,10 @@ bool has_contiguous_filters(const Tensor& t) {
 
 const int64_t* result_strides(const Tensor& t, MemoryFormat memory_format, Strides& storage) {
     bool empty = t.numel() == 0;
-    bool channels_last = (memory_format == MemoryFormat::ChannelsLast && t.dim() == 4) ||
-                         (memory_format == MemoryFormat::ChannelsLast3d && t.dim() == 5);
+    std::vector<int> order = order_of(empty ? MemoryFormat::Contiguous : memory_format, t.dim());
+    bool channels_last = t.dim() > 3 && order[1] == 2;
     if (!empty && !channels_last && memory_format != MemoryFormat::Contiguous && is_dense(t)) return strides_of(t);
-    if (channels_last && !empty) {
-        std::vector<int> order = {0};
-        for (int d = 2; d < t.dim(); ++d) order.push_back(d);
-        order.push_back(1);
-        storage = strides_in(t, order);
-    } else {
-        storage = contiguous_strides(t);
-    }
+    storage = strides_in(sizes_of(t), order);
     return storage.data();
 }
 

@@ -12,6 +12,13 @@ using Strides = std::vector<int64_t>;
 
 inline const int64_t* strides_of(const Tensor& t) { return t.strides().data(); }
 
+// Row-major strides of a shape whose dimensions lie in memory in this order, outermost first.
+Strides strides_in(const std::vector<int64_t>& sizes, const std::vector<int>& order);
+
+// That order for channels_last and channels_last_3d, where the rank is theirs, else 0, 1, 2, ...
+std::vector<int> order_of(MemoryFormat memory_format, int64_t rank);
+
+std::vector<int64_t> sizes_of(const Tensor& t);
 Strides contiguous_strides(const Tensor& t);
 
 // Whether the elements fill one block of memory, each once, in any order of the dimensions.

@@ -4,6 +4,7 @@
 #include "prepare_task.h"
 
 namespace wa {
+namespace {  // compiled for several instruction sets: nothing here may be shared between their objects
 
 // Along one dimension of `size` values, place `at` (negative, or `size` and more, in the padding): the value it shows,
 // or -1 for a zero.
@@ -92,4 +93,5 @@ WA_ANYWHERE inline bool is_shown_twice(const PrepareTask& task, const Coordinate
     return places > kSpatial;
 }
 
+}  // namespace
 }  // namespace wa

@@ -28,12 +28,11 @@ struct PrepareTask {
                         // as `from`; for silu and gelu the input, which lies as `to`, in to's dtype
     ImageSide from_side, to_side;
     uint32_t batch, channels;
-    uint32_t size[kSpatial];  // of the input
+    uint32_t size[kSpatial];                     // of the input
     uint32_t before[kSpatial], after[kSpatial];  // what pads it
+    uint32_t to_size[kSpatial];                  // of `to`: forward padded, backward not
     PaddingMode mode;
     Activation activation;
-
-    WA_ANYWHERE uint32_t padded(int d) const { return size[d] + before[d] + after[d]; }
 };
 
 }  // namespace wa

@@ -7,18 +7,12 @@
 //
 // The mean is subtracted twice. The first value as pivot makes the first mean exact for a constant filter, whose
 // residuals are then exactly 0; the mean of the residuals corrects what rounding left of it (mean 1e4, deviation 1e-3).
-#include "align_kernels.h"
-
 #include <math.h>
 
 #include <type_traits>
 
+#include "kernels.h"
 #include "simd.h"
-
-#ifndef WA_CPU_KERNELS
-#error "WA_CPU_KERNELS: the name of this instruction set's table"
-#endif
-#define WA_LAMBDA __attribute__((always_inline))
 
 namespace wa {
 namespace {
@@ -42,14 +36,6 @@ WA_INLINE void sum(uint32_t n, double (&total)[kSums], const Term& term) {
         for (int s = 0; s < kSums; ++s)
             total[s] += sum_of<Acc>((sums[0][s] + sums[1][s]) + (sums[2][s] + sums[3][s])) + rest[s];
     }
-}
-
-template <class Acc, class Each>
-WA_INLINE void for_each(uint32_t n, const Each& each) {
-    constexpr uint32_t kLanes = Simd<Acc>::kLanes;
-    uint32_t at = 0;
-    for (; at + kLanes <= n; at += kLanes) each(OneVector{}, at);
-    for (; at < n; ++at) each(OneValue{}, at);
 }
 
 double gain_of(const AlignTask& task, uint32_t filter) {
@@ -177,22 +163,22 @@ WA_INLINE void with_types(const AlignTask& task, const Run& run) {
     }
 }
 
-void forward_any(const AlignList& list, const AlignTask& task, uint32_t first, uint32_t last, void* scratch) {
+}  // namespace
+
+namespace cpu::WA_ISA {
+
+void align_forward(const AlignList& list, const AlignTask& task, uint32_t first, uint32_t last, void* scratch) {
     with_types(task, [&](auto* acc, auto* w, auto* y) {
         forward<std::remove_pointer_t<decltype(acc)>, std::remove_pointer_t<decltype(w)>,
                 std::remove_pointer_t<decltype(y)>>(list, task, first, last, scratch);
     });
 }
-void backward_any(const AlignList& list, const AlignTask& task, uint32_t first, uint32_t last, void* scratch) {
+void align_backward(const AlignList& list, const AlignTask& task, uint32_t first, uint32_t last, void* scratch) {
     with_types(task, [&](auto* acc, auto* w, auto* g) {
         backward<std::remove_pointer_t<decltype(acc)>, std::remove_pointer_t<decltype(w)>,
                  std::remove_pointer_t<decltype(g)>>(list, task, first, last, scratch);
     });
 }
 
-}  // namespace
-
-namespace cpu {
-extern const AlignKernels WA_CPU_KERNELS = {forward_any, backward_any};
-}
+}  // namespace cpu::WA_ISA
 }  // namespace wa

@@ -30,6 +30,7 @@ using Bits32 = uint32_t __attribute__((vector_size(64)));
 using Bits16 = uint16_t __attribute__((vector_size(32)));
 
 #define WA_INLINE static inline __attribute__((always_inline))
+#define WA_LAMBDA __attribute__((always_inline))
 
 WA_INLINE float bits_to_float(uint32_t bits) {
     float x;
@@ -140,6 +141,15 @@ WA_INLINE void store(OneVector, Half* p, Vector<float> v) {
 #else
     for (int i = 0; i < 16; ++i) store_one(p + i, x[i]);
 #endif
+}
+
+// each(width, at) for all of [0, n)
+template <class Acc, class Each>
+WA_INLINE void for_each(uint32_t n, const Each& each) {
+    constexpr uint32_t kLanes = Simd<Acc>::kLanes;
+    uint32_t at = 0;
+    for (; at + kLanes <= n; at += kLanes) each(OneVector{}, at);
+    for (; at < n; ++at) each(OneValue{}, at);
 }
 
 template <class Acc>

@@ -17,7 +17,7 @@ enum class Direction { kForward, kBackward };
 // Short filters get a part of a warp, so that a warp's lanes all work; longer ones as many lanes or warps as hold them
 // in registers, up to the whole block.
 inline int lanes_log2(uint32_t n, int values, int threads) {
-    int log2 = n <= 64 ? 3 : n <= 128 ? 4 : 5;
+    int log2 = 3;
     while ((values << log2) < int64_t(n) && (1 << log2) < threads) ++log2;
     return log2;
 }

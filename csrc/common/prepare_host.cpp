@@ -1,0 +1,152 @@
+#include "prepare_host.h"
+
+#include <limits>
+
+#include "layout.h"
+
+namespace wa {
+namespace {
+
+ImageSide side_of(const Tensor& t) {
+    ImageSide side{};
+    side.batch = t.stride(0);
+    side.channel = t.stride(1);
+    int64_t absent = kSpatial + 2 - t.dim();
+    for (int64_t d = absent; d < kSpatial; ++d) side.spatial[d] = t.stride(d - absent + 2);
+    side.dtype = dtype_of(t.scalar_type());
+    return side;
+}
+
+// Neighbouring dimensions that nothing pads and that lie as one in both tensors become one: rows as long as can be.
+void merge_rows(PrepareTask& task) {
+    auto is_free = [&](int d) { return task.before[d] == 0 && task.after[d] == 0; };
+    auto lie_as_one = [&](const ImageSide& side, int d) {
+        return task.size[d] == 1 || side.spatial[d] == side.spatial[2] * task.size[2];
+    };
+    for (int d = 1; d >= 0; --d) {
+        if (!is_free(d) || !is_free(2) || !lie_as_one(task.from_side, d) || !lie_as_one(task.to_side, d)) break;
+        task.size[2] = task.to_size[2] = task.size[d] * task.size[2];
+        task.size[d] = task.to_size[d] = 1;
+        // What lies outside moves inwards, so that the free dimensions stay outermost.
+        if (d == 1) {
+            std::swap(task.size[0], task.size[1]);
+            std::swap(task.to_size[0], task.to_size[1]);
+            std::swap(task.before[0], task.before[1]);
+            std::swap(task.after[0], task.after[1]);
+            for (ImageSide* side : {&task.from_side, &task.to_side}) std::swap(side->spatial[0], side->spatial[1]);
+        }
+    }
+}
+
+// All but what is specific to a direction; `unpadded` has the input's shape.
+PrepareTask task_of(const Tensor& from, const Tensor& to, const Tensor& unpadded, const std::vector<int64_t>& padding,
+                    int64_t padding_mode, int64_t activation) {
+    STD_TORCH_CHECK(padding_mode >= 0 && padding_mode <= 3, "padding_mode: want 0 to 3, got ", padding_mode);
+    STD_TORCH_CHECK(activation >= 0 && activation <= 3, "activation: want 0 to 3, got ", activation);
+    PrepareTask task{};
+    task.from = from.const_data_ptr();
+    task.to = to.data_ptr();
+    task.from_side = side_of(from);
+    task.to_side = side_of(to);
+    task.batch = uint32_t(to.size(0));
+    task.channels = uint32_t(to.size(1));
+    task.mode = PaddingMode(padding_mode);
+    task.activation = Activation(activation);
+    int64_t absent = kSpatial + 2 - to.dim(), positions = 1;
+    for (int64_t d = 0; d < kSpatial; ++d) {
+        int64_t size = 1, to_size = 1, before = 0, after = 0;
+        if (d >= absent) {
+            size = unpadded.size(d - absent + 2), to_size = to.size(d - absent + 2);
+            before = padding[2 * (d - absent)], after = padding[2 * (d - absent) + 1];
+        }
+        int64_t most = task.mode == PaddingMode::kReflect ? size - 1 : size;
+        bool fits = task.mode == PaddingMode::kZeros || (before | after) == 0 ||
+                    (task.mode == PaddingMode::kReplicate ? size > 0 : std::max(before, after) <= most);
+        STD_TORCH_CHECK(fits, "padding: too much for a dimension of ", size, " in this mode: ", before, ", ", after);
+        task.size[d] = uint32_t(size);
+        task.to_size[d] = uint32_t(to_size);
+        task.before[d] = uint32_t(before);
+        task.after[d] = uint32_t(after);
+        positions *= std::max<int64_t>(1, size + before + after);
+    }
+    int64_t limit = std::numeric_limits<int32_t>::max();
+    STD_TORCH_CHECK(positions <= limit && to.size(0) <= limit && to.size(1) <= limit,
+                    "input: more than 2^31 images, channels or positions");
+    merge_rows(task);
+    return task;
+}
+
+// The shape with `sign` times the padding added to its spatial dimensions.
+std::vector<int64_t> padded_sizes(const Tensor& t, const std::vector<int64_t>& padding, int sign) {
+    STD_TORCH_CHECK(t.dim() >= 3 && t.dim() <= kSpatial + 2, "input: want rank 3 to 5, got rank ", t.dim());
+    STD_TORCH_CHECK(int64_t(padding.size()) == 2 * (t.dim() - 2), "padding: want two numbers for each spatial dimension");
+    std::vector<int64_t> sizes = sizes_of(t);
+    for (size_t i = 0; i < padding.size(); ++i) {
+        STD_TORCH_CHECK(padding[i] >= 0, "padding: want numbers of at least 0, got ", padding[i]);
+        sizes[i / 2 + 2] += sign * padding[i];
+    }
+    for (int64_t size : sizes) STD_TORCH_CHECK(size >= 0, "padding: more than the whole of a gradient");
+    return sizes;
+}
+
+Tensor new_tensor(const Tensor& like, const std::vector<int64_t>& sizes, const std::vector<int>& order,
+                  ScalarType dtype) {
+    return empty_strided(like, int64_t(sizes.size()), sizes.data(), strides_in(sizes, order).data(), dtype);
+}
+
+}  // namespace
+
+PrepareForwardResult prepare_forward(const AlignBackend& backend, const Tensor& input,
+                                     const std::vector<Tensor>& weights,
+                                     const std::vector<std::optional<Tensor>>& gains, const std::vector<double>& eps,
+                                     const std::vector<double>& scales, ScalarType dtype, MemoryFormat memory_format,
+                                     const std::vector<int64_t>& padding, int64_t padding_mode, int64_t activation) {
+    bool is_double = dtype == ScalarType::Double;
+    STD_TORCH_CHECK(is_double == (input.scalar_type() == ScalarType::Double),
+                    "dtype: float64 goes to float64 only, and nothing else does");
+    Tensor prepared =
+        new_tensor(input, padded_sizes(input, padding, 1), order_of(memory_format, input.dim()), dtype);
+    PrepareTask task = task_of(input, prepared, input, padding, padding_mode, activation);
+    InputWork work{prepared.numel() ? &task : nullptr, input, is_double};
+    auto [aligned, statistics] = forward_beside(&work, backend, weights, gains, eps, scales, dtype, memory_format);
+    return {prepared, aligned, statistics};
+}
+
+PrepareBackwardResult prepare_backward(const AlignBackend& backend, const Tensor& grad_prepared,
+                                       const std::optional<Tensor>& saved, const std::vector<Tensor>& grads,
+                                       const std::vector<Tensor>& weights,
+                                       const std::vector<std::optional<Tensor>>& gains, const Tensor& statistics,
+                                       const std::vector<double>& scales, ScalarType input_dtype,
+                                       const std::vector<int64_t>& input_order, const std::vector<int64_t>& padding,
+                                       int64_t padding_mode, int64_t activation) {
+    bool is_double = input_dtype == ScalarType::Double;
+    STD_TORCH_CHECK(is_double == (grad_prepared.scalar_type() == ScalarType::Double),
+                    "input_dtype: float64 goes with a gradient of float64 only");
+    STD_TORCH_CHECK(saved.has_value() == (activation != 0), "saved: want a tensor exactly if there is an activation");
+    std::vector<int64_t> sizes = padded_sizes(grad_prepared, padding, -1);
+    std::vector<int> order(sizes.size(), -1);
+    STD_TORCH_CHECK(input_order.size() == sizes.size(), "input_order: want each dimension once");
+    std::vector<bool> named(sizes.size());
+    for (size_t i = 0; i < order.size(); ++i) {
+        int64_t d = input_order[i];
+        STD_TORCH_CHECK(d >= 0 && d < int64_t(sizes.size()) && !named[d], "input_order: want each dimension once");
+        named[d] = true;
+        order[i] = int(d);
+    }
+    Tensor grad_input = new_tensor(grad_prepared, sizes, order, input_dtype);
+    Tensor grad = grad_prepared, kept = grad_input;  // kept: what the derivative comes from, if anything
+    if (saved) {
+        const Tensor& shape = Activation(activation) == Activation::kRelu ? grad_prepared : grad_input;
+        STD_TORCH_CHECK(sizes_of(*saved) == sizes_of(shape) && saved->scalar_type() == shape.scalar_type(),
+                        "saved: want the prepared input for relu, the input for other activations");
+        if (Activation(activation) == Activation::kRelu) grad = in_order(grad, strides_of(kept = *saved));
+        else kept = in_order(*saved, strides_of(grad_input));
+    }
+    PrepareTask task = task_of(grad, grad_input, grad_input, padding, padding_mode, activation);
+    task.saved = saved ? kept.const_data_ptr() : nullptr;
+    InputWork work{grad_input.numel() ? &task : nullptr, grad_prepared, is_double};
+    auto [grad_weights, grad_gains] = backward_beside(&work, backend, grads, weights, gains, statistics, scales);
+    return {grad_input, grad_weights, grad_gains};
+}
+
+}  // namespace wa

@@ -1,0 +1,38 @@
+// The host side of the ops that prepare a convolution's input beside its weights, the same for every device.
+#pragma once
+
+#include "align_host.h"
+
+namespace wa {
+
+using PrepareForwardResult = std::tuple<Tensor, std::vector<Tensor>, Tensor>;   // prepared, aligned, statistics
+using PrepareBackwardResult = std::tuple<Tensor, std::vector<Tensor>, Tensor>;  // gradients of input, weights, gains
+
+PrepareForwardResult prepare_forward(const AlignBackend& backend, const Tensor& input,
+                                     const std::vector<Tensor>& weights,
+                                     const std::vector<std::optional<Tensor>>& gains, const std::vector<double>& eps,
+                                     const std::vector<double>& scales, ScalarType dtype, MemoryFormat memory_format,
+                                     const std::vector<int64_t>& padding, int64_t padding_mode, int64_t activation);
+
+PrepareBackwardResult prepare_backward(const AlignBackend& backend, const Tensor& grad_prepared,
+                                       const std::optional<Tensor>& saved, const std::vector<Tensor>& grads,
+                                       const std::vector<Tensor>& weights,
+                                       const std::vector<std::optional<Tensor>>& gains, const Tensor& statistics,
+                                       const std::vector<double>& scales, ScalarType input_dtype,
+                                       const std::vector<int64_t>& input_order, const std::vector<int64_t>& padding,
+                                       int64_t padding_mode, int64_t activation);
+
+// Registers all ops of a backend.
+template <const AlignBackend& forward, const AlignBackend& backward, class Library>
+void implement_ops(Library& library) {
+    using AlignForward = OpOn<align_forward, forward>;
+    using AlignBackward = OpOn<align_backward, backward>;
+    using PrepareForward = OpOn<prepare_forward, forward>;
+    using PrepareBackward = OpOn<prepare_backward, backward>;
+    library.impl("align_forward", WA_BOX(AlignForward::call));
+    library.impl("align_backward", WA_BOX(AlignBackward::call));
+    library.impl("prepare_forward", WA_BOX(PrepareForward::call));
+    library.impl("prepare_backward", WA_BOX(PrepareBackward::call));
+}
+
+}  // namespace wa

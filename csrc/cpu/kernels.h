@@ -1,0 +1,72 @@
+// The CPU kernels' interface. Every instruction set has its own copy, in a namespace of its name (WA_ISA).
+#pragma once
+
+#include <algorithm>
+#include <cstddef>
+
+#include "../common/prepare_task.h"
+
+namespace wa::cpu {
+
+// Filters [first, last) of one task of the list. scratch: `scratch_bytes(task)`, for transposed filters.
+using AlignFilters = void (*)(const AlignList& list, const AlignTask& task, uint32_t first, uint32_t last,
+                              void* scratch);
+inline size_t scratch_bytes(const AlignTask& task) { return task.columns ? size_t(task.n) * sizeof(double) : 0; }
+
+namespace {  // not shared between objects of different instruction sets
+inline bool is_by_channels(const ImageSide& side, const PrepareTask& task) {
+    return side.channel == 1 && task.channels > 1;
+}
+}  // namespace
+
+// A part of an image: some channels of some neighbouring positions of one row. Long along what lies side by side in
+// memory; square where that is another dimension before than after.
+constexpr uint32_t kTileValues = 4096;
+struct Tiling {
+    uint32_t channels, width;  // of a tile, at most
+    uint32_t channel_tiles, width_tiles;
+
+    explicit Tiling(const PrepareTask& task) {
+        bool from = is_by_channels(task.from_side, task), to = is_by_channels(task.to_side, task);
+        uint32_t w = task.to_size[kSpatial - 1];
+        if (!from && !to) {
+            width = std::min(w, kTileValues);
+            channels = std::min(task.channels, kTileValues / width);
+        } else {
+            channels = std::min(task.channels, from && to ? kTileValues : 64);
+            width = std::min(w, kTileValues / channels);
+        }
+        channel_tiles = (task.channels + channels - 1) / channels;
+        width_tiles = (w + width - 1) / width;
+    }
+    int64_t tiles(const PrepareTask& task) const {
+        return int64_t(task.batch) * channel_tiles * task.to_size[0] * task.to_size[1] * width_tiles;
+    }
+};
+
+// Tiles [first, last) of a convolution's input.
+using PrepareTiles = void (*)(const PrepareTask& task, const Tiling& tiling, int64_t first, int64_t last);
+
+struct Kernels {
+    AlignFilters align_forward, align_backward;
+    PrepareTiles prepare_forward, prepare_backward;
+    PrepareTiles prepare_forward_double, prepare_backward_double;
+};
+
+#define WA_DECLARE(isa)                                                                                          \
+    namespace isa {                                                                                              \
+    void align_forward(const AlignList&, const AlignTask&, uint32_t first, uint32_t last, void* scratch);        \
+    void align_backward(const AlignList&, const AlignTask&, uint32_t first, uint32_t last, void* scratch);       \
+    template <class Acc>                                                                                         \
+    void prepare_forward(const PrepareTask&, const Tiling&, int64_t first, int64_t last);                        \
+    template <class Acc>                                                                                         \
+    void prepare_backward(const PrepareTask&, const Tiling&, int64_t first, int64_t last);                       \
+    constexpr Kernels kKernels{align_forward,          align_backward,          prepare_forward<float>,          \
+                               prepare_backward<float>, prepare_forward<double>, prepare_backward<double>};       \
+    }
+WA_DECLARE(baseline)
+WA_DECLARE(avx2)    // x86-64-v3
+WA_DECLARE(avx512)  // x86-64-v4
+#undef WA_DECLARE
+
+}  // namespace wa::cpu

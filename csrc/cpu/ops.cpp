@@ -1,0 +1,103 @@
+// The ops on the CPU: picks the instruction set once, deals the work of a call out to torch's threads.
+#include <algorithm>
+#include <memory>
+
+#include "../common/abi.h"
+#include "../common/prepare_host.h"
+#include "kernels.h"
+
+namespace wa::cpu {
+namespace {
+
+const Kernels& kernels() {
+    static const Kernels& best = []() -> const Kernels& {
+#ifdef WA_CPU_X86
+        __builtin_cpu_init();
+        bool v3 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c") &&
+                  __builtin_cpu_supports("bmi2");
+        if (v3 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
+            return avx512::kKernels;
+        if (v3) return avx2::kKernels;
+#endif
+        return baseline::kKernels;
+    }();
+    return best;
+}
+
+// Work is dealt out in pieces of kPiece values, all tensors of the list laid end to end and the convolution's input
+// behind them, so that threads get equal shares whatever the list looks like; a thread is woken for no less than kThread
+// values (some 10 us of work). A filter belongs to the piece that its first value lies in.
+constexpr int64_t kPiece = 4096, kThread = 32768;
+constexpr int64_t kMaxTransposed = 4 << 20;  // bytes of a filter that a thread stages
+
+class Work {
+public:
+    Work(const AlignList& list, AlignFilters filters) : list_(list), filters_(filters), begins_(list.count + 1, 0) {
+        for (uint32_t i = 0; i < list.count; ++i) {
+            begins_[i + 1] = begins_[i] + int64_t(list.tasks[i].filters) * list.tasks[i].n;
+            scratch_bytes_ = std::max(scratch_bytes_, scratch_bytes(list.tasks[i]));
+        }
+    }
+    int64_t pieces() const { return (begins_.back() + kPiece - 1) / kPiece; }
+
+    void run(int64_t first_piece, int64_t last_piece) const {
+        std::unique_ptr<char[]> scratch(scratch_bytes_ ? new char[scratch_bytes_] : nullptr);
+        int64_t begin = first_piece * kPiece, end = last_piece * kPiece;
+        auto i = std::upper_bound(begins_.begin(), begins_.end(), begin) - begins_.begin() - 1;
+        for (; i < list_.count && begins_[i] < end; ++i) {
+            const AlignTask& task = list_.tasks[i];
+            auto first_from = [&](int64_t value) {  // the first filter that begins at this value or later
+                int64_t filter = (std::max<int64_t>(0, value - begins_[i]) + task.n - 1) / task.n;
+                return uint32_t(std::min<int64_t>(filter, task.filters));
+            };
+            filters_(list_, task, first_from(begin), first_from(end), scratch.get());
+        }
+    }
+
+private:
+    const AlignList& list_;
+    AlignFilters filters_;
+    std::vector<int64_t> begins_;  // where each tensor's values begin
+    size_t scratch_bytes_ = 0;
+};
+
+void run(AlignFilters filters, PrepareTiles prepare, const AlignList& list) {
+    const Work weights(list, filters);
+    const PrepareTask* input = list.input;
+    const int64_t weight_pieces = weights.pieces();
+    int64_t tiles = 0, input_pieces = 0;
+    std::optional<Tiling> tiling;
+    if (input) {
+        tiling.emplace(*input);
+        tiles = tiling->tiles(*input);
+        int64_t values = int64_t(input->batch) * input->channels;
+        for (uint32_t size : input->to_size) values *= size;
+        input_pieces = (values + kPiece - 1) / kPiece;
+    }
+    torch::stable::parallel_for(0, weight_pieces + input_pieces, kThread / kPiece, [&](int64_t first, int64_t last) {
+        if (first < weight_pieces) weights.run(first, std::min(last, weight_pieces));
+        if (last <= weight_pieces) return;
+        auto tile = [&](int64_t piece) { return std::max<int64_t>(piece - weight_pieces, 0) * tiles / input_pieces; };
+        prepare(*input, *tiling, tile(first), tile(last));
+    });
+}
+
+const AlignBackend kForward{[](const AlignList& list, int32_t) {
+                                const Kernels& k = kernels();
+                                run(k.align_forward, list.is_double ? k.prepare_forward_double : k.prepare_forward, list);
+                            },
+                            kMaxTransposed};
+const AlignBackend kBackward{[](const AlignList& list, int32_t) {
+                                 const Kernels& k = kernels();
+                                 run(k.align_backward, list.is_double ? k.prepare_backward_double : k.prepare_backward,
+                                     list);
+                             },
+                             kMaxTransposed};
+
+}  // namespace
+}  // namespace wa::cpu
+
+STABLE_TORCH_LIBRARY_IMPL(weightalign_cuda, CPU, library) {
+    wa::implement_ops<wa::cpu::kForward, wa::cpu::kBackward>(library);
+}
