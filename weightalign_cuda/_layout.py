@@ -1,9 +1,16 @@
-"""Strides of results: the rule that fake kernels and the reference share with csrc/common/layout.cpp."""
+"""Strides and dtypes of results: the rules that fake kernels and the reference share with csrc/common."""
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 CHANNELS_LAST_RANK = {torch.channels_last: 4, torch.channels_last_3d: 5}
+
+
+def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What sums are formed in and statistics kept in, for tensors of this dtype."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def is_dense(t: Tensor) -> bool:
@@ -16,13 +23,33 @@ def is_dense(t: Tensor) -> bool:
     return True
 
 
+def memory_order(t: Tensor) -> list[int]:
+    """t's dimensions, outermost first in memory; as they come if t is not dense."""
+    dims, strides, shape = list(range(t.dim())), t.stride(), t.shape
+    # Of two dimensions with one stride the inner one has size 1: then a result in this order has t's very strides.
+    return sorted(dims, key=lambda d: (-strides[d], shape[d] == 1)) if is_dense(t) else dims
+
+
+def padded_shape(shape: Sequence[int], padding: Sequence[int], sign: int = 1) -> list[int]:
+    """(N, C, spatial...) with `padding`, (before, after) of each spatial dimension, added; with sign -1, taken off."""
+    added = [before + after for before, after in zip(padding[::2], padding[1::2], strict=True)]
+    return [*shape[:2], *(size + sign * more for size, more in zip(shape[2:], added, strict=True))]
+
+
 def empty_result(t: Tensor, dtype: torch.dtype, memory_format: torch.memory_format) -> Tensor:
     """An uninitialised tensor of t's shape: in `memory_format` (ranks it does not name keep theirs), else in t's own
     strides if they are dense, else contiguous; contiguous, too, if it has no elements."""
-    if t.numel() == 0:
-        return torch.empty(t.shape, dtype=dtype, device=t.device)
-    if CHANNELS_LAST_RANK.get(memory_format) == t.dim():
-        return torch.empty(t.shape, dtype=dtype, device=t.device, memory_format=memory_format)
-    if memory_format != torch.contiguous_format and is_dense(t):
+    named = CHANNELS_LAST_RANK.get(memory_format) == t.dim()
+    if not named and memory_format != torch.contiguous_format and t.numel() and is_dense(t):
         return torch.empty_strided(t.shape, t.stride(), dtype=dtype, device=t.device)
-    return torch.empty(t.shape, dtype=dtype, device=t.device)
+    return empty_in(t.shape, dtype, t.device, memory_format)
+
+
+def empty_in(
+    shape: Sequence[int], dtype: torch.dtype, device: torch.device, memory_format: torch.memory_format
+) -> Tensor:
+    """An uninitialised tensor in channels_last(_3d) if that is the format, it fits the rank and there are elements;
+    else contiguous."""
+    fits = CHANNELS_LAST_RANK.get(memory_format) == len(shape) and 0 not in shape
+    kept = memory_format if fits else torch.contiguous_format
+    return torch.empty(shape, dtype=dtype, device=device, memory_format=kept)

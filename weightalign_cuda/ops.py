@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from . import _library, reference
-from ._layout import empty_result
+from ._layout import empty_in, empty_result, padded_shape, statistics_dtype
 
 NAMESPACE = "weightalign_cuda"
 SCHEMAS = {
@@ -21,6 +21,12 @@ SCHEMAS = {
     "MemoryFormat memory_format) -> (Tensor[] aligned, Tensor statistics)",
     "align_backward": "(Tensor[] grads, Tensor[] weights, Tensor?[] gains, Tensor statistics, float[] scales) -> "
     "(Tensor[] grad_weights, Tensor grad_gains)",
+    "prepare_forward": "(Tensor input, Tensor[] weights, Tensor?[] gains, float[] eps, float[] scales, "
+    "ScalarType dtype, MemoryFormat memory_format, int[] padding, int padding_mode, int activation) -> "
+    "(Tensor prepared, Tensor[] aligned, Tensor statistics)",
+    "prepare_backward": "(Tensor grad_prepared, Tensor? saved, Tensor[] grads, Tensor[] weights, Tensor?[] gains, "
+    "Tensor statistics, float[] scales, ScalarType input_dtype, int[] input_order, int[] padding, int padding_mode, "
+    "int activation) -> (Tensor grad_input, Tensor[] grad_weights, Tensor grad_gains)",
 }
 
 _definitions = torch.library.Library(NAMESPACE, "DEF")
@@ -30,15 +36,12 @@ for _name, _schema in SCHEMAS.items():
 
 align_forward = torch.ops.weightalign_cuda.align_forward.default
 align_backward = torch.ops.weightalign_cuda.align_backward.default
+prepare_forward = torch.ops.weightalign_cuda.prepare_forward.default
+prepare_backward = torch.ops.weightalign_cuda.prepare_backward.default
 
 library = _library.load()
 
 _below_autograd = torch._C._AutoDispatchBelowAutograd
-
-
-def _per_filter(weights: Sequence[Tensor], *size: int) -> Tensor:
-    filters = sum(w.shape[0] for w in weights)
-    return weights[0].new_empty((filters, *size), dtype=reference.statistics_dtype(weights[0].dtype))
 
 
 @torch.library.register_fake(f"{NAMESPACE}::align_forward", lib=_definitions)
@@ -50,7 +53,9 @@ def _align_forward_fake(
     dtype: torch.dtype,
     memory_format: torch.memory_format,
 ) -> tuple[list[Tensor], Tensor]:
-    return [empty_result(w, dtype, memory_format) for w in weights], _per_filter(weights, 2)
+    rows, first = sum(w.shape[0] for w in weights), weights[0]
+    statistics = first.new_empty((rows, 2), dtype=statistics_dtype(first.dtype))
+    return [empty_result(w, dtype, memory_format) for w in weights], statistics
 
 
 @torch.library.register_fake(f"{NAMESPACE}::align_backward", lib=_definitions)
@@ -61,7 +66,45 @@ def _align_backward_fake(
     statistics: Tensor,
     scales: list[float],
 ) -> tuple[list[Tensor], Tensor]:
-    return [empty_result(w, w.dtype, torch.preserve_format) for w in weights], _per_filter(weights)
+    rows = sum(w.shape[0] for w in weights)
+    return [empty_result(w, w.dtype, torch.preserve_format) for w in weights], statistics.new_empty(rows)
+
+
+@torch.library.register_fake(f"{NAMESPACE}::prepare_forward", lib=_definitions)
+def _prepare_forward_fake(
+    input: Tensor,
+    weights: list[Tensor],
+    gains: list[Tensor | None],
+    eps: list[float],
+    scales: list[float],
+    dtype: torch.dtype,
+    memory_format: torch.memory_format,
+    padding: list[int],
+    padding_mode: int,
+    activation: int,
+) -> tuple[Tensor, list[Tensor], Tensor]:
+    prepared = empty_in(padded_shape(input.shape, padding), dtype, input.device, memory_format)
+    return prepared, *_align_forward_fake(weights, gains, eps, scales, dtype, memory_format)
+
+
+@torch.library.register_fake(f"{NAMESPACE}::prepare_backward", lib=_definitions)
+def _prepare_backward_fake(
+    grad_prepared: Tensor,
+    saved: Tensor | None,
+    grads: list[Tensor],
+    weights: list[Tensor],
+    gains: list[Tensor | None],
+    statistics: Tensor,
+    scales: list[float],
+    input_dtype: torch.dtype,
+    input_order: list[int],
+    padding: list[int],
+    padding_mode: int,
+    activation: int,
+) -> tuple[Tensor, list[Tensor], Tensor]:
+    shape = padded_shape(grad_prepared.shape, padding, -1)
+    grad_input = torch.empty_permuted(shape, input_order, dtype=input_dtype, device=grad_prepared.device)
+    return grad_input, *_align_backward_fake(grads, weights, gains, statistics, scales)
 
 
 class _Align(torch.autograd.Function):

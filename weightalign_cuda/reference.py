@@ -2,16 +2,13 @@
 times (Shi, Li, Liu, van Gemert, "WeightAlign", arXiv 2010.07160, eq. 10)."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ._layout import empty_result
-
-
-def statistics_dtype(weight_dtype: torch.dtype) -> torch.dtype:
-    """What sums are formed and statistics kept in."""
-    return torch.float64 if weight_dtype == torch.float64 else torch.float32
+from ._layout import empty_result, statistics_dtype
+from .reference_input import prepare_input, prepare_input_backward
 
 
 def moments(weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -90,4 +87,34 @@ def align_backward(
         result = empty_result(weight, weight.dtype, torch.preserve_format)
         grad_weights.append(result.copy_(factor * (g - g.mean(dims, keepdim=True) - x * along / 2)))
         grad_gains.append(scale * along.flatten())
-    return grad_weights, torch.cat(grad_gains)
+    return grad_weights, torch.cat(grad_gains) if grad_gains else statistics.new_empty(0)
+
+
+def prepare_forward(
+    input: Tensor,
+    weights: Sequence[Tensor],
+    gains: Sequence[Tensor | None],
+    eps: Sequence[float],
+    scales: Sequence[float],
+    dtype: torch.dtype,
+    memory_format: torch.memory_format,
+    *preparation: Any,
+) -> tuple[Tensor, list[Tensor], Tensor]:
+    """The op prepare_forward; preparation: padding, padding_mode, activation."""
+    prepared = prepare_input(input, dtype, memory_format, *preparation)
+    return prepared, *align_forward(weights, gains, eps, scales, dtype, memory_format)
+
+
+def prepare_backward(
+    grad_prepared: Tensor,
+    saved: Tensor | None,
+    grads: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    gains: Sequence[Tensor | None],
+    statistics: Tensor,
+    scales: Sequence[float],
+    *preparation: Any,
+) -> tuple[Tensor, list[Tensor], Tensor]:
+    """The op prepare_backward; preparation: input_dtype, input_order, padding, padding_mode, activation."""
+    grad_input = prepare_input_backward(grad_prepared, saved, *preparation)
+    return grad_input, *align_backward(grads, weights, gains, statistics, scales)

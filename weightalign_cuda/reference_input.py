@@ -1,0 +1,90 @@
+"""The input's part of prepare in plain PyTorch: activation, cast, padding, layout, and the gradient of all that."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ._layout import empty_in, statistics_dtype
+
+# The ops know these by number.
+PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
+ACTIVATIONS = (None, "relu", "silu", "gelu")
+
+
+def prepare_input(
+    input: Tensor,
+    dtype: torch.dtype,
+    memory_format: torch.memory_format,
+    padding: Sequence[int],
+    padding_mode: int,
+    activation: int,
+) -> Tensor:
+    """(N, C, spatial...) -> (N, C, padded spatial...) in `dtype` and `memory_format`, rounded once."""
+    kind = ACTIVATIONS[activation]
+    x = input if kind is None else getattr(F, kind)(input.to(statistics_dtype(input.dtype)))
+    if any(padding):
+        # F.pad refuses to reflect or repeat where there is no element; zeros then come to the same.
+        mode = "constant" if padding_mode == 0 or input.numel() == 0 else PADDING_MODES[padding_mode]
+        pairs = zip(padding[-2::-2], padding[::-2], strict=True)  # F.pad begins with the last dimension
+        x = F.pad(x, [p for pair in pairs for p in pair], mode=mode)
+    return empty_in(x.shape, dtype, x.device, memory_format).copy_(x)
+
+
+def prepare_input_backward(
+    grad: Tensor,
+    saved: Tensor | None,
+    input_dtype: torch.dtype,
+    input_order: Sequence[int],
+    padding: Sequence[int],
+    padding_mode: int,
+    activation: int,
+) -> Tensor:
+    """The gradient of `prepare_input`'s input, from the same operations as a kernel has: no scatter, a fixed order.
+
+    Args:
+        grad: of the prepared input, any dtype and strides.
+        saved: with relu the prepared input, with silu and gelu the input, else None.
+        input_dtype, input_order: of the result: its dtype, and its dimensions outermost first in memory.
+    """
+    g = grad.to(statistics_dtype(input_dtype))
+    pairs = list(zip(padding[::2], padding[1::2], strict=True))
+    for dim, (before, after) in enumerate(pairs, start=2):
+        g = _unpad(g, dim, before, after, PADDING_MODES[padding_mode])
+    kind = ACTIVATIONS[activation]
+    if saved is not None and kind == "relu":
+        for dim, (before, _) in enumerate(pairs, start=2):
+            saved = saved.narrow(dim, before, g.shape[dim])
+        g = g.where(saved.gt(0), 0)
+    elif saved is not None and kind is not None:
+        g = g * _derivative(kind, saved.to(g.dtype))
+    return torch.empty_permuted(g.shape, list(input_order), dtype=input_dtype, device=g.device).copy_(g)
+
+
+def _unpad(g: Tensor, dim: int, before: int, after: int, mode: str) -> Tensor:
+    """Along one dimension: the gradient of the interior, plus that of its copies in the borders."""
+    size = g.shape[dim] - before - after
+    head, interior, tail = g.split([before, size, after], dim)
+    if mode == "zeros" or before == after == 0:
+        return interior
+    interior = interior.clone()
+    if mode == "reflect":
+        interior.narrow(dim, 1, before).add_(head.flip(dim))
+        interior.narrow(dim, size - 1 - after, after).add_(tail.flip(dim))
+    elif mode == "replicate":
+        interior.narrow(dim, 0, 1).add_(head.sum(dim, keepdim=True))
+        interior.narrow(dim, size - 1, 1).add_(tail.sum(dim, keepdim=True))
+    else:
+        interior.narrow(dim, size - before, before).add_(head)
+        interior.narrow(dim, 0, after).add_(tail)
+    return interior
+
+
+def _derivative(kind: str, x: Tensor) -> Tensor:
+    if kind == "silu":  # x * s(x)
+        s = x.sigmoid()
+        return s * (1 + x * (1 - s))
+    # x * Phi(x), Phi the standard normal distribution
+    return (1 + (x * 0.5**0.5).erf()) / 2 + x * (x.square() / -2).exp() * (2 * math.pi) ** -0.5
