@@ -5,9 +5,11 @@ import contextvars
 import functools
 import os
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 
+from . import autograd, ops, reference
 from .ops import library
 
 NAMES = ("cuda", "cpu", "triton", "reference")
@@ -111,3 +113,11 @@ def _check_serves(name: str, device_type: str) -> str:
     if name != "reference" and name != device_type:
         raise RuntimeError(f"backend {name!r} was asked for, but it does not serve tensors on {device_type!r}")
     return name
+
+
+def run(op: str, device_type: str, *arguments: Any) -> Any:
+    """The forward op of this name on the backend that serves the device."""
+    if choose(device_type) == "reference":
+        return getattr(reference, op)(*arguments)
+    # Eager code calls what is registered at the Autograd key, which spares it a way through the dispatcher.
+    return getattr(ops if torch.compiler.is_compiling() else autograd, op)(*arguments)

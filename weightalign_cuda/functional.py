@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _backend, ops, reference
+from ._backend import run
 from ._checks import (
     check_gain,
     check_list,
@@ -59,7 +59,7 @@ def align(
     check_number("scale", scale)
     device_type = "cpu" if weight.is_cpu else weight.device.type  # the string costs 4 us in a training loop
     dtype = result_dtype("weight", weight, device_type, dtype)
-    return _run(device_type, [weight], [gain], [eps], [scale], dtype, memory_format)[0]
+    return run("align_forward", device_type, [weight], [gain], [eps], [scale], dtype, memory_format)[0][0]
 
 
 def align_foreach(
@@ -104,18 +104,12 @@ def align_foreach(
         result = result_dtype("weights", weights[members[0]], device.type, dtype, members[0])
         calls.append((members, device.type, result))
     if len(calls) == 1:
-        return list(_run(calls[0][1], weights, gains, all_eps, scales, calls[0][2], memory_format))
+        _, device_type, result = calls[0]
+        return list(run("align_forward", device_type, weights, gains, all_eps, scales, result, memory_format)[0])
     results: list[Any] = [None] * count
     for members, device_type, result in calls:
         each = ([values[i] for i in members] for values in (weights, gains, all_eps, scales))
-        for i, tensor in zip(members, _run(device_type, *each, result, memory_format), strict=True):
+        aligned, _ = run("align_forward", device_type, *each, result, memory_format)
+        for i, tensor in zip(members, aligned, strict=True):
             results[i] = tensor
     return results
-
-
-def _run(device_type: str, *arguments: Any) -> Sequence[Tensor]:
-    """The op align_forward on the backend of this device: `arguments` are its own, all weights of one kind."""
-    if _backend.choose(device_type) == "reference":
-        return reference.align_forward(*arguments)[0]
-    run = ops.align_forward if torch.compiler.is_compiling() else ops.align_with_autograd
-    return run(*arguments)[0]

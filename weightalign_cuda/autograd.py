@@ -1,0 +1,154 @@
+"""The forward ops as the Autograd key sees them: one launch forward and one backward, for a list of weights and, with
+prepare, a convolution's input."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import ops, reference
+from ._layout import memory_order
+from .reference_input import ACTIVATIONS
+
+_below_autograd = torch._C._AutoDispatchBelowAutograd
+
+
+def align_forward(
+    weights: Sequence[Tensor], gains: Sequence[Tensor | None], *options: Any
+) -> tuple[Sequence[Tensor], Tensor]:
+    """The op align_forward, differentiable. Called directly, it spares eager code a way through the dispatcher."""
+    if _wants_gradients(*weights, *gains):
+        _, *aligned, statistics = _Fused.apply(options, None, *weights, *gains)
+        return aligned, statistics
+    with _below_autograd():
+        return ops.align_forward(weights, gains, *options)
+
+
+def prepare_forward(
+    input: Tensor, weights: Sequence[Tensor], gains: Sequence[Tensor | None], *options: Any
+) -> tuple[Tensor, Sequence[Tensor], Tensor]:
+    """The op prepare_forward, likewise."""
+    if _wants_gradients(input, *weights, *gains):
+        prepared, *aligned, statistics = _Fused.apply(options, input, *weights, *gains)
+        return prepared, aligned, statistics
+    with _below_autograd():
+        return ops.prepare_forward(input, weights, gains, *options)
+
+
+ops.definitions.impl("align_forward", align_forward, "Autograd")
+ops.definitions.impl("prepare_forward", prepare_forward, "Autograd")
+
+
+def _wants_gradients(*tensors: Tensor | None) -> bool:
+    if torch.is_grad_enabled():
+        for t in tensors:
+            if t is not None and t.requires_grad:
+                return True
+    return False
+
+
+class _Fused(torch.autograd.Function):
+    """align_forward or, with an input, prepare_forward; and its derivative."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, options: tuple[Any, ...], input: Tensor | None, *tensors: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        """options: the op's arguments after the tensors, which are the weights and as many gains."""
+        count = len(tensors) // 2
+        lists = tensors[:count], tensors[count:]
+        prepared = saved = None
+        with _below_autograd():
+            if input is None:
+                aligned, statistics = ops.align_forward(*lists, *options)
+            else:
+                prepared, aligned, statistics = ops.prepare_forward(input, *lists, *options)
+        if input is not None and ctx.needs_input_grad[1]:
+            # What the convolution keeps anyway, where that suffices.
+            saved = {None: None, "relu": prepared}.get(ACTIVATIONS[options[-1]], input)
+            ctx.preparation = (input.dtype, memory_order(input), *options[4:])
+        ctx.save_for_backward(saved, *tensors, statistics)
+        ctx.options = options
+        ctx.mark_non_differentiable(statistics)
+        ctx.set_materialize_grads(False)
+        return (prepared, *aligned, statistics)
+
+    @staticmethod
+    def backward(ctx: Any, grad_prepared: Tensor | None, *grads: Tensor | None) -> tuple[Any, ...]:
+        saved, *tensors, statistics = ctx.saved_tensors
+        count, (_, input_wanted, *wanted) = len(tensors) // 2, ctx.needs_input_grad
+        # Frozen weights, and those whose result nobody used, take no part; nor does such an input.
+        used = [i for i in range(count) if grads[i] is not None and (wanted[i] or wanted[count + i])]
+        input_used = input_wanted and grad_prepared is not None
+        grad_input = None
+        if torch.is_grad_enabled():
+            if input_used:
+                grad_input = reference.prepare_input_backward(grad_prepared, saved, *ctx.preparation)
+            return None, grad_input, *_differentiable_gradients(ctx.options, tensors, grads, used, wanted)
+        if not (used or input_used):
+            return (None,) * (2 + 2 * count)
+        arguments = _of_used(used, grads, tensors, statistics, ctx.options[1])
+        with _below_autograd():
+            if input_used:
+                results = ops.prepare_backward(grad_prepared, saved, *arguments, *ctx.preparation)
+                grad_input, grad_weights, grad_gains = results
+            else:
+                grad_weights, grad_gains = ops.align_backward(*arguments)
+        return None, grad_input, *_in_their_places(used, tensors, grad_weights, grad_gains)
+
+
+def _of_used(
+    used: Sequence[int],
+    grads: Sequence[Tensor | None],
+    tensors: Sequence[Tensor | None],
+    statistics: Tensor,
+    scales: Sequence[float],
+) -> tuple[Any, ...]:
+    """(grads, weights, gains, statistics, scales) of the weights that take part."""
+    count = len(tensors) // 2
+    weights, gains = tensors[:count], tensors[count:]
+    if len(used) == count:
+        return grads[:count], weights, gains, statistics, scales
+    rows = statistics.split([w.shape[0] for w in weights])  # type: ignore[union-attr]
+    statistics = torch.cat([rows[i] for i in used]) if used else statistics[:0]
+    grads, weights, gains, scales = ([t[i] for i in used] for t in (grads, weights, gains, scales))
+    return grads, weights, gains, statistics, scales
+
+
+def _in_their_places(
+    used: Sequence[int], tensors: Sequence[Tensor | None], grad_weights: Sequence[Tensor], grad_gains: Tensor
+) -> list[Tensor | None]:
+    """The gradients of weights and gains, None for those that take no part. (Autograd drops what is not wanted, as long
+    as it belongs to a tensor.)"""
+    count = len(tensors) // 2
+    results: list[Tensor | None] = [None] * (2 * count)
+    rows = grad_gains.split([w.shape[0] for w in grad_weights]) if len(used) != 1 else (grad_gains,)
+    for i, grad_weight, row in zip(used, grad_weights, rows, strict=True):
+        results[i], gain = grad_weight, tensors[count + i]
+        if gain is not None:
+            results[count + i] = row if gain.dtype is row.dtype else row.to(gain.dtype)
+    return results
+
+
+def _differentiable_gradients(
+    options: tuple[Any, ...],
+    tensors: Sequence[Tensor | None],
+    grads: Sequence[Tensor | None],
+    used: Sequence[int],
+    wanted: Sequence[bool],
+) -> list[Tensor | None]:
+    """Of weights and gains under create_graph: through the reference, which PyTorch can differentiate again."""
+    eps, scales, dtype = options[:3]
+    count = len(tensors) // 2
+    if not used:
+        return [None] * (2 * count)
+    with torch.enable_grad():
+        aligned = [
+            reference.align(tensors[i], tensors[count + i], eps[i], scales[i], dtype, torch.preserve_format)[0]  # type: ignore[arg-type]
+            for i in used
+        ]
+    inputs = [t for t, is_wanted in zip(tensors, wanted, strict=True) if is_wanted]
+    outside = [grads[i] for i in used]
+    found = iter(torch.autograd.grad(aligned, inputs, outside, create_graph=True, allow_unused=True))  # type: ignore[arg-type]
+    return [next(found) if is_wanted else None for is_wanted in wanted]
