@@ -1,5 +1,6 @@
 #include "prepare_host.h"
 
+#include <algorithm>
 #include <limits>
 
 #include "layout.h"
@@ -104,8 +105,10 @@ PrepareForwardResult prepare_forward(const AlignBackend& backend, const Tensor& 
     bool is_double = dtype == ScalarType::Double;
     STD_TORCH_CHECK(is_double == (input.scalar_type() == ScalarType::Double),
                     "dtype: float64 goes to float64 only, and nothing else does");
-    Tensor prepared =
-        new_tensor(input, padded_sizes(input, padding, 1), order_of(memory_format, input.dim()), dtype);
+    std::vector<int64_t> sizes = padded_sizes(input, padding, 1);
+    bool is_empty = std::find(sizes.begin(), sizes.end(), 0) != sizes.end();
+    std::vector<int> order = order_of(is_empty ? MemoryFormat::Contiguous : memory_format, input.dim());
+    Tensor prepared = new_tensor(input, sizes, order, dtype);
     PrepareTask task = task_of(input, prepared, input, padding, padding_mode, activation);
     InputWork work{prepared.numel() ? &task : nullptr, input, is_double};
     auto [aligned, statistics] = forward_beside(&work, backend, weights, gains, eps, scales, dtype, memory_format);

@@ -8,6 +8,7 @@
 // shares.
 #pragma once
 #include "align_table.cuh"
+#include "prepare.cuh"
 #include "tile.cuh"
 
 namespace wa::cuda {
@@ -122,6 +123,8 @@ struct Backward {
 template <class Acc, class Table>
 __global__ __launch_bounds__(AlignShape<Acc>::kThreads, AlignShape<Acc>::kBlocksPerSm) void align_backward_kernel(
     const __grid_constant__ Table table) {
+    if constexpr (Table::kTakesInput)
+        if (blockIdx.x >= table.blocks) return InputTile<Acc, true>(table.input, blockIdx.x - table.blocks).prepare();
     align_block<Acc>(table,
                      Backward<Acc>{static_cast<const Acc*>(table.statistics), static_cast<Acc*>(table.grad_gain)});
 }

@@ -8,6 +8,7 @@
 // through the kernel under 64 registers; blocks of 32 KB keep the tail of the launch short.
 #pragma once
 #include "align_table.cuh"
+#include "prepare.cuh"
 #include "tile.cuh"
 
 namespace wa::cuda {
@@ -113,6 +114,8 @@ struct Forward {
 template <class Acc, class Table>
 __global__ __launch_bounds__(AlignShape<Acc>::kThreads, AlignShape<Acc>::kBlocksPerSm) void align_forward_kernel(
     const __grid_constant__ Table table) {
+    if constexpr (Table::kTakesInput)
+        if (blockIdx.x >= table.blocks) return InputTile<Acc, false>(table.input, blockIdx.x - table.blocks).prepare();
     align_block<Acc>(table, Forward<Acc>{static_cast<Acc*>(table.statistics)});
 }
 

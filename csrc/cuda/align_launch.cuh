@@ -46,23 +46,71 @@ void launch_table(const Table& table, uint32_t blocks, size_t shared_bytes, cuda
     launch(kernel, dim3(blocks), dim3(AlignShape<Acc>::kThreads), shared_bytes, stream, table);
 }
 
+// How the tiles of an input lie, and their number. Wide: whole 16 bytes of neighbours everywhere, from aligned addresses.
+template <class Acc>
+uint64_t tiles_of(const PrepareTask& task, PrepareEntry& entry) {
+    entry.task = task;
+    entry.positions = task.to_size[0] * task.to_size[1] * task.to_size[2];
+    auto by_channels = [&](const ImageSide& side) { return side.channel == 1 && task.channels > 1; };
+    auto is_wide = [&](const ImageSide& side, bool along_channels, bool is_from) {
+        int chunk = 16 / (side.dtype == DType::kFloat64 ? 8 : side.dtype == DType::kFloat32 ? 4 : 2);
+        auto address = reinterpret_cast<uintptr_t>(is_from ? task.from : task.to);
+        // relu's saved tensor lies as `from`, that of other activations as `to`
+        if (is_from == (task.activation == Activation::kRelu)) address |= reinterpret_cast<uintptr_t>(task.saved);
+        int64_t others = side.batch;  // all strides but the 1 of the neighbours
+        if (along_channels) {
+            for (int64_t stride : side.spatial) others |= stride;
+            return address % 16 == 0 && task.channels % chunk == 0 && others % chunk == 0;
+        }
+        int64_t next = 1;  // positions must be neighbours throughout, and nothing come between them
+        for (int d = kSpatial - 1; d >= 0; --d) {
+            if (task.to_size[d] != 1 && side.spatial[d] != next) return false;
+            if (task.before[d] | task.after[d] && is_from) return false;
+            next *= task.to_size[d];
+        }
+        return address % 16 == 0 && entry.positions % chunk == 0 && (others | side.channel) % chunk == 0;
+    };
+    entry.from_by_channels = by_channels(task.from_side);
+    entry.to_by_channels = by_channels(task.to_side);
+    entry.from_is_wide = is_wide(task.from_side, entry.from_by_channels, true);
+    entry.to_is_wide = is_wide(task.to_side, entry.to_by_channels, false);
+    entry.channels_log2 = 2;
+    static_assert(1 << 2 == kMinTileChannels);
+    while ((1 << entry.channels_log2) < kMaxTileChannels && (1u << entry.channels_log2) < task.channels)
+        ++entry.channels_log2;
+    // A wide chunk stays within a tile.
+    if (entry.channels_log2 < 3 && ((entry.from_is_wide && entry.from_by_channels) ||
+                                    (entry.to_is_wide && entry.to_by_channels)))
+        entry.channels_log2 = 3;
+    uint32_t positions = uint32_t(kTileValues<Acc>) >> entry.channels_log2;
+    entry.position_tiles = (entry.positions + positions - 1) / positions;
+    entry.channel_tiles = (task.channels + (1u << entry.channels_log2) - 1) >> entry.channels_log2;
+    return uint64_t(task.batch) * entry.position_tiles * entry.channel_tiles;
+}
+
 template <Direction kDirection, class Acc, class Table>
 void launch_list(const AlignList& list, const std::vector<uint32_t>& order, cudaStream_t stream) {
     using Shape = AlignShape<Acc>;
     auto table = std::make_unique<Table>();
     table->statistics = list.statistics;
     table->grad_gain = list.grad_gain;
-    uint64_t blocks = 0;
+    uint64_t blocks = 0, tiles = 0;
     size_t shared_bytes = 0;
+    if constexpr (Table::kTakesInput)
+        if (list.input) {
+            tiles = tiles_of<Acc>(*list.input, table->input);
+            shared_bytes = prepare_shared_bytes<Acc>(table->input.channels_log2);
+        }
     auto flush = [&] {
-        if (table->count) launch_table<kDirection, Acc>(*table, uint32_t(blocks), shared_bytes, stream);
-        table->count = 0, blocks = 0, shared_bytes = 0;
+        table->blocks = uint32_t(blocks);
+        if (blocks + tiles) launch_table<kDirection, Acc>(*table, uint32_t(blocks + tiles), shared_bytes, stream);
+        table->count = 0, blocks = 0, tiles = 0, shared_bytes = 0;  // the first launch takes the input
     };
     for (uint32_t i : order) {
         const AlignTask& task = list.tasks[i];
         int log2 = lanes_log2(task.n, Shape::kValues, Shape::kThreads);
         uint32_t teams = Shape::kThreads >> log2, task_blocks = (task.filters + teams - 1) / teams;
-        if (table->count == Table::kCapacity || blocks + task_blocks > 0x7fffffff) flush();
+        if (table->count == Table::kCapacity || blocks + tiles + task_blocks > 0x7fffffff) flush();
         table->entries[table->count++] = {task, uint32_t(blocks), uint8_t(log2), uint8_t(chunk_of<Acc>(task))};
         blocks += task_blocks;
         if (task.columns) {
@@ -82,7 +130,7 @@ void align(const AlignList& list, cudaStream_t stream) {
                      [&](uint32_t a, uint32_t b) { return list.tasks[a].n > list.tasks[b].n; });
     auto run = [&](auto acc) {
         using Acc = decltype(acc);
-        if (list.count <= SmallTable::kCapacity) launch_list<kDirection, Acc, SmallTable>(list, order, stream);
+        if (list.input || list.count <= SmallTable::kCapacity) launch_list<kDirection, Acc, SmallTable>(list, order, stream);
         else launch_list<kDirection, Acc, LargeTable>(list, order, stream);
     };
     if (list.is_double) run(double());

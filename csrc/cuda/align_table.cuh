@@ -1,6 +1,6 @@
 // The work of one launch: a table of tensors, by value in the kernel's parameters.
 #pragma once
-#include "../common/align_task.h"
+#include "../common/prepare_task.h"
 #include "chunk.cuh"
 #include "team.cuh"
 
@@ -33,6 +33,16 @@ struct AlignEntry {
     uint8_t chunk;
 };
 
+// A convolution's input, and how its tiles lie (prepare.cuh).
+struct PrepareEntry {
+    PrepareTask task;
+    uint32_t positions;  // of an image of the result
+    uint32_t position_tiles, channel_tiles;
+    uint8_t channels_log2;  // of a tile
+    bool from_by_channels, to_by_channels;  // what lies side by side in memory: channels or positions
+    bool from_is_wide, to_is_wide;          // accesses of 16 bytes
+};
+
 // Blocks first_block ... belong to the entry; each takes (threads in the block >> lanes_log2) of its filters.
 template <int kEntries>
 struct AlignTable {
@@ -40,6 +50,7 @@ struct AlignTable {
     void* statistics;
     void* grad_gain;
     uint32_t count;
+    uint32_t blocks;  // of the entries; those after them prepare the input
     AlignEntry entries[kEntries];
 
     __device__ int find(uint32_t block) const {
@@ -53,10 +64,17 @@ struct AlignTable {
     }
 };
 
-// A launch copies its whole parameter block: a layer alone need not pay for the table of a model.
-using SmallTable = AlignTable<16>;
-using LargeTable = AlignTable<(kParameterBytes - kInputBytes - 24) / int(sizeof(AlignEntry))>;
+// A launch copies its whole parameter block: a layer alone need not pay for the table of a model, which in turn needs no
+// input.
+struct SmallTable : AlignTable<16> {
+    static constexpr bool kTakesInput = true;
+    PrepareEntry input;
+};
+struct LargeTable : AlignTable<(kParameterBytes - kInputBytes - 24) / int(sizeof(AlignEntry))> {
+    static constexpr bool kTakesInput = false;
+};
 static_assert(LargeTable::kCapacity >= 400 && sizeof(LargeTable) + kInputBytes <= kParameterBytes);
+static_assert(sizeof(PrepareEntry) <= kInputBytes);
 
 namespace {
 
