@@ -43,12 +43,4 @@ AlignBackwardResult backward_beside(const InputWork* input, const AlignBackend& 
 
 DType dtype_of(ScalarType type);
 
-// An op of one backend: call(arguments...) = function(backend, arguments...).
-template <auto function, const AlignBackend& backend>
-struct OpOn;
-template <class R, class... A, R (*function)(const AlignBackend&, A...), const AlignBackend& backend>
-struct OpOn<function, backend> {
-    static R call(A... arguments) { return function(backend, arguments...); }
-};
-
 }  // namespace wa

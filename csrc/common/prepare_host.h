@@ -22,6 +22,14 @@ PrepareBackwardResult prepare_backward(const AlignBackend& backend, const Tensor
                                        const std::vector<int64_t>& input_order, const std::vector<int64_t>& padding,
                                        int64_t padding_mode, int64_t activation);
 
+// An op of one backend: call(arguments...) = function(backend, arguments...).
+template <auto function, const AlignBackend& backend>
+struct OpOn;
+template <class R, class... A, R (*function)(const AlignBackend&, A...), const AlignBackend& backend>
+struct OpOn<function, backend> {
+    static R call(A... arguments) { return function(backend, arguments...); }
+};
+
 // Registers all ops of a backend.
 template <const AlignBackend& forward, const AlignBackend& backward, class Library>
 void implement_ops(Library& library) {

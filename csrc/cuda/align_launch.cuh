@@ -99,7 +99,7 @@ void launch_list(const AlignList& list, const std::vector<uint32_t>& order, cuda
     if constexpr (Table::kTakesInput)
         if (list.input) {
             tiles = tiles_of<Acc>(*list.input, table->input);
-            shared_bytes = prepare_shared_bytes<Acc>(table->input.channels_log2);
+            shared_bytes = prepare_shared_bytes<Acc>(table->input.channels_log2, list.input->saved);
         }
     auto flush = [&] {
         table->blocks = uint32_t(blocks);

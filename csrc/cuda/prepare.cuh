@@ -19,15 +19,21 @@ constexpr int kTileValues = kTileBytes / int(sizeof(Acc));
 constexpr int kMaxTileChannels = 64, kMinTileChannels = 4;
 
 // Shared memory of one block: the tile, a row of positions for each channel, each of odd length against bank conflicts;
-// and where each position lies in the images of `from` and `to`.
+// where each position lies in the images of `from` and `to`; and, if kept, what an activation's derivative comes from.
 template <class Acc>
-constexpr size_t prepare_shared_bytes(int channels_log2) {
+WA_ANYWHERE constexpr size_t tile_bytes(int channels_log2) {
     size_t channels = size_t(1) << channels_log2, positions = kTileValues<Acc> / channels;
-    return (channels * (positions + 1) * sizeof(Acc) + 15) / 16 * 16 + 2 * positions * sizeof(int64_t);
+    return (channels * (positions + 1) * sizeof(Acc) + 15) / 16 * 16;
+}
+template <class Acc>
+constexpr size_t prepare_shared_bytes(int channels_log2, bool is_kept) {
+    return tile_bytes<Acc>(channels_log2) * (is_kept ? 2 : 1) +
+           2 * (kTileValues<Acc> >> channels_log2) * sizeof(int64_t);
 }
 
+// Not inlined, as exp and erf would be at each of many places.
 template <class Acc>
-__device__ Acc activated(Activation activation, Acc x) {
+__device__ __noinline__ Acc activated(Activation activation, Acc x) {
     switch (activation) {
         case Activation::kRelu: return x < 0 ? Acc(0) : x;
         case Activation::kSilu: return x / (1 + exp(-x));
@@ -38,7 +44,7 @@ __device__ Acc activated(Activation activation, Acc x) {
 
 // activation'(x) g; of relu, x may be the result. A gradient that meets a derivative of 0 becomes 0 whatever it is.
 template <class Acc>
-__device__ Acc differentiated(Activation activation, Acc x, Acc g) {
+__device__ __noinline__ Acc differentiated(Activation activation, Acc x, Acc g) {
     Acc slope = 1;
     switch (activation) {
         case Activation::kRelu: slope = x <= 0 ? Acc(0) : Acc(1); break;
@@ -56,6 +62,34 @@ __device__ Acc differentiated(Activation activation, Acc x, Acc g) {
     return slope == 0 ? Acc(0) : g * slope;
 }
 
+// run(null pointer of the type)
+template <class Acc, class Run>
+__device__ void with_type(DType dtype, const Run& run) {
+    if constexpr (sizeof(Acc) == 8) {
+        run(static_cast<const double*>(nullptr));
+    } else {
+        if (dtype == DType::kFloat32) run(static_cast<const float*>(nullptr));
+        else if (dtype == DType::kFloat16) run(static_cast<const __half*>(nullptr));
+        else run(static_cast<const __nv_bfloat16*>(nullptr));
+    }
+}
+
+// The sum over all places that show the value at a position; its image and channel begin at `origin`.
+template <class Acc>
+__device__ __noinline__ Acc sum_of_places(const PrepareTask& task, int64_t origin, uint32_t position) {
+    Acc sum = 0;
+    for_each_source(task, coordinates_of(position, task.to_size[1], task.to_size[2]), [&](int64_t offset) {
+        with_type<Acc>(task.from_side.dtype, [&](auto* type) {
+            Chunk<std::remove_const_t<std::remove_pointer_t<decltype(type)>>, 1> one;
+            Acc x[1];
+            one.load(static_cast<decltype(type)>(task.from) + origin + offset);
+            one.unpack(x);
+            sum += x[0];
+        });
+    });
+    return sum;
+}
+
 template <class Acc, bool kBackward>
 struct InputTile {
     const PrepareEntry& entry;
@@ -63,7 +97,7 @@ struct InputTile {
     int channels_log2, positions_log2;
     int64_t image;        // of the batch
     int channel, position;  // the tile's first ones
-    Acc* values;
+    Acc *values, *kept;
     int64_t *from_at, *to_at;  // of each position. from_at negative: forward a zero; backward ~ the own place of a value
                                // that is shown in the padding too
 
@@ -77,14 +111,13 @@ struct InputTile {
         channel = int(tile % entry.channel_tiles) << channels_log2;
         image = tile / entry.channel_tiles;
         values = dynamic_shared<Acc>();
-        size_t bytes = (size_t(pitch() << channels_log2) * sizeof(Acc) + 15) / 16 * 16;
-        from_at = reinterpret_cast<int64_t*>(dynamic_shared<char>() + bytes);
+        from_at = reinterpret_cast<int64_t*>(dynamic_shared<char>() + tile_bytes<Acc>(channels_log2));
         to_at = from_at + positions();
+        kept = reinterpret_cast<Acc*>(to_at + positions());
     }
 
     __device__ int positions() const { return 1 << positions_log2; }
     __device__ int pitch() const { return positions() + 1; }
-    __device__ Acc& value(int c, int p) const { return values[c * pitch() + p]; }
     __device__ bool has(int c, int p) const {
         return channel + c < int(task.channels) && position + p < int(entry.positions);
     }
@@ -136,123 +169,102 @@ struct InputTile {
         __device__ int p(int step) const { return by_channels ? across(step) : along(step); }
     };
 
+    // Where value i of a chunk that begins at (c, p) stands in the tile.
+    __device__ int place(bool by_channels, int c, int p, int i) const {
+        return by_channels ? (c + i) * pitch() + p : c * pitch() + p + i;
+    }
+
+    // A part of `image`, which lies as `side` says, into shared memory.
     template <class Stored, int kChunk>
-    __device__ void read_as(const Stored* from, const Stored* saved) const {
-        const Walk<kChunk> walk(*this, entry.from_by_channels);
-        const int64_t base = origin(task.from_side);
+    __device__ void read_as(const Stored* image, const ImageSide& side, const int64_t* at, bool by_channels,
+                            Acc* out) const {
+        const Walk<kChunk> walk(*this, by_channels);
+        image += origin(side);
         Chunk<Stored, kChunk> chunks[Walk<kChunk>::kSteps] = {};
-        const bool masks = kBackward && task.activation == Activation::kRelu;
 #pragma unroll
         for (int step = 0; step < Walk<kChunk>::kSteps; ++step) {
             int c = walk.c(step), p = walk.p(step);
             if (!walk.holds(step) || !has(c, p)) continue;
-            int64_t at = from_at[p];
-            if (kBackward && at < 0) at = ~at;
-            if (at >= 0) chunks[step].load(from + base + at + int64_t(c) * task.from_side.channel);
+            int64_t offset = at[p];
+            if (kBackward && offset < 0) offset = ~offset;
+            if (offset >= 0) chunks[step].load(image + offset + c * side.channel);
         }
 #pragma unroll
         for (int step = 0; step < Walk<kChunk>::kSteps; ++step) {
-            int c = walk.c(step), p = walk.p(step);
-            if (!walk.holds(step) || !has(c, p)) continue;
+            if (!walk.holds(step)) continue;
             Acc x[kChunk];
             chunks[step].unpack(x);
-            if (masks) {
-                int64_t at = from_at[p] < 0 ? ~from_at[p] : from_at[p];
-                Chunk<Stored, kChunk> kept;
-                Acc y[kChunk];
-                kept.load(saved + base + at + int64_t(c) * task.from_side.channel);
-                kept.unpack(y);
-                for (int i = 0; i < kChunk; ++i) {
-                    int pi = entry.from_by_channels ? p : p + i, ci = entry.from_by_channels ? c + i : c;
-                    if (from_at[pi] < 0) x[i] = sum_of_places(from, ci, pi);
-                    x[i] = differentiated(task.activation, y[i], x[i]);
-                }
-            } else {
 #pragma unroll
-                for (int i = 0; i < kChunk; ++i) {
-                    int pi = entry.from_by_channels ? p : p + i, ci = entry.from_by_channels ? c + i : c;
-                    if constexpr (kBackward) {
-                        if (from_at[pi] < 0) x[i] = sum_of_places(from, ci, pi);
-                    } else {
-                        x[i] = activated(task.activation, x[i]);
-                    }
-                }
-            }
-#pragma unroll
-            for (int i = 0; i < kChunk; ++i)
-                (entry.from_by_channels ? value(c + i, p) : value(c, p + i)) = x[i];
+            for (int i = 0; i < kChunk; ++i) out[place(by_channels, walk.c(step), walk.p(step), i)] = x[i];
         }
     }
-    template <class Stored>
-    __device__ Acc sum_of_places(const Stored* from, int c, int p) const {
-        Acc sum = 0;
-        int64_t base = origin(task.from_side) + int64_t(c) * task.from_side.channel;
-        for_each_source(task, coordinates(p), [&](int64_t offset) {
-            Chunk<Stored, 1> one;
-            Acc x[1];
-            one.load(from + base + offset);
-            one.unpack(x);
-            sum += x[0];
+    __device__ void read(const void* image, bool as_from, Acc* out) const {
+        const ImageSide& side = as_from ? task.from_side : task.to_side;
+        const int64_t* at = as_from ? from_at : to_at;
+        const bool by_channels = as_from ? entry.from_by_channels : entry.to_by_channels;
+        with_type<Acc>(side.dtype, [&](auto* type) {
+            using Stored = std::remove_const_t<std::remove_pointer_t<decltype(type)>>;
+            auto typed = static_cast<const Stored*>(image);
+            if (as_from ? entry.from_is_wide : entry.to_is_wide)
+                read_as<Stored, 16 / sizeof(Stored)>(typed, side, at, by_channels, out);
+            else read_as<Stored, 1>(typed, side, at, by_channels, out);
         });
-        return sum;
     }
 
     template <class Stored, int kChunk>
-    __device__ void write_as(Stored* to, const Stored* saved) const {
+    __device__ void write_as(Stored* to) const {
         const Walk<kChunk> walk(*this, entry.to_by_channels);
-        const int64_t base = origin(task.to_side);
-        const bool differentiates = kBackward && task.saved && task.activation != Activation::kRelu;
-#pragma unroll
+        to += origin(task.to_side);
+#pragma unroll 1
         for (int step = 0; step < Walk<kChunk>::kSteps; ++step) {
             int c = walk.c(step), p = walk.p(step);
             if (!walk.holds(step) || !has(c, p)) continue;
-            int64_t at = base + to_at[p] + int64_t(c) * task.to_side.channel;
+            Chunk<Stored, kChunk> chunk;
             Acc x[kChunk];
 #pragma unroll
-            for (int i = 0; i < kChunk; ++i) x[i] = entry.to_by_channels ? value(c + i, p) : value(c, p + i);
-            Chunk<Stored, kChunk> chunk;
-            if (differentiates) {
-                Acc input[kChunk];
-                chunk.load(saved + at);
-                chunk.unpack(input);
-                for (int i = 0; i < kChunk; ++i) x[i] = differentiated(task.activation, input[i], x[i]);
-            }
+            for (int i = 0; i < kChunk; ++i) x[i] = values[place(entry.to_by_channels, c, p, i)];
             chunk.pack(x);
-            chunk.store(to + at);
+            chunk.store(to + to_at[p] + c * task.to_side.channel);
         }
     }
+    __device__ void write() const {
+        with_type<Acc>(task.to_side.dtype, [&](auto* type) {
+            using Stored = std::remove_const_t<std::remove_pointer_t<decltype(type)>>;
+            auto typed = static_cast<Stored*>(task.to);
+            if (entry.to_is_wide) write_as<Stored, 16 / sizeof(Stored)>(typed);
+            else write_as<Stored, 1>(typed);
+        });
+    }
 
-    // Run with the pointer typed, and 16 bytes' worth of values or 1.
-    template <class Run>
-    static __device__ void with_type(DType dtype, bool is_wide, const Run& run) {
-        auto as = [&](auto* type) {
-            using Stored = std::remove_pointer_t<decltype(type)>;
-            if (is_wide) run(type, std::integral_constant<int, 16 / int(sizeof(Stored))>());
-            else run(type, std::integral_constant<int, 1>());
-        };
-        if constexpr (sizeof(Acc) == 8) {
-            as(static_cast<double*>(nullptr));
-        } else {
-            if (dtype == DType::kFloat32) as(static_cast<float*>(nullptr));
-            else if (dtype == DType::kFloat16) as(static_cast<__half*>(nullptr));
-            else as(static_cast<__nv_bfloat16*>(nullptr));
+    // What is done to the values between reading and writing them.
+    __device__ void change() const {
+#pragma unroll 1
+        for (int i = int(threadIdx.x); i < kTileValues<Acc>; i += int(blockDim.x)) {
+            int c = i >> positions_log2, p = i & (positions() - 1), at = c * pitch() + p;
+            if (!has(c, p)) continue;
+            if constexpr (kBackward) {
+                if (from_at[p] < 0)
+                    values[at] = sum_of_places<Acc>(task, origin(task.from_side) + c * task.from_side.channel,
+                                                    uint32_t(position + p));
+                if (task.saved) values[at] = differentiated(task.activation, kept[at], values[at]);
+            } else {
+                values[at] = activated(task.activation, values[at]);
+            }
         }
+        __syncthreads();
     }
 
     __device__ void prepare() const {
         locate();
         __syncthreads();
-        with_type(task.from_side.dtype, entry.from_is_wide, [&](auto* type, auto chunk) {
-            using Stored = std::remove_pointer_t<decltype(type)>;
-            read_as<Stored, decltype(chunk)::value>(static_cast<const Stored*>(task.from),
-                                                    static_cast<const Stored*>(task.saved));
-        });
+        // One place in the code reads both: it is unrolled for every dtype and width.
+        const int images = kBackward && task.saved ? 2 : 1;
+#pragma unroll 1
+        for (int i = 0; i < images; ++i)
+            read(i ? task.saved : task.from, i == 0 || task.activation == Activation::kRelu, i ? kept : values);
         __syncthreads();
-        with_type(task.to_side.dtype, entry.to_is_wide, [&](auto* type, auto chunk) {
-            using Stored = std::remove_pointer_t<decltype(type)>;
-            write_as<Stored, decltype(chunk)::value>(static_cast<Stored*>(task.to),
-                                                     static_cast<const Stored*>(task.saved));
-        });
+        if (task.activation != Activation::kNone || (kBackward && task.mode != PaddingMode::kZeros)) change();
+        write();
     }
 };
 
