@@ -1,12 +1,24 @@
 """WeightAlign and weight-standardised convolutions at the cost of plain ones.
 
-`align` and `align_foreach` are the functions, `WAConv2d` the layer; `backends()` says what serves them here. The
+`align` and `align_foreach` align weights, `prepare` a weight and its convolution's input together, `conv1d`, `conv2d`
+and `conv3d` convolve with them, `WAConv2d` is the layer; `backends()` says what serves them here. The
 formula is Shi, Li, Liu, van Gemert, "WeightAlign: Normalizing Activations by Weight Alignment", arXiv 2010.07160.
 """
 
 from ._backend import backends, use_backend
+from .convolution import conv1d, conv2d, conv3d, prepare
 from .functional import align, align_foreach
 from .layers import WAConv2d
 
 __version__ = "0.1.0"
-__all__ = ["WAConv2d", "align", "align_foreach", "backends", "use_backend"]
+__all__ = [
+    "WAConv2d",
+    "align",
+    "align_foreach",
+    "backends",
+    "conv1d",
+    "conv2d",
+    "conv3d",
+    "prepare",
+    "use_backend",
+]

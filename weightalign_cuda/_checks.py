@@ -18,6 +18,21 @@ def at(name: str, index: int | None) -> str:
     return name if index is None else f"{name}[{index}]"
 
 
+def check_input(name: str, input: Any, weight: Tensor) -> None:
+    """A convolution's input: batched or not, where the weight has 1 to 3 spatial dimensions."""
+    good = isinstance(input, Tensor) and input.dtype in DTYPES and input.layout is torch.strided
+    if not good:
+        _refuse_tensor(name, input, "a Tensor")
+    if not 3 <= weight.dim() <= 5:
+        raise ValueError(f"weight: expected 1 to 3 spatial dimensions, got shape {tuple(weight.shape)}")
+    if input.dim() not in (weight.dim(), weight.dim() - 1):
+        raise ValueError(
+            f"{name}: expected rank {weight.dim()}, or {weight.dim() - 1} without a batch; got {tuple(input.shape)}"
+        )
+    if input.device != weight.device:
+        raise ValueError(f"{name}: expected the weight's device {weight.device}, got {input.device}")
+
+
 def check_weight(name: str, weight: Any, index: int | None = None) -> None:
     good = isinstance(weight, Tensor) and weight.dtype in DTYPES and weight.layout is torch.strided
     if not good:
@@ -79,15 +94,20 @@ def check_memory_format(memory_format: Any) -> None:
         raise TypeError(f"memory_format: expected a torch.memory_format, got {type(memory_format).__name__}")
 
 
+def autocast_dtype(device_type: str) -> torch.dtype | None:
+    """autocast's on this kind of device, if it is on."""
+    if device_type == "meta" or not torch.is_autocast_enabled(device_type):
+        return None
+    return torch.get_autocast_dtype(device_type)
+
+
 def result_dtype(
     name: str, weight: Tensor, device_type: str, dtype: torch.dtype | None, index: int | None = None
 ) -> torch.dtype:
     """What a weight on `device_type` is aligned to: `dtype`, else autocast's where it is on, else the weight's own."""
     own = weight.dtype
     if dtype is None:
-        if own is torch.float64 or device_type == "meta" or not torch.is_autocast_enabled(device_type):
-            return own
-        return torch.get_autocast_dtype(device_type)
+        return own if own is torch.float64 else autocast_dtype(device_type) or own
     if dtype not in DTYPES:
         raise TypeError(f"dtype: expected {_FLOATS}, got {dtype}")
     if (dtype is torch.float64) != (own is torch.float64):

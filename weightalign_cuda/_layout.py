@@ -23,6 +23,20 @@ def is_dense(t: Tensor) -> bool:
     return True
 
 
+def looks_channels_last(t: Tensor) -> bool:
+    """Whether strides are like those of channels_last or channels_last_3d, dense or not; where they are like those of
+    a contiguous tensor, too, they count as that. (The rule of torch's convolutions.)"""
+    least = 0
+    if t.stride(1) == 0:
+        return False
+    for d in (1, *range(t.dim() - 1, 1, -1), 0):
+        size, stride = t.shape[d], t.stride(d)
+        if size == 0 or stride < least or (d == 0 and least == t.stride(1)):
+            return False
+        least = stride * size if size > 1 else stride
+    return True
+
+
 def memory_order(t: Tensor) -> list[int]:
     """t's dimensions, outermost first in memory; as they come if t is not dense."""
     dims, strides, shape = list(range(t.dim())), t.stride(), t.shape

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from . import ops, reference
 from ._layout import memory_order
-from .reference_input import ACTIVATIONS
+from .reference_input import ACTIVATIONS, prepare_input_backward
 
 _below_autograd = torch._C._AutoDispatchBelowAutograd
 
@@ -84,7 +84,7 @@ class _Fused(torch.autograd.Function):
         grad_input = None
         if torch.is_grad_enabled():
             if input_used:
-                grad_input = reference.prepare_input_backward(grad_prepared, saved, *ctx.preparation)
+                grad_input = prepare_input_backward(grad_prepared, saved, *ctx.preparation)  # type: ignore[arg-type]
             return None, grad_input, *_differentiable_gradients(ctx.options, tensors, grads, used, wanted)
         if not (used or input_used):
             return (None,) * (2 + 2 * count)
@@ -112,8 +112,8 @@ def _of_used(
         return grads[:count], weights, gains, statistics, scales
     rows = statistics.split([w.shape[0] for w in weights])  # type: ignore[union-attr]
     statistics = torch.cat([rows[i] for i in used]) if used else statistics[:0]
-    grads, weights, gains, scales = ([t[i] for i in used] for t in (grads, weights, gains, scales))
-    return grads, weights, gains, statistics, scales
+    grads, weights, gains = ([t[i] for i in used] for t in (grads, weights, gains))
+    return grads, weights, gains, statistics, [scales[i] for i in used]
 
 
 def _in_their_places(
