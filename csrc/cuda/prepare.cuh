@@ -33,7 +33,7 @@ constexpr size_t prepare_shared_bytes(int channels_log2, bool is_kept) {
 
 // Not inlined, as exp and erf would be at each of many places.
 template <class Acc>
-__device__ __noinline__ Acc activated(Activation activation, Acc x) {
+__device__ WA_NOINLINE Acc activated(Activation activation, Acc x) {
     switch (activation) {
         case Activation::kRelu: return x < 0 ? Acc(0) : x;
         case Activation::kSilu: return x / (1 + exp(-x));
@@ -44,7 +44,7 @@ __device__ __noinline__ Acc activated(Activation activation, Acc x) {
 
 // activation'(x) g; of relu, x may be the result. A gradient that meets a derivative of 0 becomes 0 whatever it is.
 template <class Acc>
-__device__ __noinline__ Acc differentiated(Activation activation, Acc x, Acc g) {
+__device__ WA_NOINLINE Acc differentiated(Activation activation, Acc x, Acc g) {
     Acc slope = 1;
     switch (activation) {
         case Activation::kRelu: slope = x <= 0 ? Acc(0) : Acc(1); break;
@@ -76,7 +76,7 @@ __device__ void with_type(DType dtype, const Run& run) {
 
 // The sum over all places that show the value at a position; its image and channel begin at `origin`.
 template <class Acc>
-__device__ __noinline__ Acc sum_of_places(const PrepareTask& task, int64_t origin, uint32_t position) {
+__device__ WA_NOINLINE Acc sum_of_places(const PrepareTask& task, int64_t origin, uint32_t position) {
     Acc sum = 0;
     for_each_source(task, coordinates_of(position, task.to_size[1], task.to_size[2]), [&](int64_t offset) {
         with_type<Acc>(task.from_side.dtype, [&](auto* type) {

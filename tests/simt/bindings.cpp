@@ -96,8 +96,37 @@ wa::AlignTask task_of(const py::dict& fields) {
     return task;
 }
 
-py::list align(const std::string& direction, const std::vector<py::dict>& fields, uintptr_t statistics,
-               uintptr_t grad_gain, bool is_double, const Run& how) {
+wa::ImageSide side_of(const py::dict& fields) {
+    auto strides = fields["strides"].cast<std::vector<int64_t>>();  // batch, channel, three spatial ones
+    return {strides.at(0), strides.at(1), {strides.at(2), strides.at(3), strides.at(4)},
+            dtype_of(fields["dtype"].cast<std::string>())};
+}
+
+wa::PrepareTask input_of(const py::dict& fields) {
+    auto address = [&](const char* name) { return pointer(fields[name].cast<uintptr_t>()); };
+    wa::PrepareTask task{};
+    task.from = address("from");
+    task.to = address("to");
+    task.saved = address("saved");
+    task.from_side = side_of(fields["from_side"].cast<py::dict>());
+    task.to_side = side_of(fields["to_side"].cast<py::dict>());
+    task.batch = fields["batch"].cast<uint32_t>();
+    task.channels = fields["channels"].cast<uint32_t>();
+    auto each = [&](const char* name, uint32_t (&numbers)[wa::kSpatial]) {
+        auto list = fields[name].cast<std::vector<uint32_t>>();
+        for (int d = 0; d < wa::kSpatial; ++d) numbers[d] = list.at(size_t(d));
+    };
+    each("size", task.size);
+    each("before", task.before);
+    each("after", task.after);
+    each("to_size", task.to_size);
+    task.mode = wa::PaddingMode(fields["mode"].cast<int>());
+    task.activation = wa::Activation(fields["activation"].cast<int>());
+    return task;
+}
+
+py::list align(const std::string& direction, const std::vector<py::dict>& fields, const std::optional<py::dict>& input,
+               uintptr_t statistics, uintptr_t grad_gain, bool is_double, const Run& how) {
     std::vector<wa::AlignTask> tasks;
     for (const py::dict& f : fields) tasks.push_back(task_of(f));
     wa::AlignList list{};
@@ -106,6 +135,8 @@ py::list align(const std::string& direction, const std::vector<py::dict>& fields
     list.statistics = pointer(statistics);
     list.grad_gain = pointer(grad_gain);
     list.is_double = is_double;
+    wa::PrepareTask prepared;
+    if (input) prepared = input_of(*input), list.input = &prepared;
     if (direction != "forward" && direction != "backward") throw std::invalid_argument("direction: " + direction);
     return run(how, [&] { direction == "forward" ? wa::align_forward(list) : wa::align_backward(list); });
 }
@@ -131,7 +162,7 @@ void define(py::module_& m) {
              "buffers"_a, "seed"_a = 1, "preempt_every"_a = 0, "blocks"_a = py::none());
     m.def("instrumented", simt::instrumented);
     m.def("traffic", traffic);
-    m.def("align", align, "direction"_a, "tasks"_a, "statistics"_a, "grad_gain"_a, "is_double"_a, "run"_a);
+    m.def("align", align, "direction"_a, "tasks"_a, "input"_a, "statistics"_a, "grad_gain"_a, "is_double"_a, "run"_a);
     m.def("selftest", run_selftest, "name"_a, "x"_a, "y"_a, "run"_a);
     m.def("transpose", run_transpose, "x"_a, "y"_a, "rows"_a, "columns"_a, "run"_a);
 }

@@ -101,6 +101,19 @@ class Block:
     written: int
 
 
+@dataclasses.dataclass
+class Image:
+    """A convolution's input on its way, (batch, channels, one to three spatial dimensions): see PrepareTask."""
+
+    source: Tensor
+    to: Tensor
+    padding: Sequence[int]  # before, after of each spatial dimension
+    mode: int
+    activation: int
+    saved: Tensor | None = None  # backward, with an activation
+    is_backward: bool = False
+
+
 class _Buffers:
     """The tensors of one run, by name, as the module wants them."""
 
@@ -109,7 +122,10 @@ class _Buffers:
         self.described: list[tuple[str, int, int, int, bool]] = []
 
     def add(self, name: str, t: Tensor, is_input: bool) -> int:
-        assert t.is_contiguous() and t.device.type == "cpu"
+        assert t.device.type == "cpu"
+        assert 1 + sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True)) == t.numel(), (
+            "want a dense tensor"
+        )
         self.names.append(name)
         self.described.append((name, t.data_ptr(), t.numel() * t.element_size(), t.element_size(), is_input))
         return t.data_ptr()
@@ -151,9 +167,10 @@ class Emulator:
         scales: Sequence[float],
         columns: Sequence[int] | None = None,
         outs: Sequence[Tensor] | None = None,
+        input: "Image | None" = None,
         **options: Any,
     ) -> Forward:
-        """weights of shape (filters, n); outs: where to write, otherwise new tensors."""
+        """weights of shape (filters, n); outs: where to write, otherwise new tensors; input: prepared beside them."""
         buffers = _Buffers()
         made = [poisoned(w.shape, dtype) for w in weights] if outs is None else list(outs)
         tasks = self._tasks(buffers, weights, gains, columns)
@@ -163,7 +180,7 @@ class Emulator:
         statistics = poisoned((sum(len(w) for w in weights), 2), _accumulation(weights))
         address = buffers.add("statistics", statistics, False)
         is_double = statistics.dtype == torch.float64
-        arguments = ("forward", tasks, address, 0, is_double)
+        arguments = ("forward", tasks, self._input(buffers, input), address, 0, is_double)
         counts = self._call(self.module.align, *arguments, buffers=buffers, **options)
         return Forward(made, statistics, counts)
 
@@ -176,6 +193,7 @@ class Emulator:
         scales: Sequence[float],
         columns: Sequence[int] | None = None,
         grad_weights: Sequence[Tensor] | None = None,
+        input: "Image | None" = None,
         **options: Any,
     ) -> Backward:
         """grads and weights of shape (filters, n); grad_weights: where to write, otherwise new tensors."""
@@ -189,9 +207,40 @@ class Emulator:
         grad_gain = poisoned((len(statistics),), statistics.dtype)
         addresses = buffers.add("statistics", statistics, True), buffers.add("grad_gain", grad_gain, False)
         is_double = statistics.dtype == torch.float64
-        arguments = ("backward", tasks, *addresses, is_double)
+        arguments = ("backward", tasks, self._input(buffers, input), *addresses, is_double)
         counts = self._call(self.module.align, *arguments, buffers=buffers, **options)
         return Backward(made, grad_gain, counts)
+
+    @staticmethod
+    def _input(buffers: _Buffers, image: Image | None) -> dict[str, Any] | None:
+        if image is None:
+            return None
+        absent = 5 - image.to.dim()
+        unpadded = image.to if image.is_backward else image.source
+        saved = image.saved
+
+        def spatial(numbers: Sequence[int], fill: int) -> list[int]:
+            return [fill] * absent + list(numbers)
+
+        def side(t: Tensor) -> dict[str, Any]:
+            strides = t.stride()
+            return {"strides": [*strides[:2], *spatial(strides[2:], 0)], "dtype": _name(t.dtype)}
+
+        return {
+            "from": buffers.add("source", image.source, True),
+            "to": buffers.add("to", image.to, False),
+            "saved": 0 if saved is None else buffers.add("saved", saved, True),
+            "from_side": side(image.source),
+            "to_side": side(image.to),
+            "batch": image.to.shape[0],
+            "channels": image.to.shape[1],
+            "size": spatial(unpadded.shape[2:], 1),
+            "before": spatial(image.padding[::2], 0),
+            "after": spatial(image.padding[1::2], 0),
+            "to_size": spatial(image.to.shape[2:], 1),
+            "mode": image.mode,
+            "activation": image.activation,
+        }
 
     def _tasks(
         self,

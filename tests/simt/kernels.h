@@ -1,6 +1,6 @@
 // Test-only. What is emulated, as the bindings see it: neither CUDA headers nor torch.
 #pragma once
-#include "../../csrc/common/align_task.h"
+#include "../../csrc/common/prepare_task.h"
 
 #pragma GCC visibility push(default)
 
