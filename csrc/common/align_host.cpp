@@ -42,9 +42,9 @@ public:
     TaskList(const std::vector<Tensor>& weights, const std::vector<std::optional<Tensor>>& gains,
              const InputWork* input)
         : first_(weights.empty() && input ? input->tensor : weights.at(0)),
-          type_(!weights.empty()     ? first_.scalar_type()
+          type_(!weights.empty()   ? first_.scalar_type()
                 : input->is_double ? ScalarType::Double
-                                     : ScalarType::Float),
+                                   : ScalarType::Float),
           input_(input ? input->task : nullptr) {
         STD_TORCH_CHECK(gains.size() == weights.size(), "gains: want one gain or None for each weight");
         for (const Tensor& w : weights) {

@@ -18,30 +18,35 @@ WA_ANYWHERE inline int shown_value(PaddingMode mode, int at, int size) {
     }
 }
 
-// each(place) for the places of one dimension that show value `at`: its own first, then those in the padding.
-template <class Each>
-WA_ANYWHERE void for_each_place(PaddingMode mode, int at, int size, int before, int after, const Each& each) {
-    each(at);
-    switch (mode) {
-        case PaddingMode::kReflect: {
-            if (at > 0 && at <= before) each(-at);
-            int mirrored = 2 * (size - 1) - at;
-            if (at < size - 1 && mirrored < size + after) each(mirrored);
-            break;
+// The places of one dimension that show value `at`: its own, then those before the dimension, then those after it, each
+// of them neighbours. Numbered, so that whoever visits them needs one copy of its code.
+struct Places {
+    int at, before, first_before, after, first_after;
+
+    WA_ANYWHERE Places(PaddingMode mode, int at, int size, int before, int after) : at(at), before(0), after(0) {
+        first_before = first_after = 0;
+        if (mode == PaddingMode::kReflect) {
+            first_before = -at;
+            this->before = at > 0 && at <= before;
+            first_after = 2 * (size - 1) - at;
+            this->after = at < size - 1 && first_after < size + after;
+        } else if (mode == PaddingMode::kReplicate) {
+            first_before = -before;
+            this->before = at == 0 ? before : 0;
+            first_after = size;
+            this->after = at == size - 1 ? after : 0;
+        } else if (mode == PaddingMode::kCircular) {
+            first_before = at - size;
+            this->before = first_before >= -before;
+            first_after = at + size;
+            this->after = at < after;
         }
-        case PaddingMode::kReplicate:
-            if (at == 0)
-                for (int place = -before; place < 0; ++place) each(place);
-            if (at == size - 1)
-                for (int place = size; place < size + after; ++place) each(place);
-            break;
-        case PaddingMode::kCircular:
-            if (at - size >= -before) each(at - size);
-            if (at < after) each(at + size);
-            break;
-        default: break;
     }
-}
+    WA_ANYWHERE int count() const { return 1 + before + after; }
+    WA_ANYWHERE int operator[](int i) const {
+        return i == 0 ? at : i <= before ? first_before + i - 1 : first_after + i - 1 - before;
+    }
+};
 
 struct Coordinates {
     int at[kSpatial];
@@ -63,17 +68,20 @@ WA_ANYWHERE inline int64_t source_of(const PrepareTask& task, const Coordinates&
     return offset;
 }
 
+WA_ANYWHERE inline Places places_of(const PrepareTask& task, const Coordinates& to, int d) {
+    return {task.mode, to.at[d], int(task.size[d]), int(task.before[d]), int(task.after[d])};
+}
+
 // Backward: each(offset in an image of `from`) for all places that show this value, its own first.
 template <class Each>
 WA_ANYWHERE void for_each_source(const PrepareTask& task, const Coordinates& to, const Each& each) {
-    auto along = [&](int d, const auto& then) {
-        for_each_place(task.mode, to.at[d], int(task.size[d]), int(task.before[d]), int(task.after[d]), [&](int place) {
-            then((place + int(task.before[d])) * task.from_side.spatial[d]);
-        });
-    };
-    along(0, [&](int64_t depth) {
-        along(1, [&](int64_t row) { along(2, [&](int64_t column) { each(depth + row + column); }); });
-    });
+    const Places depths = places_of(task, to, 0), rows = places_of(task, to, 1), columns = places_of(task, to, 2);
+    const int64_t* strides = task.from_side.spatial;
+    for (int i = 0; i < depths.count(); ++i)
+        for (int j = 0; j < rows.count(); ++j)
+            for (int k = 0; k < columns.count(); ++k)
+                each((depths[i] + int(task.before[0])) * strides[0] + (rows[j] + int(task.before[1])) * strides[1] +
+                     (columns[k] + int(task.before[2])) * strides[2]);
 }
 
 // The first of them: the value's own place.
@@ -85,12 +93,7 @@ WA_ANYWHERE inline int64_t own_source(const PrepareTask& task, const Coordinates
 
 // Whether the value is shown in the padding too.
 WA_ANYWHERE inline bool is_shown_twice(const PrepareTask& task, const Coordinates& to) {
-    if (task.mode == PaddingMode::kZeros) return false;
-    int places = 0;
-    for (int d = 0; d < kSpatial; ++d)
-        for_each_place(task.mode, to.at[d], int(task.size[d]), int(task.before[d]), int(task.after[d]),
-                       [&](int) { ++places; });
-    return places > kSpatial;
+    return places_of(task, to, 0).count() * places_of(task, to, 1).count() * places_of(task, to, 2).count() > 1;
 }
 
 }  // namespace

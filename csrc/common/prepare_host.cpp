@@ -80,7 +80,8 @@ PrepareTask task_of(const Tensor& from, const Tensor& to, const Tensor& unpadded
 // The shape with `sign` times the padding added to its spatial dimensions.
 std::vector<int64_t> padded_sizes(const Tensor& t, const std::vector<int64_t>& padding, int sign) {
     STD_TORCH_CHECK(t.dim() >= 3 && t.dim() <= kSpatial + 2, "input: want rank 3 to 5, got rank ", t.dim());
-    STD_TORCH_CHECK(int64_t(padding.size()) == 2 * (t.dim() - 2), "padding: want two numbers for each spatial dimension");
+    STD_TORCH_CHECK(int64_t(padding.size()) == 2 * (t.dim() - 2),
+                    "padding: want two numbers for each spatial dimension");
     std::vector<int64_t> sizes = sizes_of(t);
     for (size_t i = 0; i < padding.size(); ++i) {
         STD_TORCH_CHECK(padding[i] >= 0, "padding: want numbers of at least 0, got ", padding[i]);

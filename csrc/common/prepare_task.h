@@ -24,8 +24,8 @@ struct ImageSide {
 struct PrepareTask {
     const void* from;
     void* to;
-    const void* saved;  // backward, what the activation's derivative comes from: for relu the prepared input, which lies
-                        // as `from`; for silu and gelu the input, which lies as `to`, in to's dtype
+    const void* saved;  // backward, what the activation's derivative comes from: for relu the prepared input, which
+                        // lies as `from`; for silu and gelu the input, which lies as `to`, in to's dtype
     ImageSide from_side, to_side;
     uint32_t batch, channels;
     uint32_t size[kSpatial];                     // of the input

@@ -53,16 +53,16 @@ struct Kernels {
     PrepareTiles prepare_forward_double, prepare_backward_double;
 };
 
-#define WA_DECLARE(isa)                                                                                          \
-    namespace isa {                                                                                              \
-    void align_forward(const AlignList&, const AlignTask&, uint32_t first, uint32_t last, void* scratch);        \
-    void align_backward(const AlignList&, const AlignTask&, uint32_t first, uint32_t last, void* scratch);       \
-    template <class Acc>                                                                                         \
-    void prepare_forward(const PrepareTask&, const Tiling&, int64_t first, int64_t last);                        \
-    template <class Acc>                                                                                         \
-    void prepare_backward(const PrepareTask&, const Tiling&, int64_t first, int64_t last);                       \
-    constexpr Kernels kKernels{align_forward,          align_backward,          prepare_forward<float>,          \
-                               prepare_backward<float>, prepare_forward<double>, prepare_backward<double>};       \
+#define WA_DECLARE(isa)                                                                                     \
+    namespace isa {                                                                                         \
+    void align_forward(const AlignList&, const AlignTask&, uint32_t first, uint32_t last, void* scratch);   \
+    void align_backward(const AlignList&, const AlignTask&, uint32_t first, uint32_t last, void* scratch);  \
+    template <class Acc>                                                                                    \
+    void prepare_forward(const PrepareTask&, const Tiling&, int64_t first, int64_t last);                   \
+    template <class Acc>                                                                                    \
+    void prepare_backward(const PrepareTask&, const Tiling&, int64_t first, int64_t last);                  \
+    constexpr Kernels kKernels{align_forward,           align_backward,          prepare_forward<float>,    \
+                               prepare_backward<float>, prepare_forward<double>, prepare_backward<double>}; \
     }
 WA_DECLARE(baseline)
 WA_DECLARE(avx2)    // x86-64-v3

@@ -26,8 +26,8 @@ const Kernels& kernels() {
 }
 
 // Work is dealt out in pieces of kPiece values, all tensors of the list laid end to end and the convolution's input
-// behind them, so that threads get equal shares whatever the list looks like; a thread is woken for no less than kThread
-// values (some 10 us of work). A filter belongs to the piece that its first value lies in.
+// behind them, so that threads get equal shares whatever the list looks like; a thread is woken for no less than
+// kThread values (some 10 us of work). A filter belongs to the piece that its first value lies in.
 constexpr int64_t kPiece = 4096, kThread = 32768;
 constexpr int64_t kMaxTransposed = 4 << 20;  // bytes of a filter that a thread stages
 
@@ -85,7 +85,8 @@ void run(AlignFilters filters, PrepareTiles prepare, const AlignList& list) {
 
 const AlignBackend kForward{[](const AlignList& list, int32_t) {
                                 const Kernels& k = kernels();
-                                run(k.align_forward, list.is_double ? k.prepare_forward_double : k.prepare_forward, list);
+                                run(k.align_forward, list.is_double ? k.prepare_forward_double : k.prepare_forward,
+                                    list);
                             },
                             kMaxTransposed};
 const AlignBackend kBackward{[](const AlignList& list, int32_t) {

@@ -38,7 +38,8 @@ void load_run(const void* tensor, DType dtype, int64_t at, int64_t stride, Acc* 
     with_type<Acc>(tensor, dtype, [&](auto* from) WA_LAMBDA {
         from += at;
         if (stride == 1)
-            for_each<Acc>(n, [=](auto width, uint32_t i) WA_LAMBDA { store<Acc>(width, to + i, load<Acc>(width, from + i)); });
+            for_each<Acc>(
+                n, [=](auto width, uint32_t i) WA_LAMBDA { store<Acc>(width, to + i, load<Acc>(width, from + i)); });
         else
             for (uint32_t i = 0; i < n; ++i) to[i] = load_one<Acc>(from + i * stride);
     });
@@ -48,7 +49,8 @@ void store_run(void* tensor, DType dtype, int64_t at, int64_t stride, const Acc*
     with_type<Acc>(tensor, dtype, [&](auto* to) WA_LAMBDA {
         to += at;
         if (stride == 1)
-            for_each<Acc>(n, [=](auto width, uint32_t i) WA_LAMBDA { store<Acc>(width, to + i, load<Acc>(width, from + i)); });
+            for_each<Acc>(
+                n, [=](auto width, uint32_t i) WA_LAMBDA { store<Acc>(width, to + i, load<Acc>(width, from + i)); });
         else
             for (uint32_t i = 0; i < n; ++i) store_one(to + i * stride, from[i]);
     });

@@ -124,7 +124,7 @@ template <class Acc, class Table>
 __global__ __launch_bounds__(AlignShape<Acc>::kThreads, AlignShape<Acc>::kBlocksPerSm) void align_backward_kernel(
     const __grid_constant__ Table table) {
     if constexpr (Table::kTakesInput)
-        if (blockIdx.x >= table.blocks) return InputTile<Acc, true>(table.input, blockIdx.x - table.blocks).prepare();
+        if (blockIdx.x >= table.blocks) return prepare_block<Acc, true>(table.input, blockIdx.x - table.blocks);
     align_block<Acc>(table,
                      Backward<Acc>{static_cast<const Acc*>(table.statistics), static_cast<Acc*>(table.grad_gain)});
 }

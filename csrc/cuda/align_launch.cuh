@@ -46,7 +46,8 @@ void launch_table(const Table& table, uint32_t blocks, size_t shared_bytes, cuda
     launch(kernel, dim3(blocks), dim3(AlignShape<Acc>::kThreads), shared_bytes, stream, table);
 }
 
-// How the tiles of an input lie, and their number. Wide: whole 16 bytes of neighbours everywhere, from aligned addresses.
+// How the tiles of an input lie, and their number. Wide: whole 16 bytes of neighbours everywhere, from aligned
+// addresses.
 template <class Acc>
 uint64_t tiles_of(const PrepareTask& task, PrepareEntry& entry) {
     entry.task = task;
@@ -79,8 +80,8 @@ uint64_t tiles_of(const PrepareTask& task, PrepareEntry& entry) {
     while ((1 << entry.channels_log2) < kMaxTileChannels && (1u << entry.channels_log2) < task.channels)
         ++entry.channels_log2;
     // A wide chunk stays within a tile.
-    if (entry.channels_log2 < 3 && ((entry.from_is_wide && entry.from_by_channels) ||
-                                    (entry.to_is_wide && entry.to_by_channels)))
+    if (entry.channels_log2 < 3 &&
+        ((entry.from_is_wide && entry.from_by_channels) || (entry.to_is_wide && entry.to_by_channels)))
         entry.channels_log2 = 3;
     uint32_t positions = uint32_t(kTileValues<Acc>) >> entry.channels_log2;
     entry.position_tiles = (entry.positions + positions - 1) / positions;
@@ -130,7 +131,8 @@ void align(const AlignList& list, cudaStream_t stream) {
                      [&](uint32_t a, uint32_t b) { return list.tasks[a].n > list.tasks[b].n; });
     auto run = [&](auto acc) {
         using Acc = decltype(acc);
-        if (list.input || list.count <= SmallTable::kCapacity) launch_list<kDirection, Acc, SmallTable>(list, order, stream);
+        if (list.input || list.count <= SmallTable::kCapacity)
+            launch_list<kDirection, Acc, SmallTable>(list, order, stream);
         else launch_list<kDirection, Acc, LargeTable>(list, order, stream);
     };
     if (list.is_double) run(double());

@@ -38,7 +38,7 @@ struct PrepareEntry {
     PrepareTask task;
     uint32_t positions;  // of an image of the result
     uint32_t position_tiles, channel_tiles;
-    uint8_t channels_log2;  // of a tile
+    uint8_t channels_log2;                  // of a tile
     bool from_by_channels, to_by_channels;  // what lies side by side in memory: channels or positions
     bool from_is_wide, to_is_wide;          // accesses of 16 bytes
 };
@@ -64,8 +64,8 @@ struct AlignTable {
     }
 };
 
-// A launch copies its whole parameter block: a layer alone need not pay for the table of a model, which in turn needs no
-// input.
+// A launch copies its whole parameter block: a layer alone need not pay for the table of a model, which in turn needs
+// no input.
 struct SmallTable : AlignTable<16> {
     static constexpr bool kTakesInput = true;
     PrepareEntry input;

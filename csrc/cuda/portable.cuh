@@ -2,10 +2,8 @@
 #pragma once
 #ifdef __CUDACC__
 #include <cuda_runtime.h>
-#define WA_NOINLINE __noinline__
 #else
 #include "simt.h"
-#define WA_NOINLINE __attribute__((noinline))
 #endif
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>

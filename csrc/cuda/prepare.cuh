@@ -1,10 +1,12 @@
-// A convolution's input, tile by tile, in the grid that aligns its weights: activation, cast, layout, padding, and back.
+// A convolution's input, tile by tile, in the grid that aligns its weights: activation, cast, layout, padding, and
+// back.
 //
-// One block takes one tile of an image, kTileBytes of channels x positions in shared memory: it reads the tile along what
-// lies side by side in `from` and writes it along what lies side by side in `to`, both in 16-byte accesses where sizes and
-// addresses allow. Each value is read from memory once and written once; backward, a value that is shown in the padding
-// too is read for each place that shows it (a gather: no atomics). Why that shape: a transposition needs both sides wide,
-// 64 x 64 floats are 16 of a block's 512 threads' 8 values; tiles of few channels are longer instead.
+// One block takes one tile of an image, kTileBytes of channels x positions in shared memory: it reads the tile along
+// what lies side by side in `from` and writes it along what lies side by side in `to`, both in 16-byte accesses where
+// sizes and addresses allow. Each value is read from memory once and written once; backward, a value that is shown in
+// the padding too is read for each place that shows it (a gather: no atomics). Why that shape: a transposition needs
+// both sides wide, and 64 x 64 floats are 8 for each of a block's 512 threads; tiles of fewer channels are longer
+// instead.
 #pragma once
 #include "../common/padding.h"
 #include "align_table.cuh"
@@ -31,9 +33,8 @@ constexpr size_t prepare_shared_bytes(int channels_log2, bool is_kept) {
            2 * (kTileValues<Acc> >> channels_log2) * sizeof(int64_t);
 }
 
-// Not inlined, as exp and erf would be at each of many places.
 template <class Acc>
-__device__ WA_NOINLINE Acc activated(Activation activation, Acc x) {
+__device__ Acc activated(Activation activation, Acc x) {
     switch (activation) {
         case Activation::kRelu: return x < 0 ? Acc(0) : x;
         case Activation::kSilu: return x / (1 + exp(-x));
@@ -44,7 +45,7 @@ __device__ WA_NOINLINE Acc activated(Activation activation, Acc x) {
 
 // activation'(x) g; of relu, x may be the result. A gradient that meets a derivative of 0 becomes 0 whatever it is.
 template <class Acc>
-__device__ WA_NOINLINE Acc differentiated(Activation activation, Acc x, Acc g) {
+__device__ Acc differentiated(Activation activation, Acc x, Acc g) {
     Acc slope = 1;
     switch (activation) {
         case Activation::kRelu: slope = x <= 0 ? Acc(0) : Acc(1); break;
@@ -76,9 +77,10 @@ __device__ void with_type(DType dtype, const Run& run) {
 
 // The sum over all places that show the value at a position; its image and channel begin at `origin`.
 template <class Acc>
-__device__ WA_NOINLINE Acc sum_of_places(const PrepareTask& task, int64_t origin, uint32_t position) {
+__device__ Acc sum_of_places(const PrepareTask& task, int64_t origin, uint32_t position) {
     Acc sum = 0;
-    for_each_source(task, coordinates_of(position, task.to_size[1], task.to_size[2]), [&](int64_t offset) {
+    const Coordinates at = coordinates_of(position, task.to_size[1], task.to_size[2]);
+    for_each_source(task, at, [&](int64_t offset) {
         with_type<Acc>(task.from_side.dtype, [&](auto* type) {
             Chunk<std::remove_const_t<std::remove_pointer_t<decltype(type)>>, 1> one;
             Acc x[1];
@@ -95,11 +97,11 @@ struct InputTile {
     const PrepareEntry& entry;
     const PrepareTask& task;
     int channels_log2, positions_log2;
-    int64_t image;        // of the batch
+    int64_t image;          // of the batch
     int channel, position;  // the tile's first ones
     Acc *values, *kept;
-    int64_t *from_at, *to_at;  // of each position. from_at negative: forward a zero; backward ~ the own place of a value
-                               // that is shown in the padding too
+    int64_t *from_at, *to_at;  // of each position. from_at negative: forward a zero; backward ~ the own place of a
+                               // value that is shown in the padding too
 
     __device__ InputTile(const PrepareEntry& entry, uint32_t block)
         : entry(entry), task(entry.task), channels_log2(entry.channels_log2) {
@@ -147,8 +149,8 @@ struct InputTile {
     // their first use is what the fixed number of steps is for.
     template <int kChunk>
     struct Walk {
-        static constexpr int kSteps = (kTileValues<Acc> / kChunk + AlignShape<Acc>::kThreads - 1) /
-                                      AlignShape<Acc>::kThreads;
+        static constexpr int kSteps =
+            (kTileValues<Acc> / kChunk + AlignShape<Acc>::kThreads - 1) / AlignShape<Acc>::kThreads;
         int rank, row_log2;
         bool by_channels;
         __device__ Walk(const InputTile& tile, bool by_channels)
@@ -236,37 +238,54 @@ struct InputTile {
         });
     }
 
-    // What is done to the values between reading and writing them.
-    __device__ void change() const {
+    // each(c, p, place in the tile) for this thread's values, along the positions.
+    template <class Each>
+    __device__ void for_each_value(const Each& each) const {
 #pragma unroll 1
         for (int i = int(threadIdx.x); i < kTileValues<Acc>; i += int(blockDim.x)) {
-            int c = i >> positions_log2, p = i & (positions() - 1), at = c * pitch() + p;
-            if (!has(c, p)) continue;
-            if constexpr (kBackward) {
+            int c = i >> positions_log2, p = i & (positions() - 1);
+            if (has(c, p)) each(c, p, c * pitch() + p);
+        }
+    }
+
+    // What is done to the values between reading and writing them.
+    __device__ void change() const {
+        const bool gathers = kBackward && task.mode != PaddingMode::kZeros;
+        const bool activates = task.activation != Activation::kNone;
+        if (gathers)
+            for_each_value([&](int c, int p, int at) {
                 if (from_at[p] < 0)
                     values[at] = sum_of_places<Acc>(task, origin(task.from_side) + c * task.from_side.channel,
                                                     uint32_t(position + p));
-                if (task.saved) values[at] = differentiated(task.activation, kept[at], values[at]);
-            } else {
-                values[at] = activated(task.activation, values[at]);
-            }
-        }
-        __syncthreads();
+            });
+        if (activates)  // of the same values: no barrier between
+            for_each_value([&](int, int, int at) {
+                values[at] = kBackward ? differentiated(task.activation, kept[at], values[at])
+                                       : activated(task.activation, values[at]);
+            });
+        if (gathers || activates) __syncthreads();
     }
 
-    __device__ void prepare() const {
-        locate();
-        __syncthreads();
-        // One place in the code reads both: it is unrolled for every dtype and width.
+    // One place in the code reads both images: it is unrolled for every dtype and width.
+    __device__ void read_all() const {
         const int images = kBackward && task.saved ? 2 : 1;
 #pragma unroll 1
         for (int i = 0; i < images; ++i)
             read(i ? task.saved : task.from, i == 0 || task.activation == Activation::kRelu, i ? kept : values);
-        __syncthreads();
-        if (task.activation != Activation::kNone || (kBackward && task.mode != PaddingMode::kZeros)) change();
-        write();
     }
 };
+
+// The work of one block.
+template <class Acc, bool kBackward>
+__device__ void prepare_block(const PrepareEntry& entry, uint32_t block) {
+    const InputTile<Acc, kBackward> tile(entry, block);
+    tile.locate();
+    __syncthreads();
+    tile.read_all();
+    __syncthreads();
+    tile.change();
+    tile.write();
+}
 
 }  // namespace
 }  // namespace wa::cuda

@@ -98,7 +98,9 @@ wa::AlignTask task_of(const py::dict& fields) {
 
 wa::ImageSide side_of(const py::dict& fields) {
     auto strides = fields["strides"].cast<std::vector<int64_t>>();  // batch, channel, three spatial ones
-    return {strides.at(0), strides.at(1), {strides.at(2), strides.at(3), strides.at(4)},
+    return {strides.at(0),
+            strides.at(1),
+            {strides.at(2), strides.at(3), strides.at(4)},
             dtype_of(fields["dtype"].cast<std::string>())};
 }
 
