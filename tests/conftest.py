@@ -24,6 +24,7 @@ NEEDS = {
     "test_benchmarks.py": ["matplotlib", "numpy", "rich", "torchvision"],
     "test_cubin.py": [] if shutil.which("cuobjdump") else ["triton"],  # Triton brings a cuobjdump
     "test_layout.py": ["hypothesis"],
+    "test_prepare.py": ["hypothesis"],
     "test_timm.py": ["timm", "torchvision"],
 }
 left_out = {

@@ -24,7 +24,9 @@ def prepare_input(
 ) -> Tensor:
     """(N, C, spatial...) -> (N, C, padded spatial...) in `dtype` and `memory_format`, rounded once."""
     kind = ACTIVATIONS[activation]
-    x = input if kind is None else getattr(F, kind)(input.to(statistics_dtype(input.dtype)))
+    x = input.to(statistics_dtype(input.dtype))
+    if kind is not None:
+        x = getattr(F, kind)(x)
     if any(padding):
         # F.pad refuses to reflect or repeat where there is no element; zeros then come to the same.
         mode = "constant" if padding_mode == 0 or input.numel() == 0 else PADDING_MODES[padding_mode]

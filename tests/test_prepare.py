@@ -1,0 +1,307 @@
+"""wa.prepare: values and gradients of the prepared input against PyTorch's own steps in float64, layouts, what is
+copied and what is kept."""
+
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from truth import BF16, F16, F32, F64, assert_near, assert_right, dense, name, normal, roundoff
+
+import weightalign_cuda as wa
+from weightalign_cuda import ops
+
+MODES = ("zeros", "reflect", "replicate", "circular")
+ACTIVATIONS = {None: lambda x: x, "relu": F.relu, "silu": F.silu, "gelu": F.gelu}
+LAST, LAST_3D = torch.channels_last, torch.channels_last_3d
+FORMATS = {4: LAST, 5: LAST_3D}
+
+
+def padded(x, padding, mode):
+    """F.pad with (before, after) of each spatial dimension."""
+    flat = [n for pair in reversed(padding) for n in pair]
+    return F.pad(x, flat, mode="constant" if mode == "zeros" else mode) if any(flat) else x
+
+
+def pairs(padding, spatial):
+    """As the contract reads what users write."""
+    entries = [padding] * spatial if isinstance(padding, int) else padding
+    return [(e, e) if isinstance(e, int) else e for e in entries]
+
+
+def is_left(padding, mode):
+    return mode == "zeros" and all(before == after for before, after in padding)
+
+
+def bound(activation, places, size, truth, dtype, sums):
+    """silu and gelu: exp and erf to some units in the last place of float32 (float64), and 6 operations; a gradient
+    sums up to `places` terms. Then one rounding."""
+    terms = (16 if activation in ("silu", "gelu") else 0) + places
+    computed = 2 * terms * roundoff(sums) * size
+    return computed + (roundoff(dtype) * (truth.abs() + computed)).clamp(min=torch.finfo(dtype).smallest_normal)
+
+
+def check_prepare(x, w, g=None, *, padding=0, padding_mode="zeros", activation=None, **kwargs):
+    """Runs forward and backward, asserts that all is right; returns prepared, aligned, gradients of x, w, g."""
+    x, w = x.detach().requires_grad_(), w.detach().requires_grad_()
+    g = None if g is None else g.detach().requires_grad_()
+    prepared, aligned = wa.prepare(x, w, g, padding=padding, padding_mode=padding_mode, activation=activation, **kwargs)
+    each = pairs(padding, w.dim() - 2)
+    explicit = [(0, 0)] * len(each) if is_left(each, padding_mode) else each
+    leaf = x.detach().double().requires_grad_()
+    batch = leaf if x.dim() == w.dim() else leaf.unsqueeze(0)
+    truth = padded(ACTIVATIONS[activation](batch), explicit, padding_mode).view_as(prepared)
+    sums = F64 if w.dtype == F64 else F32
+    assert prepared.dtype == aligned.dtype
+    assert_near("prepared", prepared, truth, bound(activation, 0, truth.abs() + 1, truth, prepared.dtype, sums))
+    if prepared is x:
+        return prepared, aligned
+    grad = normal(*prepared.shape, seed=3, device=x.device).to(prepared.dtype)
+    grad_aligned = normal(*w.shape, seed=4, device=x.device).to(aligned.dtype)
+    wanted = [x, w] if g is None else [x, w, g]
+    grads = torch.autograd.grad([prepared, aligned], wanted, [grad, grad_aligned])
+    (true,) = torch.autograd.grad(truth, leaf, grad.double())
+    magnitudes = leaf.detach().clone().requires_grad_()
+    spread = padded(magnitudes if x.dim() == w.dim() else magnitudes.unsqueeze(0), explicit, padding_mode)
+    (size,) = torch.autograd.grad(spread.view_as(prepared), magnitudes, grad.double().abs())
+    assert grads[0].dtype == x.dtype
+    assert_near("gradient of input", grads[0], true, bound(activation, 27, 2 * size, true, x.dtype, sums))
+    assert_right(w, g, grad_aligned, aligned, *grads[1:])
+    return prepared, aligned, *grads
+
+
+WEIGHT = {s: (4, 3, *[3, 2, 1][:s]) for s in (1, 2, 3)}
+SIZE = {s: (2, 3, *[6, 5, 4][:s]) for s in (1, 2, 3)}
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("spatial", [1, 2, 3])
+@pytest.mark.parametrize("batched", [True, False])
+def test_values(backend, device, mode, activation, spatial, batched):
+    x = normal(*SIZE[spatial], device=device)
+    w, g = normal(*WEIGHT[spatial], seed=1, device=device), 1 + normal(4, seed=2, device=device, std=0.1)
+    check_prepare(
+        x if batched else x[0],
+        w,
+        g,
+        padding=((1, 2), (0, 3), (2, 1))[:spatial],
+        padding_mode=mode,
+        activation=activation,
+    )
+
+
+PAIRS = [(F32, F32, BF16), (F32, F32, F16), (F16, F32, F32), (BF16, BF16, F16), (F32, BF16, BF16), (F64, F64, F64)]
+
+
+@pytest.mark.parametrize(("dtype", "weight_dtype", "out"), PAIRS, ids=name)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_dtypes(backend, device, dtype, weight_dtype, out, activation):
+    x, w = normal(2, 5, 7, 6, device=device, dtype=dtype), normal(4, 5, 3, 3, device=device, dtype=weight_dtype)
+    prepared, *_ = check_prepare(
+        x, w, padding=((1, 0), (2, 2)), padding_mode="reflect", activation=activation, dtype=out
+    )
+    assert prepared.dtype == out
+
+
+@pytest.mark.parametrize("spatial", [2, 3])
+@pytest.mark.parametrize(("input_last", "weight_last"), list(itertools.product([False, True], repeat=2)))
+@pytest.mark.parametrize("padding", [0, 1])
+def test_channels_last_if_either_is(backend, device, spatial, input_last, weight_last, padding):
+    last = FORMATS[spatial + 2]
+    x, w = normal(*SIZE[spatial], device=device), normal(*WEIGHT[spatial], device=device)
+    x = x.to(memory_format=last) if input_last else x
+    w = w.to(memory_format=last) if weight_last else w
+    expected = last if input_last or weight_last else torch.contiguous_format
+    prepared, aligned, *_ = check_prepare(x, w, padding=padding, padding_mode="circular", activation="relu")
+    assert prepared.is_contiguous(memory_format=expected)
+    assert aligned.is_contiguous(memory_format=expected)
+
+
+@pytest.mark.parametrize("memory_format", [LAST, torch.contiguous_format], ids=name)
+@pytest.mark.parametrize("order", [(0, 1, 2, 3), (0, 2, 3, 1), (3, 1, 0, 2)])
+def test_formats_and_gradients_in_the_input_strides(native, device, memory_format, order):
+    x, w = dense(normal(2, 5, 4, 3, device=device), order), normal(4, 5, 3, 3, device=device)
+    prepared, aligned, grad, *_ = check_prepare(
+        x, w, activation="gelu", padding=((1, 0), 1), memory_format=memory_format
+    )
+    assert prepared.is_contiguous(memory_format=memory_format)
+    assert aligned.is_contiguous(memory_format=memory_format)
+    assert grad.stride() == x.stride()
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_inputs_that_are_not_dense(backend, device, activation):
+    w = normal(4, 3, 3, 3, device=device)
+    whole = normal(3, 5, 9, 8, device=device)
+    for x in (whole[1:, 1:4, 1:, :7], whole[:, :3, ::2, ::2], whole[:1, :3].expand(2, -1, -1, -1), whole[:, :3, :, :1]):
+        check_prepare(x, w, padding=((0, 1), 0), padding_mode="replicate", activation=activation)
+
+
+@pytest.mark.parametrize(
+    ("size", "padding", "mode"),
+    [
+        ((2, 3), (1, (1, 2)), "reflect"),
+        ((3, 2), (2, 1), "reflect"),
+        ((2, 3), (2, 3), "circular"),
+        ((1, 2), (5, (0, 7)), "replicate"),
+        ((1, 1), ((0, 2), 0), "zeros"),
+    ],
+)
+def test_borders_that_overlap(backend, device, size, padding, mode):
+    check_prepare(
+        normal(2, 3, *size, device=device), normal(4, 3, 1, 1, device=device), padding=padding, padding_mode=mode
+    )
+
+
+def test_empty_inputs(backend, device):
+    w = normal(4, 3, 3, 3, device=device)
+    for shape in [(0, 3, 5, 5), (2, 3, 0, 4)]:
+        x = torch.empty(shape, device=device, requires_grad=True)
+        prepared, _ = wa.prepare(x, w, padding=((1, 0), 0), activation="relu")
+        assert prepared.shape == (shape[0], 3, shape[2] + 1, shape[3])
+        assert not prepared.any()
+        prepared.sum().backward()
+        assert x.grad.shape == shape
+
+
+def test_nothing_asked_nothing_copied(backend, device):
+    w, g = normal(4, 3, 3, 3, device=device), normal(4, device=device)
+    x = normal(2, 3, 5, 5, device=device)
+    for each, kwargs in [
+        (x, {}),
+        (x, {"padding": (1, 2)}),
+        (x[0], {"padding": 1}),
+        (x, {"padding_mode": "reflect"}),
+        (x, {"dtype": F32, "memory_format": torch.contiguous_format}),
+        (x.to(memory_format=LAST), {}),
+    ]:
+        prepared, aligned = wa.prepare(each, w, g, **kwargs)
+        assert prepared is each
+        assert torch.equal(aligned, wa.align(w, g))
+    for kwargs in [{"padding": ((1, 0), 0)}, {"activation": "relu"}, {"dtype": BF16}, {"memory_format": LAST}]:
+        assert wa.prepare(x, w, g, **kwargs)[0] is not x
+
+
+def test_left_to_the_convolution_means_unpadded(backend, device):
+    x, w = normal(2, 3, 5, 5, device=device), normal(4, 3, 3, 3, device=device)
+    assert wa.prepare(x, w, padding=(1, 2), activation="relu")[0].shape == x.shape
+    assert wa.prepare(x, w, padding=((1, 1), (2, 3)), activation="relu")[0].shape == (2, 3, 7, 10)
+    assert wa.prepare(x, w, padding=1, padding_mode="reflect")[0].shape == (2, 3, 7, 7)
+
+
+@pytest.mark.parametrize(("activation", "kept"), [(None, None), ("relu", "prepared"), ("silu", "input")])
+def test_nothing_is_kept_that_the_convolution_does_not_keep(native, device, activation, kept):
+    x, w = normal(2, 3, 6, 6, device=device).requires_grad_(), normal(4, 3, 3, 3, device=device).requires_grad_()
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        prepared, _ = wa.prepare(x, w, padding=((1, 0), 0), activation=activation)
+    images = [t for t in saved if t.dim() == 4 and t.shape[0] == 2]
+    expected = {None: [], "prepared": [prepared], "input": [x]}[kept]
+    assert [t.data_ptr() for t in images] == [t.data_ptr() for t in expected]
+
+
+@pytest.mark.parametrize("frozen", ["input", "weight", "gain"])
+@pytest.mark.parametrize("used", ["both", "prepared", "aligned"])
+def test_what_wants_no_gradient_gets_none(backend, device, frozen, used):
+    tensors = {"input": normal(2, 3, 6, 6, device=device), "weight": normal(4, 3, 3, 3, device=device)}
+    tensors["gain"] = normal(4, device=device)
+    for key, t in tensors.items():
+        t.requires_grad_(key != frozen)
+    prepared, aligned = wa.prepare(*tensors.values(), activation="relu", padding=((1, 0), 0))
+    total = (prepared.square().sum() if used != "aligned" else 0) + (
+        aligned.square().sum() if used != "prepared" else 0
+    )
+    if not (total.requires_grad):
+        return
+    total.backward()
+    for key, t in tensors.items():
+        asked = key != frozen and (used == "both" or (used == "prepared") == (key == "input"))
+        assert (t.grad is not None and bool(t.grad.abs().sum() > 0)) == asked, key
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("mode", MODES)
+def test_differentiable_twice(backend, device, activation, mode):
+    x, w = normal(1, 2, 3, 4, device=device, dtype=F64), normal(2, 2, 2, 2, device=device, dtype=F64)
+    inputs = [t.requires_grad_() for t in (x, w, normal(2, device=device, dtype=F64))]
+
+    def run(x, w, g):
+        return wa.prepare(x, w, g, activation=activation, padding=((1, 2), (0, 1)), padding_mode=mode)
+
+    assert torch.autograd.gradcheck(run, inputs)
+    assert torch.autograd.gradgradcheck(run, inputs)
+
+
+def test_same_bits_on_any_number_of_threads(native, device, restore_threads):
+    x, w = normal(4, 33, 30, 29, device=device), normal(64, 33, 3, 3, device=device)
+    results = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        results.append(check_prepare(x, w, padding=((1, 2), 1), padding_mode="reflect", activation="gelu", dtype=BF16))
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def test_autocast(backend, device):
+    x, w = normal(2, 3, 6, 6, device=device), normal(4, 3, 3, 3, device=device)
+    with torch.autocast(device, dtype=BF16):
+        assert [t.dtype for t in wa.prepare(x, w)] == [BF16, BF16]
+        assert [t.dtype for t in wa.prepare(x.to(BF16), w)] == [BF16, BF16]
+        assert [t.dtype for t in wa.prepare(x, w.to(BF16))] == [BF16, BF16]
+        assert [t.dtype for t in wa.prepare(x.double(), w.double())] == [F64, F64]
+
+
+def prepare_arguments(x, w, g, activation):
+    return x, [w], [g], [1e-5], [1.0], F32, LAST, [1, 2, 0, 1], 1, activation
+
+
+@pytest.mark.parametrize("activation", range(4))
+@pytest.mark.parametrize("gain", [True, False])
+def test_opcheck(device, activation, gain):
+    x, w = normal(2, 3, 4, 5, device=device).requires_grad_(), normal(4, 3, 3, 3, device=device).requires_grad_()
+    g = normal(4, device=device).requires_grad_() if gain else None
+    arguments = prepare_arguments(x, w, g, activation)
+    torch.library.opcheck(ops.prepare_forward, arguments)
+    with torch.no_grad():
+        prepared, aligned, statistics = ops.prepare_forward(*arguments)
+    saved = [None, prepared, x, x][activation]
+    lists = [[torch.randn_like(a) for a in aligned], [w], [g], statistics, [1.0]]
+    rest = F32, [0, 1, 2, 3], [1, 2, 0, 1], 1, activation
+    with torch.no_grad():
+        torch.library.opcheck(ops.prepare_backward, (torch.randn_like(prepared), saved, *lists, *rest))
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {7: [1, 2]}, {7: [1, -1, 0, 0]}, {7: [4, 0, 0, 0]}, {8: 4}, {8: -1}, {9: 4}, {5: F64}, {4: []}, {3: []},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_ops_called_wrongly_raise(native, device, wrong):
+    """Whoever calls the ops themselves gets an error, too, and no crash."""
+    arguments = list(prepare_arguments(normal(2, 3, 4, 5, device=device), normal(4, 3, 3, 3, device=device), None, 1))
+    for place, value in wrong.items():
+        arguments[place] = value
+    with pytest.raises(RuntimeError):
+        ops.prepare_forward(*arguments)
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_any_shape_strides_and_padding(data):
+    spatial = data.draw(st.integers(1, 3))
+    mode, activation = data.draw(st.sampled_from(MODES)), data.draw(st.sampled_from(list(ACTIVATIONS)))
+    size = [data.draw(st.integers(1, 3)), data.draw(st.integers(1, 70)), *[data.draw(st.integers(1, 7))] * spatial]
+    order = data.draw(st.permutations(range(spatial + 2)))
+    most = {"zeros": 5, "reflect": size[2] - 1, "replicate": 4, "circular": size[2]}[mode]
+    ends = st.integers(0, most)
+    padding = [(data.draw(ends), data.draw(ends)) for _ in range(spatial)]
+    dtype, out = data.draw(st.sampled_from([(F32, F32), (F32, BF16), (F16, F32), (F64, F64)]))
+    x = dense(normal(*size, dtype=dtype), order)
+    x = x[tuple(slice(data.draw(st.integers(0, 1)) if n > 1 and mode == "zeros" else 0, None) for n in size)]
+    w = normal(3, x.shape[1], *[1] * spatial, dtype=dtype)
+    check_prepare(x, w, padding=padding, padding_mode=mode, activation=activation, dtype=out)
