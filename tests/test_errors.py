@@ -87,6 +87,73 @@ FOREACH = {
 }  # fmt: skip
 
 
+X, TINY = torch.ones(2, 2, 5, 4), torch.ones(1, 2, 2, 2)
+NUMBERS = "padding: expected ints or (before, after) pairs of ints, got "
+
+PREPARE = {
+    "input is no tensor": (([1], IMAGE), {}, TypeError, "input: expected a Tensor, got list"),
+    "integer input": ((X.int(), IMAGE), {}, TypeError, f"input: {FLOATS}torch.int32"),
+    "input of another rank": (
+        (X[0, 0], IMAGE), {}, ValueError, "input: expected rank 4, or 3 without a batch; got (5, 4)"),
+    "input elsewhere": ((X.to("meta"), IMAGE), {}, ValueError, "input: expected the weight's device cpu, got meta"),
+    "weight without kernel": ((X, W), {}, ValueError, "weight: expected 1 to 3 spatial dimensions, got shape (4, 9)"),
+    "weight is no tensor": ((X, None), {}, TypeError, "weight: expected a Tensor, got NoneType"),
+    "long gain": ((X, IMAGE, W[0]), {}, ValueError, "gain: expected shape (4,)...got (9,)"),
+    "eps is 0": ((X, IMAGE), {"eps": 0}, ValueError, "eps: expected a finite number greater than 0, got 0"),
+    "scale is NaN": ((X, IMAGE), {"scale": math.nan}, ValueError, "scale: expected a finite number, got nan"),
+    "two dtypes": (
+        (X.half(), IMAGE), {}, ValueError, "input: expected the weight's dtype torch.float32...got torch.float16"),
+    "float64 and not": (
+        (X.double(), IMAGE), {"dtype": torch.float32}, ValueError,
+        "input: expected the weight's dtype torch.float32...got torch.float64"),
+    "integer result": ((X, IMAGE), {"dtype": torch.int8}, TypeError, f"dtype: {FLOATS}torch.int8"),
+    "no format": (
+        (X, IMAGE), {"memory_format": 1}, TypeError, "memory_format: expected a torch.memory_format, got int"),
+    "format of another rank": (
+        (X, IMAGE), {"memory_format": torch.channels_last_3d}, ValueError,
+        "memory_format: torch.channels_last_3d is for rank 5, got a weight of rank 4"),
+    "activation": (
+        (X, IMAGE), {"activation": "tanh"}, ValueError,
+        "activation: expected None, 'relu', 'silu' or 'gelu', got 'tanh'"),
+    "mode": (
+        (X, IMAGE), {"padding_mode": "constant"}, ValueError,
+        "padding_mode: expected one of zeros, reflect, replicate, circular, got 'constant'"),
+    "padding is a float": ((X, IMAGE), {"padding": 1.0}, TypeError, "padding: expected an int or a tuple, got float"),
+    "too many paddings": (
+        (X, IMAGE), {"padding": (1, 1, 1)}, ValueError,
+        "padding: expected 2 entries, one for each spatial dimension, got 3"),
+    "padding of three": ((X, IMAGE), {"padding": ((1, 2, 3), 1)}, TypeError, f"{NUMBERS}(1, 2, 3)"),
+    "padding of a bool": ((X, IMAGE), {"padding": (True, 1)}, TypeError, f"{NUMBERS}True"),
+    "negative padding": (
+        (X, IMAGE), {"padding": (0, (1, -1))}, ValueError, "padding: expected numbers of at least 0, got (1, -1)"),
+    "reflects too much": (
+        (TINY, IMAGE), {"padding": 2, "padding_mode": "reflect"}, ValueError,
+        "padding: reflect pads a dimension of 2 by at most 1, got (2, 2)"),
+    "wraps too much": (
+        (TINY, IMAGE), {"padding": (0, (0, 3)), "padding_mode": "circular"}, ValueError,
+        "padding: circular pads a dimension of 2 by at most 2, got (0, 3)"),
+    "repeats nothing": (
+        (X[:, :, :0], IMAGE), {"padding": 1, "padding_mode": "replicate"}, ValueError,
+        "padding: replicate pads a dimension of 0 by at most 0, got (1, 1)"),
+}  # fmt: skip
+
+CONV = {
+    "weight of another rank": (
+        (X, IMAGE[..., 0]), {}, ValueError, "weight: expected rank 4 for conv2d, got shape (4, 2, 3)"),
+    "word for padding": (
+        (X, IMAGE), {"padding": "full"}, ValueError,
+        "padding: expected numbers, 'valid', 'same' or 'same_tf', got 'full'"),
+    "same with a stride": (
+        (X, IMAGE), {"padding": "same", "stride": (1, 2)}, ValueError,
+        "padding: 'same' is for stride 1, got (1, 2); 'same_tf' is for any"),
+    "stride of words": (
+        (X, IMAGE), {"padding": "same_tf", "stride": 0}, ValueError,
+        "stride: expected a positive int or 2 of them, got 0"),
+    "no input": ((None, IMAGE), {"padding": "same"}, TypeError, "input: expected a Tensor, got NoneType"),
+    "negative padding": ((X, IMAGE), {"padding": -1}, ValueError, "padding: expected numbers of at least 0, got -1"),
+}  # fmt: skip
+
+
 def pattern(message):
     """The whole message; `...` stands for anything."""
     return f"^{re.escape(message)}$".replace(re.escape("..."), ".*")
@@ -102,6 +169,18 @@ def test_align(args, kwargs, error, message):
 def test_align_foreach(args, kwargs, error, message):
     with pytest.raises(error, match=pattern(message)):
         wa.align_foreach(*args, **kwargs)
+
+
+@pytest.mark.parametrize(("args", "kwargs", "error", "message"), PREPARE.values(), ids=PREPARE)
+def test_prepare(args, kwargs, error, message):
+    with pytest.raises(error, match=pattern(message)):
+        wa.prepare(*args, **kwargs)
+
+
+@pytest.mark.parametrize(("args", "kwargs", "error", "message"), CONV.values(), ids=CONV)
+def test_conv(args, kwargs, error, message):
+    with pytest.raises(error, match=pattern(message)):
+        wa.conv2d(*args, **kwargs)
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from timm.layers import ScaledStdConv2d, StdConv2d
+from timm.layers import ScaledStdConv2d, ScaledStdConv2dSame, StdConv2d
 from truth import F64, normal
 
 import weightalign_cuda as wa
@@ -74,3 +74,17 @@ def test_std_conv(backend, device, case, eps):
     outputs = ours(image), theirs(image)
     assert_same(outputs[:1], outputs[1:])
     assert_same(gradients(ours, outputs[0], (ours.weight,)), gradients(theirs, outputs[1], (theirs.weight,)))
+
+
+@pytest.mark.parametrize("stride", [1, 2, 3])
+@pytest.mark.parametrize("size", [(9, 8), (10, 7)])
+def test_same_padding(backend, device, stride, size):
+    """TensorFlow's, as timm pads the input of its NFNets and BiTs."""
+    theirs = ScaledStdConv2dSame(4, 6, 3, stride=stride, gamma=2**0.5, eps=2e-5 / 36).double().to(device)
+    x = normal(2, 4, *size, dtype=F64, device=device).requires_grad_()
+    weight, gain, bias = theirs.weight, theirs.gain, theirs.bias
+    ours = wa.conv2d(x, weight, bias, stride, "same_tf", gain=gain.flatten())
+    expected = theirs(x)
+    assert_same([ours], [expected])
+    leaves = [x, weight, gain, bias]
+    assert_same(gradients(theirs, ours, leaves), gradients(theirs, expected, leaves))
