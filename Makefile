@@ -1,4 +1,4 @@
-# make bench | test | demo | gpu-report | lint: each makes .venv first, once.
+# make bench | bench-layers | test | demo | gpu-report | lint: each makes .venv first, once.
 #
 #   TORCH=torch==2.13.0   another torch to install
 #   PY=python3            an existing environment instead of .venv: nothing is downloaded, absent rivals are left out
@@ -19,10 +19,13 @@ endif
 SOURCES := setup.py pyproject.toml CMakeLists.txt $(shell find csrc -type f)
 CPP := $(shell git ls-files -co --exclude-standard '*.cpp' '*.h' '*.cu' '*.cuh')
 
-.PHONY: bench test demo gpu-report lint format clean
+.PHONY: bench bench-layers test demo gpu-report lint format clean
 
 bench: $(INSTALLED)
 	$(PY) -m benchmarks.align
+
+bench-layers: $(INSTALLED)
+	$(PY) -m benchmarks.conv_layers
 
 test: $(INSTALLED)
 	$(PY) -m pytest

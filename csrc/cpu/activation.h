@@ -96,31 +96,33 @@ WA_INLINE V derivative(V x) {
 template <class Run>
 WA_INLINE void with_activation(Activation activation, const Run& run) {
     switch (activation) {
-        case Activation::kNone: return;
+        case Activation::kNone: return run(std::integral_constant<Activation, Activation::kNone>());
         case Activation::kRelu: return run(std::integral_constant<Activation, Activation::kRelu>());
         case Activation::kSilu: return run(std::integral_constant<Activation, Activation::kSilu>());
         case Activation::kGelu: return run(std::integral_constant<Activation, Activation::kGelu>());
     }
 }
 
-// x = activation(x)
+// y = activation(x); y may be x
 template <class Acc>
-WA_INLINE void activate(Activation activation, Acc* x, uint32_t n) {
+WA_INLINE void activate(Activation activation, const Acc* x, Acc* y, uint32_t n) {
+    if (x == y && activation == Activation::kNone) return;
     with_activation(activation, [=](auto constant) WA_LAMBDA {
         for_each<Acc>(n, [=](auto width, uint32_t at) WA_LAMBDA {
-            store<Acc>(width, x + at, activated<decltype(constant)::value, Acc>(load<Acc>(width, x + at)));
+            store<Acc>(width, y + at, activated<decltype(constant)::value, Acc>(load<Acc>(width, x + at)));
         });
     });
 }
 
-// g = activation'(x) g; a gradient that meets a derivative of 0 becomes 0 whatever it is.
+// y = activation'(x) g; y may be g. A gradient that meets a derivative of 0 becomes 0 whatever it is.
 template <class Acc>
-WA_INLINE void differentiate(Activation activation, const Acc* x, Acc* g, uint32_t n) {
+WA_INLINE void differentiate(Activation activation, const Acc* x, const Acc* g, Acc* y, uint32_t n) {
+    if (activation == Activation::kNone) return activate(activation, g, y, n);
     with_activation(activation, [=](auto constant) WA_LAMBDA {
         for_each<Acc>(n, [=](auto width, uint32_t at) WA_LAMBDA {
             auto slope = derivative<decltype(constant)::value, Acc>(load<Acc>(width, x + at));
             auto product = load<Acc>(width, g + at) * slope;
-            store<Acc>(width, g + at, slope == Acc(0) ? decltype(product){} : product);
+            store<Acc>(width, y + at, slope == Acc(0) ? decltype(product){} : product);
         });
     });
 }

@@ -1,9 +1,10 @@
 // A convolution's input, tile by tile: activation, cast, layout, padding, and back. Compiled once for each instruction
 // set.
 //
-// A tile is read into the L1 cache, in the order in which it lies in memory, changed there, and written in the order of
-// the result: each value is read from memory once and written once, in runs along what lies side by side. Backward, a
-// value shown in the padding as well is read for each place that shows it.
+// Where nothing is padded, transposed or cast, values go from memory to memory in one loop, which keeps it busy all the
+// time. Otherwise a tile is read into the L1 cache, in the order in which it lies in memory, changed there, and written
+// in the order of the result: each value is read from memory once and written once, in runs along what lies side by
+// side. Backward, a value shown in the padding as well is read for each place that shows it.
 #include <algorithm>
 
 #include "../common/padding.h"
@@ -32,28 +33,22 @@ WA_INLINE void with_type(Void* tensor, DType dtype, const Run& run) {
     }
 }
 
-// A run of n values of a tensor, from value `at` on, `stride` apart.
-template <class Acc>
-void load_run(const void* tensor, DType dtype, int64_t at, int64_t stride, Acc* to, uint32_t n) {
-    with_type<Acc>(tensor, dtype, [&](auto* from) WA_LAMBDA {
-        from += at;
-        if (stride == 1)
-            for_each<Acc>(
-                n, [=](auto width, uint32_t i) WA_LAMBDA { store<Acc>(width, to + i, load<Acc>(width, from + i)); });
-        else
-            for (uint32_t i = 0; i < n; ++i) to[i] = load_one<Acc>(from + i * stride);
-    });
+// n values, `stride` apart in memory, side by side in the tile.
+template <class Acc, class T>
+WA_INLINE void load_run(const T* from, int64_t stride, Acc* to, uint32_t n) {
+    if (stride == 1)
+        for_each<Acc>(n,
+                      [=](auto width, uint32_t i) WA_LAMBDA { store<Acc>(width, to + i, load<Acc>(width, from + i)); });
+    else
+        for (uint32_t i = 0; i < n; ++i) to[i] = load_one<Acc>(from + i * stride);
 }
-template <class Acc>
-void store_run(void* tensor, DType dtype, int64_t at, int64_t stride, const Acc* from, uint32_t n) {
-    with_type<Acc>(tensor, dtype, [&](auto* to) WA_LAMBDA {
-        to += at;
-        if (stride == 1)
-            for_each<Acc>(
-                n, [=](auto width, uint32_t i) WA_LAMBDA { store<Acc>(width, to + i, load<Acc>(width, from + i)); });
-        else
-            for (uint32_t i = 0; i < n; ++i) store_one(to + i * stride, from[i]);
-    });
+template <class Acc, class T>
+WA_INLINE void store_run(const Acc* from, T* to, int64_t stride, uint32_t n) {
+    if (stride == 1)
+        for_each<Acc>(n,
+                      [=](auto width, uint32_t i) WA_LAMBDA { store<Acc>(width, to + i, load<Acc>(width, from + i)); });
+    else
+        for (uint32_t i = 0; i < n; ++i) store_one(to + i * stride, from[i]);
 }
 template <class Acc>
 void add(const Acc* term, Acc* sum, uint32_t n) {
@@ -62,17 +57,14 @@ void add(const Acc* term, Acc* sum, uint32_t n) {
     });
 }
 
-template <class Acc>
-struct Tile {
+struct TilePlace {
     const PrepareTask& task;
-    bool by_channels;  // order of `values`: all channels of a position, or all positions of a channel
+    bool by_channels;  // what lies side by side in `from`: all channels of a position, or all positions of a channel
     uint32_t channels, width;
     int64_t from, to;  // where the image's first channel of the tile begins
     Coordinates first;
-    alignas(64) Acc values[kTileValues];
-    alignas(64) Acc other[kTileValues];
 
-    Tile(const PrepareTask& task, const Tiling& tiling, int64_t index)
+    TilePlace(const PrepareTask& task, const Tiling& tiling, int64_t index)
         : task(task), by_channels(is_by_channels(task.from_side, task)) {
         uint32_t w = uint32_t(index % tiling.width_tiles) * tiling.width;
         index /= tiling.width_tiles;
@@ -85,6 +77,14 @@ struct Tile {
         from = image * task.from_side.batch + channel * task.from_side.channel;
         to = image * task.to_side.batch + channel * task.to_side.channel;
     }
+};
+
+template <class Acc>
+struct Tile : TilePlace {
+    alignas(64) Acc values[kTileValues];  // in the order of `from`
+    alignas(64) Acc other[kTileValues];
+
+    using TilePlace::TilePlace;
 
     Coordinates at(uint32_t w) const { return {{first.at[0], first.at[1], first.at[2] + int(w)}}; }
     uint32_t size() const { return channels * width; }
@@ -92,15 +92,18 @@ struct Tile {
     // Columns [begin, end) of all rows of the tile, from `offset` of the image on.
     void load_columns(const void* tensor, int64_t offset, uint32_t begin, uint32_t end, Acc* out) const {
         const ImageSide& side = task.from_side;
-        int64_t origin = from + offset;
-        if (by_channels)
-            for (uint32_t w = begin; w < end; ++w)
-                load_run(tensor, side.dtype, origin + (w - begin) * side.spatial[2], side.channel, out + w * channels,
-                         channels);
-        else
-            for (uint32_t c = 0; c < channels; ++c)
-                load_run(tensor, side.dtype, origin + c * side.channel, side.spatial[2], out + c * width + begin,
-                         end - begin);
+        with_type<Acc>(tensor, side.dtype, [&](auto* typed) WA_LAMBDA {
+            typed += from + offset;
+            if (by_channels)
+                for (uint32_t w = begin; w < end; ++w, typed += side.spatial[2])
+                    load_run<Acc>(typed, side.channel, out + w * channels, channels);
+            else if (end - begin == 1)
+                for (uint32_t c = 0; c < channels; ++c)
+                    out[c * width + begin] = load_one<Acc>(typed + c * side.channel);
+            else
+                for (uint32_t c = 0; c < channels; ++c, typed += side.channel)
+                    load_run<Acc>(typed, side.spatial[2], out + c * width + begin, end - begin);
+        });
     }
 
     void load_padded() {
@@ -133,7 +136,10 @@ struct Tile {
         }
     }
     void add_column(int64_t offset, uint32_t w) {
-        load_run(task.from, task.from_side.dtype, from + offset, task.from_side.channel, other, channels);
+        const ImageSide& side = task.from_side;
+        with_type<Acc>(task.from, side.dtype, [&](auto* typed) WA_LAMBDA {
+            load_run<Acc>(typed + from + offset, side.channel, other, channels);
+        });
         if (by_channels) return add(other, values + w * channels, channels);
         for (uint32_t c = 0; c < channels; ++c) values[c * width + w] += other[c];
     }
@@ -159,41 +165,96 @@ struct Tile {
     }
 };
 
+// Whether the two sides differ in nothing but where their runs begin.
+template <class Acc>
+bool is_straight(const PrepareTask& task) {
+    constexpr DType kOwn = sizeof(Acc) == 8 ? DType::kFloat64 : DType::kFloat32;
+    uint32_t padded = 0;
+    for (int d = 0; d < kSpatial; ++d) padded |= task.before[d] | task.after[d];
+    bool by_channels = is_by_channels(task.from_side, task);
+    auto has_runs = [&](const ImageSide& side) { return by_channels || side.spatial[2] == 1 || task.to_size[2] == 1; };
+    return padded == 0 && task.from_side.dtype == kOwn && task.to_side.dtype == kOwn &&
+           by_channels == is_by_channels(task.to_side, task) && has_runs(task.from_side) && has_runs(task.to_side);
+}
+
+// each(offset in `from`, offset in `to`, length) for the runs of straight tiles
+template <class Acc, class Each>
+WA_INLINE void for_each_straight_run(const PrepareTask& task, const Tiling& tiling, int64_t first, int64_t last,
+                                     const Each& each) {
+    for (int64_t index = first; index < last; ++index) {
+        const TilePlace tile(task, tiling, index);
+        int64_t from = tile.from + own_source(task, tile.first), to = tile.to;
+        for (int d = 0; d < kSpatial; ++d) to += tile.first.at[d] * task.to_side.spatial[d];
+        const uint32_t runs = tile.by_channels ? tile.width : tile.channels;
+        auto step = [&](const ImageSide& side) { return tile.by_channels ? side.spatial[2] : side.channel; };
+        for (uint32_t r = 0; r < runs; ++r)
+            each(from + r * step(task.from_side), to + r * step(task.to_side),
+                 tile.by_channels ? tile.channels : tile.width);
+    }
+}
+
+template <class Acc>
+void forward(const PrepareTask& task, const Tiling& tiling, int64_t first, int64_t last) {
+    if (is_straight<Acc>(task)) {
+        auto from = static_cast<const Acc*>(task.from);
+        auto to = static_cast<Acc*>(task.to);
+        return for_each_straight_run<Acc>(task, tiling, first, last, [&](int64_t at, int64_t out, uint32_t n) {
+            activate(task.activation, from + at, to + out, n);
+        });
+    }
+    for (int64_t index = first; index < last; ++index) {
+        Tile<Acc> tile(task, tiling, index);
+        tile.load_padded();
+        activate(task.activation, tile.values, tile.values, tile.size());
+        with_type<Acc>(task.to, task.to_side.dtype, [&](auto* to) WA_LAMBDA {
+            tile.for_each_run([&](Acc* run, int64_t at, int64_t stride, uint32_t n)
+                                  WA_LAMBDA { store_run(run, to + at, stride, n); });
+        });
+    }
+}
+
+template <class Acc>
+void backward(const PrepareTask& task, const Tiling& tiling, int64_t first, int64_t last) {
+    const bool is_relu = task.activation == Activation::kRelu;
+    if (is_straight<Acc>(task)) {
+        auto grad = static_cast<const Acc*>(task.from), saved = static_cast<const Acc*>(task.saved);
+        auto to = static_cast<Acc*>(task.to);
+        return for_each_straight_run<Acc>(task, tiling, first, last, [&](int64_t at, int64_t out, uint32_t n) {
+            differentiate(task.activation, saved + (is_relu ? at : out), grad + at, to + out, n);
+        });
+    }
+    for (int64_t index = first; index < last; ++index) {
+        Tile<Acc> tile(task, tiling, index);
+        tile.load_places();
+        if (is_relu) {
+            tile.load_columns(task.saved, own_source(task, tile.first), 0, tile.width, tile.other);
+            differentiate(task.activation, tile.other, tile.values, tile.values, tile.size());
+        }
+        alignas(64) Acc input[kTileValues];
+        with_type<Acc>(task.to, task.to_side.dtype, [&](auto* to) WA_LAMBDA {
+            auto saved = static_cast<decltype(to)>(const_cast<void*>(task.saved));
+            tile.for_each_run([&](Acc* run, int64_t at, int64_t stride, uint32_t n) WA_LAMBDA {
+                if (saved && !is_relu) {
+                    load_run<Acc>(saved + at, stride, input, n);
+                    differentiate(task.activation, input, run, run, n);
+                }
+                store_run(run, to + at, stride, n);
+            });
+        });
+    }
+}
+
 }  // namespace
 
 namespace WA_ISA {
 
 template <class Acc>
 void prepare_forward(const PrepareTask& task, const Tiling& tiling, int64_t first, int64_t last) {
-    for (int64_t index = first; index < last; ++index) {
-        Tile<Acc> tile(task, tiling, index);
-        tile.load_padded();
-        activate(task.activation, tile.values, tile.size());
-        tile.for_each_run([&](Acc* run, int64_t at, int64_t stride, uint32_t n) {
-            store_run(task.to, task.to_side.dtype, at, stride, run, n);
-        });
-    }
+    forward<Acc>(task, tiling, first, last);
 }
-
 template <class Acc>
 void prepare_backward(const PrepareTask& task, const Tiling& tiling, int64_t first, int64_t last) {
-    const bool is_relu = task.activation == Activation::kRelu;
-    for (int64_t index = first; index < last; ++index) {
-        Tile<Acc> tile(task, tiling, index);
-        tile.load_places();
-        if (is_relu) {
-            tile.load_columns(task.saved, own_source(task, tile.first), 0, tile.width, tile.other);
-            differentiate(task.activation, tile.other, tile.values, tile.size());
-        }
-        alignas(64) Acc input[kTileValues];
-        tile.for_each_run([&](Acc* run, int64_t at, int64_t stride, uint32_t n) {
-            if (task.saved && !is_relu) {
-                load_run(task.saved, task.to_side.dtype, at, stride, input, n);
-                differentiate(task.activation, input, run, n);
-            }
-            store_run(task.to, task.to_side.dtype, at, stride, run, n);
-        });
-    }
+    backward<Acc>(task, tiling, first, last);
 }
 
 template void prepare_forward<float>(const PrepareTask&, const Tiling&, int64_t, int64_t);
