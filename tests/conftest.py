@@ -22,6 +22,7 @@ NEEDS = {
     "simt/test_launch_plan.py": ["numpy", "rich"],
     "test_abi_audit.py": ["torch_abi_audit"],
     "test_benchmarks.py": ["matplotlib", "numpy", "rich", "torchvision"],
+    "test_conv_layers_benchmark.py": ["numpy", "rich", "torchvision"],
     "test_cubin.py": [] if shutil.which("cuobjdump") else ["triton"],  # Triton brings a cuobjdump
     "test_layout.py": ["hypothesis"],
     "test_prepare.py": ["hypothesis"],
