@@ -290,6 +290,13 @@ def test_ops_called_wrongly_raise(native, device, wrong):
         ops.prepare_forward(*arguments)
 
 
+def test_ops_called_with_two_accumulation_types_raise(native, device):
+    x, w = normal(2, 3, 4, 5, device=device), normal(4, 3, 3, 3, device=device, dtype=F64)
+    lists = [w], [w], [None], torch.empty(4, 2, device=device, dtype=F64), [1.0]
+    with pytest.raises(RuntimeError, match="float64 exactly if they are"):
+        ops.prepare_backward(x, None, *lists, F32, [0, 1, 2, 3], [0] * 4, 0, 0)
+
+
 @settings(max_examples=60, deadline=None)
 @given(data=st.data())
 def test_any_shape_strides_and_padding(data):

@@ -145,28 +145,22 @@ struct InputTile {
         }
     }
 
-    // each(c, p) for this thread's chunks of kChunk values along channels or positions; all loads of a thread before
-    // their first use is what the fixed number of steps is for.
+    // Where this thread's chunks of kChunk values begin: along channels or positions, as many steps for every thread,
+    // so that all loads can be issued before the first value is used.
     template <int kChunk>
     struct Walk {
-        static constexpr int kSteps =
-            (kTileValues<Acc> / kChunk + AlignShape<Acc>::kThreads - 1) / AlignShape<Acc>::kThreads;
-        int rank, row_log2;
+        static constexpr int kThreads = AlignShape<Acc>::kThreads;
+        static constexpr int kSteps = (kTileValues<Acc> / kChunk + kThreads - 1) / kThreads;
+        static constexpr int kChunkLog2 = kChunk == 8 ? 3 : kChunk == 4 ? 2 : kChunk == 2 ? 1 : 0;
+        int row_log2;  // chunks of a row
         bool by_channels;
         __device__ Walk(const InputTile& tile, bool by_channels)
-            : rank(int(threadIdx.x)),
-              row_log2((by_channels ? tile.channels_log2 : tile.positions_log2) - (kChunk == 8   ? 3
-                                                                                   : kChunk == 4 ? 2
-                                                                                   : kChunk == 2 ? 1
-                                                                                                 : 0)),
+            : row_log2((by_channels ? tile.channels_log2 : tile.positions_log2) - kChunkLog2),
               by_channels(by_channels) {}
-        __device__ bool holds(int step) const {
-            return (step * AlignShape<Acc>::kThreads + rank) * kChunk < kTileValues<Acc>;
-        }
-        __device__ int along(int step) const {
-            return ((step * AlignShape<Acc>::kThreads + rank) & ((1 << row_log2) - 1)) * kChunk;
-        }
-        __device__ int across(int step) const { return (step * AlignShape<Acc>::kThreads + rank) >> row_log2; }
+        __device__ int rank(int step) const { return step * kThreads + int(threadIdx.x); }
+        __device__ bool holds(int step) const { return rank(step) * kChunk < kTileValues<Acc>; }
+        __device__ int along(int step) const { return (rank(step) & ((1 << row_log2) - 1)) * kChunk; }
+        __device__ int across(int step) const { return rank(step) >> row_log2; }
         __device__ int c(int step) const { return by_channels ? along(step) : across(step); }
         __device__ int p(int step) const { return by_channels ? across(step) : along(step); }
     };
