@@ -23,10 +23,10 @@ PrepareBackwardResult prepare_backward(const AlignBackend& backend, const Tensor
                                        int64_t padding_mode, int64_t activation);
 
 // An op of one backend: call(arguments...) = function(backend, arguments...).
-template <auto function, const AlignBackend& backend>
+template <auto function, const AlignBackend& backend, class Type = decltype(function)>
 struct OpOn;
-template <class R, class... A, R (*function)(const AlignBackend&, A...), const AlignBackend& backend>
-struct OpOn<function, backend> {
+template <auto function, const AlignBackend& backend, class R, class... A>
+struct OpOn<function, backend, R (*)(const AlignBackend&, A...)> {
     static R call(A... arguments) { return function(backend, arguments...); }
 };
 
