@@ -67,3 +67,12 @@ def restore_threads():
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def quick(monkeypatch, restore_threads):
+    """For benchmarks: one thread, so that a busy machine costs little; few sets of buffers."""
+    from benchmarks import harness
+
+    torch.set_num_threads(1)
+    monkeypatch.setitem(harness.MAX_SETS, "cpu", 2)

@@ -21,17 +21,8 @@ FIELDS = {
     "batch", "clock", "p20", "p50", "p80", "samples", "bytes_min", "GB/s", "fraction_of_flat", "fraction_of_copy",
     "launches", "speedups", "max_error",
 }  # fmt: skip
+pytestmark = pytest.mark.usefixtures("quick")
 MACHINE_FIELDS = {"gpu", "cpu", "driver", "cuda", "torch", "triton", "git", "time"}
-
-
-@pytest.fixture(autouse=True)
-def quick(monkeypatch):
-    """One thread, so that a busy machine costs little; few sets of buffers."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    monkeypatch.setitem(harness.MAX_SETS, "cpu", 2)
-    yield
-    torch.set_num_threads(threads)
 
 
 def test_layers_are_those_of_the_model():

@@ -5,7 +5,6 @@ import pathlib
 import sys
 
 import pytest
-import torch
 
 import weightalign_cuda as wa
 
@@ -21,16 +20,7 @@ FIELDS = {
     "suite", "case", "provider", "direction", "clock", "dtype", "shape", "batch", "p20", "p50", "p80", "samples",
     "speedups", "overhead", "max_error",
 }  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def quick(monkeypatch):
-    """One thread, so that a busy machine costs little; few sets of buffers."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    monkeypatch.setitem(harness.MAX_SETS, "cpu", 2)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("quick")
 
 
 def test_layers_of_resnet50():

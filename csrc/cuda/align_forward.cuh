@@ -4,8 +4,8 @@
 // block each, about 16 values a thread. A filter is read once, in 16-byte accesses where its rows are aligned, kept in
 // registers for the mean and the centred squares, and written once, through shared memory only where it is transposed;
 // its statistics are one store. Only a filter beyond AlignShape::kOnChip values is read a second time. Why that shape:
-// 16 floats a thread at 1024 threads an SM keep 64 KB in flight, twice what an H200 needs, and leave room for all ways
-// through the kernel under 64 registers; blocks of 32 KB keep the tail of the launch short.
+// 16 floats a thread at 1024 threads an SM keep up to 64 KB in flight, twice what an H200 needs, and leave room for all
+// ways through the kernel under 64 registers; blocks of 32 KB keep the tail of the launch short.
 #pragma once
 #include "align_table.cuh"
 #include "prepare.cuh"
