@@ -167,6 +167,15 @@ def test_empty_inputs(backend, device):
         assert x.grad.shape == shape
 
 
+@pytest.mark.parametrize("activation", ["relu", "silu", "gelu"])
+def test_nan_and_infinity_go_where_float64_lets_them(native, device, activation):
+    """The reference is PyTorch's own, whose float32 gelu makes NaN of infinity."""
+    x = torch.tensor([0.5, float("nan"), float("inf"), float("-inf"), 100.0, -100.0] * 4, device=device).view(1, 3, 8)
+    prepared, _ = wa.prepare(x, normal(2, 3, 1, device=device), activation=activation, padding=((1, 0),))
+    expected = F.pad(ACTIVATIONS[activation](x.double()), (1, 0))
+    assert torch.allclose(prepared.double(), expected, rtol=1e-6, atol=1e-5, equal_nan=True)
+
+
 def test_nothing_asked_nothing_copied(backend, device):
     w, g = normal(4, 3, 3, 3, device=device), normal(4, device=device)
     x = normal(2, 3, 5, 5, device=device)

@@ -31,13 +31,12 @@ WA_INLINE Vector<float> exp_of(Vector<float> x) {
     auto k = (Mask<V>)shifted - 0x4b400000;  // in two steps, for 2^128 is no float
     auto half = k >> 1;
     e = e * (V)((half + 127) << 23) * (V)((k - half + 127) << 23);
-    return x > kHigh ? V{} + INFINITY : e;
+    return x > kHigh ? V{} + INFINITY : x < kLow ? V{} : e;
 }
 
-// erf(x), a rational function of x on [-4, 4], beyond which it is 1 in float; fitted to 7e-8, relative.
+// erf(x), a rational function of x on [-4, 4], beyond which it is -1 or 1 in float; fitted to 7e-8, relative.
 WA_INLINE Vector<float> erf_of(Vector<float> x) {
     using V = Vector<float>;
-    x = x < -4.0f ? V{} - 4.0f : x > 4.0f ? V{} + 4.0f : x;
     V z = x * x;
     V p = V{} + 1.9107904592e-8f;
     p = p * z - 1.9419144337e-6f;
@@ -51,7 +50,7 @@ WA_INLINE Vector<float> erf_of(Vector<float> x) {
     q = q * z + 1.1795789003e-1f;
     q = q * z + 5.1686406136e-1f;
     q = q * z + 1.0f;
-    return x * p / q;
+    return x < -4.0f ? V{} - 1.0f : x > 4.0f ? V{} + 1.0f : x * p / q;
 }
 
 WA_INLINE double exp_of(double x) { return exp(x); }
