@@ -5,10 +5,12 @@ is wrong is found out only when it does not hold.
 """
 
 import math
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from ._layout import CHANNELS_LAST_RANK
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _FLOATS = "float32, float16, bfloat16 or float64"
@@ -20,9 +22,7 @@ def at(name: str, index: int | None) -> str:
 
 def check_input(name: str, input: Any, weight: Tensor) -> None:
     """A convolution's input: batched or not, where the weight has 1 to 3 spatial dimensions."""
-    good = isinstance(input, Tensor) and input.dtype in DTYPES and input.layout is torch.strided
-    if not good:
-        _refuse_tensor(name, input, "a Tensor")
+    _check_tensor(name, input, "a Tensor")
     if not 3 <= weight.dim() <= 5:
         raise ValueError(f"weight: expected 1 to 3 spatial dimensions, got shape {tuple(weight.shape)}")
     if input.dim() not in (weight.dim(), weight.dim() - 1):
@@ -34,9 +34,7 @@ def check_input(name: str, input: Any, weight: Tensor) -> None:
 
 
 def check_weight(name: str, weight: Any, index: int | None = None) -> None:
-    good = isinstance(weight, Tensor) and weight.dtype in DTYPES and weight.layout is torch.strided
-    if not good:
-        _refuse_tensor(at(name, index), weight, "a Tensor")
+    _check_tensor(name, weight, "a Tensor", index)
     if weight.dim() < 2:
         raise ValueError(
             f"{at(name, index)}: expected rank 2 or more, filters along dimension 0; got shape {tuple(weight.shape)}"
@@ -44,9 +42,7 @@ def check_weight(name: str, weight: Any, index: int | None = None) -> None:
 
 
 def check_gain(name: str, gain: Any, weight: Tensor, index: int | None = None) -> None:
-    good = isinstance(gain, Tensor) and gain.dtype in DTYPES and gain.layout is torch.strided
-    if not good:
-        _refuse_tensor(at(name, index), gain, "a Tensor or None")
+    _check_tensor(name, gain, "a Tensor or None", index)
     if gain.dim() != 1 or gain.shape[0] != weight.shape[0]:
         raise ValueError(
             f"{at(name, index)}: expected shape ({weight.shape[0]},), one for each filter; got {tuple(gain.shape)}"
@@ -55,7 +51,10 @@ def check_gain(name: str, gain: Any, weight: Tensor, index: int | None = None) -
         raise ValueError(f"{at(name, index)}: expected the weight's device {weight.device}, got {gain.device}")
 
 
-def _refuse_tensor(name: str, value: Any, expected: str) -> NoReturn:
+def _check_tensor(name: str, value: Any, expected: str, index: int | None = None) -> None:
+    if isinstance(value, Tensor) and value.dtype in DTYPES and value.layout is torch.strided:
+        return
+    name = at(name, index)
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected {expected}, got {type(value).__name__}")
     if value.dtype not in DTYPES:
@@ -89,9 +88,13 @@ def check_list(name: str, value: Any, count: int | None = None) -> list[Any]:
     return list(value)
 
 
-def check_memory_format(memory_format: Any) -> None:
+def check_memory_format(memory_format: Any, rank: int | None = None) -> None:
+    """rank: of the one weight, which channels_last and channels_last_3d must fit."""
     if not isinstance(memory_format, torch.memory_format):
         raise TypeError(f"memory_format: expected a torch.memory_format, got {type(memory_format).__name__}")
+    wanted = CHANNELS_LAST_RANK.get(memory_format)
+    if rank is not None and wanted is not None and rank != wanted:
+        raise ValueError(f"memory_format: {memory_format} is for rank {wanted}, got a weight of rank {rank}")
 
 
 def autocast_dtype(device_type: str) -> torch.dtype | None:

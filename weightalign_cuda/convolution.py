@@ -60,35 +60,52 @@ def prepare(
     Raises:
         TypeError, ValueError: naming the argument, what came and what is wanted, before anything runs.
     """
+    prepared, aligned, _ = _prepare(
+        input, weight, gain, padding, padding_mode, activation, eps, scale, dtype, memory_format
+    )
+    return prepared, aligned
+
+
+def _prepare(
+    input: Tensor,
+    weight: Tensor,
+    gain: Tensor | None,
+    padding: Any,
+    padding_mode: str,
+    activation: str | None,
+    eps: float,
+    scale: float,
+    dtype: torch.dtype | None = None,
+    memory_format: torch.memory_format = torch.preserve_format,
+) -> tuple[Tensor, Tensor, list[int]]:
+    """`prepare`, and what padding is left to the convolution."""
     check_weight("weight", weight)
     check_input("input", input, weight)
     if gain is not None:
         check_gain("gain", gain, weight)
     check_number("eps", eps, positive=True)
     check_number("scale", scale)
-    check_memory_format(memory_format)
+    check_memory_format(memory_format, weight.dim())
     pairs = _padding.parse(padding, weight.dim() - 2)
     mode = _padding.check_mode(padding_mode)
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation: expected None, 'relu', 'silu' or 'gelu', got {activation!r}")
     _padding.check_size(pairs, padding_mode, input.shape[2 - weight.dim() :])
-    rank = CHANNELS_LAST_RANK.get(memory_format)
-    if rank is not None and weight.dim() != rank:
-        raise ValueError(f"memory_format: {memory_format} is for rank {rank}, got a weight of rank {weight.dim()}")
     device_type = "cpu" if weight.is_cpu else weight.device.type
     dtype = _common_dtype(input, weight, device_type, dtype)
     if memory_format is torch.preserve_format:
         memory_format = _chosen_format(input, weight)
     is_batched = input.dim() == weight.dim()
-    left = _padding.is_left_to_convolution(pairs, padding_mode)
-    explicit = [0 if left else n for pair in pairs for n in pair]
+    is_left = _padding.is_left_to_convolution(pairs, padding_mode)
+    left = [before if is_left else 0 for before, _ in pairs]
+    explicit = [0 if is_left else n for pair in pairs for n in pair]
     weights = [weight], [gain], [eps], [scale], dtype, memory_format
     batch = input if is_batched else input.unsqueeze(0)
     if activation is None and not any(explicit) and input.dtype is dtype and _lies_in(batch, memory_format):
-        return input, run("align_forward", device_type, *weights)[0][0]
+        return input, run("align_forward", device_type, *weights)[0][0], left
     options = explicit, mode, ACTIVATIONS.index(activation)
     prepared, aligned, _ = run("prepare_forward", device_type, batch, *weights, *options)
-    return prepared if is_batched else prepared.squeeze(0), aligned[0]
+    return prepared if is_batched else prepared.squeeze(0), aligned[0], left
 
 
 def _common_dtype(input: Tensor, weight: Tensor, device_type: str, dtype: torch.dtype | None) -> torch.dtype:
@@ -129,8 +146,10 @@ def _convolve(
     padding: Any,
     dilation: Any,
     groups: int,
-    **options: Any,
+    gain: Tensor | None,
+    *preparation: Any,
 ) -> Tensor:
+    """preparation: padding_mode, activation, eps and scale."""
     check_weight("weight", weight)
     if weight.dim() != spatial + 2:
         raise ValueError(f"weight: expected rank {spatial + 2} for conv{spatial}d, got shape {tuple(weight.shape)}")
@@ -146,12 +165,8 @@ def _convolve(
             padding = _padding.same_tf(input.shape[-spatial:], kernel, steps, spread)
         else:
             raise ValueError(f"padding: expected numbers, 'valid', 'same' or 'same_tf', got {padding!r}")
-    pairs = _padding.parse(padding, spatial)
-    prepared, aligned = prepare(input, weight, padding=pairs, **options)
-    left = _padding.is_left_to_convolution(pairs, options["padding_mode"])
-    return convolution(
-        prepared, aligned, bias, stride, [before for before, _ in pairs] if left else 0, dilation, groups
-    )
+    prepared, aligned, left = _prepare(input, weight, gain, padding, *preparation)
+    return convolution(prepared, aligned, bias, stride, left, dilation, groups)
 
 
 def _per_dimension(name: str, value: Any, count: int) -> Sequence[int]:
@@ -191,8 +206,8 @@ def conv1d(
     Raises:
         TypeError, ValueError: as `prepare`; RuntimeError of torch's convolution where shapes do not fit each other.
     """
-    options = {"gain": gain, "padding_mode": padding_mode, "activation": activation, "eps": eps, "scale": scale}
-    return _convolve(F.conv1d, 1, input, weight, bias, stride, padding, dilation, groups, **options)
+    options = gain, padding_mode, activation, eps, scale
+    return _convolve(F.conv1d, 1, input, weight, bias, stride, padding, dilation, groups, *options)
 
 
 def conv2d(
@@ -211,8 +226,8 @@ def conv2d(
     scale: float = 1.0,
 ) -> Tensor:
     """`conv1d` with two spatial dimensions: (N, C_in, H, W) and (C_out, C_in / groups, kH, kW)."""
-    options = {"gain": gain, "padding_mode": padding_mode, "activation": activation, "eps": eps, "scale": scale}
-    return _convolve(F.conv2d, 2, input, weight, bias, stride, padding, dilation, groups, **options)
+    options = gain, padding_mode, activation, eps, scale
+    return _convolve(F.conv2d, 2, input, weight, bias, stride, padding, dilation, groups, *options)
 
 
 def conv3d(
@@ -231,5 +246,5 @@ def conv3d(
     scale: float = 1.0,
 ) -> Tensor:
     """`conv1d` with three spatial dimensions: (N, C_in, D, H, W) and (C_out, C_in / groups, kD, kH, kW)."""
-    options = {"gain": gain, "padding_mode": padding_mode, "activation": activation, "eps": eps, "scale": scale}
-    return _convolve(F.conv3d, 3, input, weight, bias, stride, padding, dilation, groups, **options)
+    options = gain, padding_mode, activation, eps, scale
+    return _convolve(F.conv3d, 3, input, weight, bias, stride, padding, dilation, groups, *options)

@@ -16,7 +16,6 @@ from ._checks import (
     per_weight,
     result_dtype,
 )
-from ._layout import CHANNELS_LAST_RANK
 
 
 def align(
@@ -49,10 +48,7 @@ def align(
         TypeError, ValueError: naming the argument, what came and what is wanted, before anything runs.
     """
     check_weight("weight", weight)
-    check_memory_format(memory_format)
-    rank = CHANNELS_LAST_RANK.get(memory_format)
-    if rank is not None and weight.dim() != rank:
-        raise ValueError(f"memory_format: {memory_format} is for rank {rank}, got a weight of rank {weight.dim()}")
+    check_memory_format(memory_format, weight.dim())
     if gain is not None:
         check_gain("gain", gain, weight)
     check_number("eps", eps, positive=True)

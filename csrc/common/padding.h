@@ -48,6 +48,11 @@ struct Places {
     }
 };
 
+// What lies side by side in memory: the channels of a position, or else the positions of a channel.
+WA_ANYWHERE inline bool is_by_channels(const ImageSide& side, const PrepareTask& task) {
+    return side.channel == 1 && task.channels > 1;
+}
+
 struct Coordinates {
     int at[kSpatial];
 };

@@ -21,21 +21,16 @@ ImageSide side_of(const Tensor& t) {
 // Neighbouring dimensions that nothing pads and that lie as one in both tensors become one: rows as long as can be.
 void merge_rows(PrepareTask& task) {
     auto is_free = [&](int d) { return task.before[d] == 0 && task.after[d] == 0; };
-    auto lie_as_one = [&](const ImageSide& side, int d) {
-        return task.size[d] == 1 || side.spatial[d] == side.spatial[2] * task.size[2];
+    auto lie_as_one = [&](const ImageSide& side) {
+        return task.size[1] == 1 || side.spatial[1] == side.spatial[2] * task.size[2];
     };
-    for (int d = 1; d >= 0; --d) {
-        if (!is_free(d) || !is_free(2) || !lie_as_one(task.from_side, d) || !lie_as_one(task.to_side, d)) break;
-        task.size[2] = task.to_size[2] = task.size[d] * task.size[2];
-        task.size[d] = task.to_size[d] = 1;
-        // What lies outside moves inwards, so that the free dimensions stay outermost.
-        if (d == 1) {
-            std::swap(task.size[0], task.size[1]);
-            std::swap(task.to_size[0], task.to_size[1]);
-            std::swap(task.before[0], task.before[1]);
-            std::swap(task.after[0], task.after[1]);
-            for (ImageSide* side : {&task.from_side, &task.to_side}) std::swap(side->spatial[0], side->spatial[1]);
-        }
+    for (int merged = 0; merged < 2; ++merged) {
+        if (!is_free(1) || !is_free(2) || !lie_as_one(task.from_side) || !lie_as_one(task.to_side)) return;
+        task.size[2] = task.to_size[2] = task.size[1] * task.size[2];
+        task.size[1] = task.to_size[1] = 1;
+        // The outermost dimension moves inwards, next to the row.
+        for (auto* numbers : {task.size, task.to_size, task.before, task.after}) std::swap(numbers[0], numbers[1]);
+        for (ImageSide* side : {&task.from_side, &task.to_side}) std::swap(side->spatial[0], side->spatial[1]);
     }
 }
 

@@ -4,7 +4,7 @@
 #include <algorithm>
 #include <cstddef>
 
-#include "../common/prepare_task.h"
+#include "../common/padding.h"
 
 namespace wa::cpu {
 
@@ -12,12 +12,6 @@ namespace wa::cpu {
 using AlignFilters = void (*)(const AlignList& list, const AlignTask& task, uint32_t first, uint32_t last,
                               void* scratch);
 inline size_t scratch_bytes(const AlignTask& task) { return task.columns ? size_t(task.n) * sizeof(double) : 0; }
-
-namespace {  // not shared between objects of different instruction sets
-inline bool is_by_channels(const ImageSide& side, const PrepareTask& task) {
-    return side.channel == 1 && task.channels > 1;
-}
-}  // namespace
 
 // A part of an image: some channels of some neighbouring positions of one row. Long along what lies side by side in
 // memory; square where that is another dimension before than after.

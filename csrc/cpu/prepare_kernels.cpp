@@ -33,22 +33,14 @@ WA_INLINE void with_type(Void* tensor, DType dtype, const Run& run) {
     }
 }
 
-// n values, `stride` apart in memory, side by side in the tile.
-template <class Acc, class T>
-WA_INLINE void load_run(const T* from, int64_t stride, Acc* to, uint32_t n) {
-    if (stride == 1)
+// n values from one place, each `from_stride` after the last, to another, each `to_stride` after the last.
+template <class Acc, class From, class To>
+WA_INLINE void copy_run(const From* from, int64_t from_stride, To* to, int64_t to_stride, uint32_t n) {
+    if (from_stride == 1 && to_stride == 1)
         for_each<Acc>(n,
                       [=](auto width, uint32_t i) WA_LAMBDA { store<Acc>(width, to + i, load<Acc>(width, from + i)); });
     else
-        for (uint32_t i = 0; i < n; ++i) to[i] = load_one<Acc>(from + i * stride);
-}
-template <class Acc, class T>
-WA_INLINE void store_run(const Acc* from, T* to, int64_t stride, uint32_t n) {
-    if (stride == 1)
-        for_each<Acc>(n,
-                      [=](auto width, uint32_t i) WA_LAMBDA { store<Acc>(width, to + i, load<Acc>(width, from + i)); });
-    else
-        for (uint32_t i = 0; i < n; ++i) store_one(to + i * stride, from[i]);
+        for (uint32_t i = 0; i < n; ++i) store_one(to + i * to_stride, load_one<Acc>(from + i * from_stride));
 }
 template <class Acc>
 void add(const Acc* term, Acc* sum, uint32_t n) {
@@ -61,7 +53,8 @@ struct TilePlace {
     const PrepareTask& task;
     bool by_channels;  // what lies side by side in `from`: all channels of a position, or all positions of a channel
     uint32_t channels, width;
-    int64_t from, to;  // where the image's first channel of the tile begins
+    int64_t from;  // where the image's first channel of the tile begins
+    int64_t to;    // where the tile begins
     Coordinates first;
 
     TilePlace(const PrepareTask& task, const Tiling& tiling, int64_t index)
@@ -76,6 +69,7 @@ struct TilePlace {
         channels = uint32_t(std::min<int64_t>(tiling.channels, task.channels - channel));
         from = image * task.from_side.batch + channel * task.from_side.channel;
         to = image * task.to_side.batch + channel * task.to_side.channel;
+        for (int d = 0; d < kSpatial; ++d) to += first.at[d] * task.to_side.spatial[d];
     }
 };
 
@@ -96,13 +90,13 @@ struct Tile : TilePlace {
             typed += from + offset;
             if (by_channels)
                 for (uint32_t w = begin; w < end; ++w, typed += side.spatial[2])
-                    load_run<Acc>(typed, side.channel, out + w * channels, channels);
+                    copy_run<Acc>(typed, side.channel, out + w * channels, 1, channels);
             else if (end - begin == 1)
                 for (uint32_t c = 0; c < channels; ++c)
                     out[c * width + begin] = load_one<Acc>(typed + c * side.channel);
             else
                 for (uint32_t c = 0; c < channels; ++c, typed += side.channel)
-                    load_run<Acc>(typed, side.spatial[2], out + c * width + begin, end - begin);
+                    copy_run<Acc>(typed, side.spatial[2], out + c * width + begin, 1, end - begin);
         });
     }
 
@@ -138,7 +132,7 @@ struct Tile : TilePlace {
     void add_column(int64_t offset, uint32_t w) {
         const ImageSide& side = task.from_side;
         with_type<Acc>(task.from, side.dtype, [&](auto* typed) WA_LAMBDA {
-            load_run<Acc>(typed + from + offset, side.channel, other, channels);
+            copy_run<Acc>(typed + from + offset, side.channel, other, 1, channels);
         });
         if (by_channels) return add(other, values + w * channels, channels);
         for (uint32_t c = 0; c < channels; ++c) values[c * width + w] += other[c];
@@ -149,8 +143,6 @@ struct Tile : TilePlace {
     void for_each_run(const Each& each) {
         const ImageSide& side = task.to_side;
         const bool to_channels = is_by_channels(side, task);
-        int64_t origin = to;
-        for (int d = 0; d < kSpatial; ++d) origin += first.at[d] * side.spatial[d];
         const uint32_t runs = to_channels ? width : channels, length = to_channels ? channels : width;
         const int64_t step = to_channels ? side.spatial[2] : side.channel;
         const int64_t stride = to_channels ? side.channel : side.spatial[2];
@@ -160,7 +152,7 @@ struct Tile : TilePlace {
                 run = other;
                 for (uint32_t i = 0; i < length; ++i) run[i] = values[i * runs + r];
             }
-            each(run, origin + r * step, stride, length);
+            each(run, to + r * step, stride, length);
         }
     }
 };
@@ -183,12 +175,11 @@ WA_INLINE void for_each_straight_run(const PrepareTask& task, const Tiling& tili
                                      const Each& each) {
     for (int64_t index = first; index < last; ++index) {
         const TilePlace tile(task, tiling, index);
-        int64_t from = tile.from + own_source(task, tile.first), to = tile.to;
-        for (int d = 0; d < kSpatial; ++d) to += tile.first.at[d] * task.to_side.spatial[d];
+        const int64_t from = tile.from + own_source(task, tile.first);
         const uint32_t runs = tile.by_channels ? tile.width : tile.channels;
         auto step = [&](const ImageSide& side) { return tile.by_channels ? side.spatial[2] : side.channel; };
         for (uint32_t r = 0; r < runs; ++r)
-            each(from + r * step(task.from_side), to + r * step(task.to_side),
+            each(from + r * step(task.from_side), tile.to + r * step(task.to_side),
                  tile.by_channels ? tile.channels : tile.width);
     }
 }
@@ -208,7 +199,7 @@ void forward(const PrepareTask& task, const Tiling& tiling, int64_t first, int64
         activate(task.activation, tile.values, tile.values, tile.size());
         with_type<Acc>(task.to, task.to_side.dtype, [&](auto* to) WA_LAMBDA {
             tile.for_each_run([&](Acc* run, int64_t at, int64_t stride, uint32_t n)
-                                  WA_LAMBDA { store_run(run, to + at, stride, n); });
+                                  WA_LAMBDA { copy_run<Acc>(run, 1, to + at, stride, n); });
         });
     }
 }
@@ -235,10 +226,10 @@ void backward(const PrepareTask& task, const Tiling& tiling, int64_t first, int6
             auto saved = static_cast<decltype(to)>(const_cast<void*>(task.saved));
             tile.for_each_run([&](Acc* run, int64_t at, int64_t stride, uint32_t n) WA_LAMBDA {
                 if (saved && !is_relu) {
-                    load_run<Acc>(saved + at, stride, input, n);
+                    copy_run<Acc>(saved + at, stride, input, 1, n);
                     differentiate(task.activation, input, run, run, n);
                 }
-                store_run(run, to + at, stride, n);
+                copy_run<Acc>(run, 1, to + at, stride, n);
             });
         });
     }

@@ -52,7 +52,6 @@ template <class Acc>
 uint64_t tiles_of(const PrepareTask& task, PrepareEntry& entry) {
     entry.task = task;
     entry.positions = task.to_size[0] * task.to_size[1] * task.to_size[2];
-    auto by_channels = [&](const ImageSide& side) { return side.channel == 1 && task.channels > 1; };
     auto is_wide = [&](const ImageSide& side, bool along_channels, bool is_from) {
         int chunk = 16 / (side.dtype == DType::kFloat64 ? 8 : side.dtype == DType::kFloat32 ? 4 : 2);
         auto address = reinterpret_cast<uintptr_t>(is_from ? task.from : task.to);
@@ -71,14 +70,12 @@ uint64_t tiles_of(const PrepareTask& task, PrepareEntry& entry) {
         }
         return address % 16 == 0 && entry.positions % chunk == 0 && (others | side.channel) % chunk == 0;
     };
-    entry.from_by_channels = by_channels(task.from_side);
-    entry.to_by_channels = by_channels(task.to_side);
+    entry.from_by_channels = is_by_channels(task.from_side, task);
+    entry.to_by_channels = is_by_channels(task.to_side, task);
     entry.from_is_wide = is_wide(task.from_side, entry.from_by_channels, true);
     entry.to_is_wide = is_wide(task.to_side, entry.to_by_channels, false);
-    entry.channels_log2 = 2;
-    static_assert(1 << 2 == kMinTileChannels);
-    while ((1 << entry.channels_log2) < kMaxTileChannels && (1u << entry.channels_log2) < task.channels)
-        ++entry.channels_log2;
+    entry.channels_log2 = kMinChannelsLog2;
+    while (entry.channels_log2 < kMaxChannelsLog2 && (1u << entry.channels_log2) < task.channels) ++entry.channels_log2;
     // A wide chunk stays within a tile.
     if (entry.channels_log2 < 3 &&
         ((entry.from_is_wide && entry.from_by_channels) || (entry.to_is_wide && entry.to_by_channels)))

@@ -1,5 +1,6 @@
 // Values as they lie in memory, up to 16 bytes an access, and as the kernels compute with them.
 #pragma once
+#include "../common/align_task.h"
 #include "portable.cuh"
 
 namespace wa::cuda {
@@ -72,5 +73,19 @@ struct Chunk {
         }
     }
 };
+
+// run(typed pointer)
+template <class Acc, class Void, class Run>
+__device__ void with_type(Void* tensor, DType dtype, const Run& run) {
+    using std::conditional_t;
+    constexpr bool kConst = std::is_const_v<Void>;
+    if constexpr (sizeof(Acc) == 8) {
+        run(static_cast<conditional_t<kConst, const double, double>*>(tensor));
+    } else {
+        if (dtype == DType::kFloat32) run(static_cast<conditional_t<kConst, const float, float>*>(tensor));
+        else if (dtype == DType::kFloat16) run(static_cast<conditional_t<kConst, const __half, __half>*>(tensor));
+        else run(static_cast<conditional_t<kConst, const __nv_bfloat16, __nv_bfloat16>*>(tensor));
+    }
+}
 
 }  // namespace wa::cuda

@@ -18,7 +18,7 @@ namespace {
 constexpr int kTileBytes = 16384;
 template <class Acc>
 constexpr int kTileValues = kTileBytes / int(sizeof(Acc));
-constexpr int kMaxTileChannels = 64, kMinTileChannels = 4;
+constexpr int kMinChannelsLog2 = 2, kMaxChannelsLog2 = 6;  // of a tile
 
 // Shared memory of one block: the tile, a row of positions for each channel, each of odd length against bank conflicts;
 // where each position lies in the images of `from` and `to`; and, if kept, what an activation's derivative comes from.
@@ -63,28 +63,16 @@ __device__ Acc differentiated(Activation activation, Acc x, Acc g) {
     return slope == 0 ? Acc(0) : g * slope;
 }
 
-// run(null pointer of the type)
-template <class Acc, class Run>
-__device__ void with_type(DType dtype, const Run& run) {
-    if constexpr (sizeof(Acc) == 8) {
-        run(static_cast<const double*>(nullptr));
-    } else {
-        if (dtype == DType::kFloat32) run(static_cast<const float*>(nullptr));
-        else if (dtype == DType::kFloat16) run(static_cast<const __half*>(nullptr));
-        else run(static_cast<const __nv_bfloat16*>(nullptr));
-    }
-}
-
 // The sum over all places that show the value at a position; its image and channel begin at `origin`.
 template <class Acc>
 __device__ Acc sum_of_places(const PrepareTask& task, int64_t origin, uint32_t position) {
     Acc sum = 0;
     const Coordinates at = coordinates_of(position, task.to_size[1], task.to_size[2]);
     for_each_source(task, at, [&](int64_t offset) {
-        with_type<Acc>(task.from_side.dtype, [&](auto* type) {
-            Chunk<std::remove_const_t<std::remove_pointer_t<decltype(type)>>, 1> one;
+        with_type<Acc>(task.from, task.from_side.dtype, [&](auto* from) {
+            Chunk<std::remove_const_t<std::remove_pointer_t<decltype(from)>>, 1> one;
             Acc x[1];
-            one.load(static_cast<decltype(type)>(task.from) + origin + offset);
+            one.load(from + origin + offset);
             one.unpack(x);
             sum += x[0];
         });
@@ -198,9 +186,8 @@ struct InputTile {
         const ImageSide& side = as_from ? task.from_side : task.to_side;
         const int64_t* at = as_from ? from_at : to_at;
         const bool by_channels = as_from ? entry.from_by_channels : entry.to_by_channels;
-        with_type<Acc>(side.dtype, [&](auto* type) {
-            using Stored = std::remove_const_t<std::remove_pointer_t<decltype(type)>>;
-            auto typed = static_cast<const Stored*>(image);
+        with_type<Acc>(image, side.dtype, [&](auto* typed) {
+            using Stored = std::remove_const_t<std::remove_pointer_t<decltype(typed)>>;
             if (as_from ? entry.from_is_wide : entry.to_is_wide)
                 read_as<Stored, 16 / sizeof(Stored)>(typed, side, at, by_channels, out);
             else read_as<Stored, 1>(typed, side, at, by_channels, out);
@@ -224,9 +211,8 @@ struct InputTile {
         }
     }
     __device__ void write() const {
-        with_type<Acc>(task.to_side.dtype, [&](auto* type) {
-            using Stored = std::remove_const_t<std::remove_pointer_t<decltype(type)>>;
-            auto typed = static_cast<Stored*>(task.to);
+        with_type<Acc>(task.to, task.to_side.dtype, [&](auto* typed) {
+            using Stored = std::remove_pointer_t<decltype(typed)>;
             if (entry.to_is_wide) write_as<Stored, 16 / sizeof(Stored)>(typed);
             else write_as<Stored, 1>(typed);
         });

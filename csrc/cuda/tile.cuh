@@ -72,17 +72,17 @@ struct Tile {
 
     // `at`: the tile's first value in the tensor. Loads leave 0 in what this thread does not hold.
     __device__ void load(const void* tensor, DType dtype, int64_t at) {
-        with_type(tensor, dtype, [&](auto* typed) { load_as(typed + at); });
+        with_type<Acc>(tensor, dtype, [&](auto* typed) { load_as(typed + at); });
     }
     __device__ void store(void* tensor, DType dtype, int64_t at) const {
-        with_type(tensor, dtype, [&](auto* typed) { store_as(typed + at); });
+        with_type<Acc>(tensor, dtype, [&](auto* typed) { store_as(typed + at); });
     }
 
     // The same for a tile that is a whole filter, and a tensor in which each filter is the transpose of what the tile
     // holds. It passes through the team's part of shared memory, so that both sides are read and written in order.
     __device__ void load_transposed(const void* tensor, DType dtype, int64_t at, int columns) {
         const Staged staged(*this, columns);
-        with_type(tensor, dtype, [&](auto* typed) {
+        with_type<Acc>(tensor, dtype, [&](auto* typed) {
             for_each_chunk(typed + at, [&](int position, auto& chunk, auto* memory) {
                 Acc values[kChunk];
                 chunk.load(memory);
@@ -102,7 +102,7 @@ struct Tile {
         const Staged staged(*this, columns);
         for_each([&](int position, Acc value) { staged.original(position) = value; });
         team.sync();
-        with_type(tensor, dtype, [&](auto* typed) {
+        with_type<Acc>(tensor, dtype, [&](auto* typed) {
             for_each_chunk(typed + at, [&](int position, auto& chunk, auto* memory) {
                 Acc values[kChunk];
                 for (int i = 0; i < kChunk; ++i) values[i] = staged.transposed(position + i);
@@ -148,19 +148,6 @@ private:
         for (int position = first(); position < size; position += kChunk << team.lanes_log2) {
             Chunk<std::remove_const_t<Stored>, kChunk> chunk;
             each(position, chunk, memory + position);
-        }
-    }
-
-    template <class Void, class Run>
-    static __device__ void with_type(Void* tensor, DType dtype, const Run& run) {
-        using std::conditional_t;
-        constexpr bool kConst = std::is_const_v<Void>;
-        if constexpr (sizeof(Acc) == 8) {
-            run(static_cast<conditional_t<kConst, const double, double>*>(tensor));
-        } else {
-            if (dtype == DType::kFloat32) run(static_cast<conditional_t<kConst, const float, float>*>(tensor));
-            else if (dtype == DType::kFloat16) run(static_cast<conditional_t<kConst, const __half, __half>*>(tensor));
-            else run(static_cast<conditional_t<kConst, const __nv_bfloat16, __nv_bfloat16>*>(tensor));
         }
     }
 };
