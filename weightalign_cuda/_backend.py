@@ -13,6 +13,7 @@ from . import autograd, ops, reference
 from .ops import library
 
 NAMES = ("cuda", "cpu", "triton", "reference")
+NATIVE = ("cuda", "cpu")
 ORDER = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}  # other devices: reference
 
 _forced: contextvars.ContextVar[str | None] = contextvars.ContextVar("weightalign_backend", default=None)

@@ -22,7 +22,7 @@ def align_forward(
         _, *aligned, statistics = _Fused.apply(options, None, *weights, *gains)
         return aligned, statistics
     with _below_autograd():
-        return ops.align_forward(weights, gains, *options)
+        return ops.align_forward(weights, gains, *_numbered(*options))
 
 
 def prepare_forward(
@@ -33,11 +33,21 @@ def prepare_forward(
         prepared, *aligned, statistics = _Fused.apply(options, input, *weights, *gains)
         return prepared, aligned, statistics
     with _below_autograd():
-        return ops.prepare_forward(input, weights, gains, *options)
+        return ops.prepare_forward(input, weights, gains, *_numbered(*options))
 
 
 ops.definitions.impl("align_forward", align_forward, "Autograd")
 ops.definitions.impl("prepare_forward", prepare_forward, "Autograd")
+
+
+# c10's numbers, as which a dtype and a memory format reach the op a microsecond sooner.
+_NUMBERS = {torch.float16: 5, torch.float32: 6, torch.float64: 7, torch.bfloat16: 15}
+_FORMATS = {torch.contiguous_format: 0, torch.preserve_format: 1, torch.channels_last: 2, torch.channels_last_3d: 3}
+
+
+def _numbered(eps: Any, scales: Any, dtype: torch.dtype, memory_format: torch.memory_format, *rest: Any) -> Any:
+    """An op's options, its dtype and memory format as numbers."""
+    return eps, scales, _NUMBERS[dtype], _FORMATS[memory_format], *rest
 
 
 def _wants_gradients(*tensors: Tensor | None) -> bool:
@@ -61,9 +71,9 @@ class _Fused(torch.autograd.Function):
         prepared = saved = None
         with _below_autograd():
             if input is None:
-                aligned, statistics = ops.align_forward(*lists, *options)
+                aligned, statistics = ops.align_forward(*lists, *_numbered(*options))
             else:
-                prepared, aligned, statistics = ops.prepare_forward(input, *lists, *options)
+                prepared, aligned, statistics = ops.prepare_forward(input, *lists, *_numbered(*options))
         if input is not None and ctx.needs_input_grad[1]:
             # What the convolution keeps anyway, where that suffices.
             saved = {None: None, "relu": prepared}.get(ACTIVATIONS[options[-1]], input)

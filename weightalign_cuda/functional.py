@@ -1,12 +1,14 @@
 """The functions users call: arguments checked, dtype and backend chosen, one op call for a whole list."""
 
+import contextlib
 from collections.abc import Sequence
+from operator import attrgetter
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ._backend import run
+from ._backend import NATIVE, choose, run
 from ._checks import (
     check_gain,
     check_list,
@@ -89,23 +91,38 @@ def align_foreach(
     check_memory_format(memory_format)
     all_eps = per_weight("eps", eps, count, positive=True)
     scales = per_weight("scale", scale, count)
+    if not torch.compiler.is_compiling() and _is_for_one_op(weights, gains):
+        kind = result_dtype("weights", weights[0], weights[0].device.type, dtype, 0)
+        with contextlib.suppress(RuntimeError):  # of a list that the op refuses: what is wrong is found out below
+            return list(_aligned(weights, gains, all_eps, scales, kind, memory_format))
     groups: dict[tuple[torch.device, torch.dtype], list[int]] = {}
     for i, (weight, gain) in enumerate(zip(weights, gains, strict=True)):
         check_weight("weights", weight, i)
         if gain is not None:
             check_gain("gains", gain, weight, i)
         groups.setdefault((weight.device, weight.dtype), []).append(i)
-    calls = []  # all checked before the first one runs
-    for (device, _), members in groups.items():
-        result = result_dtype("weights", weights[members[0]], device.type, dtype, members[0])
-        calls.append((members, device.type, result))
-    if len(calls) == 1:
-        _, device_type, result = calls[0]
-        return list(run("align_forward", device_type, weights, gains, all_eps, scales, result, memory_format)[0])
+    # All checked before the first one runs.
+    kinds = [result_dtype("weights", weights[i], weights[i].device.type, dtype, i) for i, *_ in groups.values()]
     results: list[Any] = [None] * count
-    for members, device_type, result in calls:
+    for members, kind in zip(groups.values(), kinds, strict=True):
         each = ([values[i] for i in members] for values in (weights, gains, all_eps, scales))
-        aligned, _ = run("align_forward", device_type, *each, result, memory_format)
-        for i, tensor in zip(members, aligned, strict=True):
-            results[i] = tensor
+        for i, aligned in zip(members, _aligned(*each, kind, memory_format), strict=True):
+            results[i] = aligned
     return results
+
+
+_device, _dtype = attrgetter("device"), attrgetter("dtype")
+
+
+def _is_for_one_op(weights: list[Any], gains: list[Any]) -> bool:
+    """Whether a native op can take, or else refuses, the whole list: it looks at each tensor in less than the 1 us that
+    Python takes."""
+    try:
+        devices = {*map(_device, weights), *map(_device, [g for g in gains if g is not None])}
+        return len(devices) == len({*map(_dtype, weights)}) == 1 and choose(devices.pop().type) in NATIVE
+    except AttributeError:  # not a tensor
+        return False
+
+
+def _aligned(weights: Any, *arguments: Any) -> Sequence[Tensor]:
+    return run("align_forward", weights[0].device.type, weights, *arguments)[0]
