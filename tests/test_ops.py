@@ -6,7 +6,8 @@ from torch._subclasses import FakeTensorMode
 from truth import BF16, F16, F32, F64, assert_right, check_align, dense, formula, name, normal
 
 import weightalign_cuda as wa
-from weightalign_cuda import ops, reference
+from weightalign_cuda import reference
+from weightalign_cuda.ops import native as ops
 
 PRESERVE, CONTIGUOUS, LAST = torch.preserve_format, torch.contiguous_format, torch.channels_last
 

@@ -30,7 +30,8 @@ def test_command():
 
 WITHOUT_LIBRARY = """
 import torch, weightalign_cuda as wa
-from weightalign_cuda import ops, _backend
+from weightalign_cuda import _backend
+from weightalign_cuda.ops import native as ops
 print(wa.backends()["cpu"]); print(wa.backends()["cuda"]); print(_backend.choose("cpu"))
 
 def grads(align):

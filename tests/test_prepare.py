@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from truth import BF16, F16, F32, F64, assert_near, assert_right, dense, name, normal, roundoff
 
 import weightalign_cuda as wa
-from weightalign_cuda import ops
+from weightalign_cuda.ops import native as ops
 
 MODES = ("zeros", "reflect", "replicate", "circular")
 ACTIVATIONS = {None: lambda x: x, "relu": F.relu, "silu": F.silu, "gelu": F.gelu}

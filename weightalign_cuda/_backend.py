@@ -3,6 +3,7 @@
 import contextlib
 import contextvars
 import functools
+import importlib.util
 import os
 from collections.abc import Iterator
 from typing import Any
@@ -26,7 +27,7 @@ def backends() -> dict[str, str]:
     return {
         "cuda": library.error or _cuda(),
         "cpu": native,
-        "triton": "not available: this version has no Triton kernels yet",
+        "triton": _triton(),
         "reference": "available",
     }
 
@@ -50,6 +51,17 @@ def _cuda() -> str:
                 f"cuda:{device} is sm_{major}{minor}, the native library has {compiled}: install again with "
                 f"WEIGHTALIGN_CUDA_ARCHS={major}{minor}"
             )
+    return "available"
+
+
+_is_interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def _triton() -> str:
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed: pip install triton (CUDA builds of torch bring it)"
+    if not (_is_interpreted or torch.cuda.is_available()):
+        return "torch sees no CUDA device (with TRITON_INTERPRET=1 it serves CPU tensors, slowly, for tests)"
     return "available"
 
 
@@ -111,14 +123,19 @@ def _default(device_type: str) -> str:
 def _check_serves(name: str, device_type: str) -> str:
     if backends()[name] != "available":
         raise RuntimeError(f"backend {name!r} was asked for, but: {backends()[name]}")
-    if name != "reference" and name != device_type:
+    serving = ORDER.get(device_type, ("reference",))
+    if name not in serving and not (name == "triton" and _is_interpreted):
         raise RuntimeError(f"backend {name!r} was asked for, but it does not serve tensors on {device_type!r}")
     return name
 
 
 def run(op: str, device_type: str, *arguments: Any) -> Any:
     """The forward op of this name on the backend that serves the device."""
-    if choose(device_type) == "reference":
+    backend = choose(device_type)
+    if backend == "reference":
         return getattr(reference, op)(*arguments)
+    served = ops.in_triton if backend == "triton" else ops.native
+    if torch.compiler.is_compiling():
+        return getattr(served, op)(*arguments)
     # Eager code calls what is registered at the Autograd key, which spares it a way through the dispatcher.
-    return getattr(ops if torch.compiler.is_compiling() else autograd, op)(*arguments)
+    return getattr(autograd, op)(served, *arguments)

@@ -1,6 +1,7 @@
 """The forward ops as the Autograd key sees them: one launch forward and one backward, for a list of weights and, with
 prepare, a convolution's input."""
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,35 +10,38 @@ from torch import Tensor
 
 from . import ops, reference
 from ._layout import memory_order
+from .ops import OpSet
 from .reference_input import ACTIVATIONS, prepare_input_backward
 
 _below_autograd = torch._C._AutoDispatchBelowAutograd
 
 
 def align_forward(
-    weights: Sequence[Tensor], gains: Sequence[Tensor | None], *options: Any
+    served: OpSet, weights: Sequence[Tensor], gains: Sequence[Tensor | None], *options: Any
 ) -> tuple[Sequence[Tensor], Tensor]:
     """The op align_forward, differentiable. Called directly, it spares eager code a way through the dispatcher."""
     if _wants_gradients(*weights, *gains):
-        _, *aligned, statistics = _Fused.apply(options, None, *weights, *gains)
+        _, *aligned, statistics = _Fused.apply(served, options, None, *weights, *gains)
         return aligned, statistics
     with _below_autograd():
-        return ops.align_forward(weights, gains, *_numbered(*options))
+        return served.align_forward(weights, gains, *_numbered(*options))
 
 
 def prepare_forward(
-    input: Tensor, weights: Sequence[Tensor], gains: Sequence[Tensor | None], *options: Any
+    served: OpSet, input: Tensor, weights: Sequence[Tensor], gains: Sequence[Tensor | None], *options: Any
 ) -> tuple[Tensor, Sequence[Tensor], Tensor]:
     """The op prepare_forward, likewise."""
     if _wants_gradients(input, *weights, *gains):
-        prepared, *aligned, statistics = _Fused.apply(options, input, *weights, *gains)
+        prepared, *aligned, statistics = _Fused.apply(served, options, input, *weights, *gains)
         return prepared, aligned, statistics
     with _below_autograd():
-        return ops.prepare_forward(input, weights, gains, *_numbered(*options))
+        return served.prepare_forward(input, weights, gains, *_numbered(*options))
 
 
-ops.definitions.impl("align_forward", align_forward, "Autograd")
-ops.definitions.impl("prepare_forward", prepare_forward, "Autograd")
+for _ops in (ops.native, ops.in_triton):
+    for _function in (align_forward, prepare_forward):
+        _op = getattr(_ops, _function.__name__)
+        ops.definitions.impl(_op, functools.partial(_function, _ops), "Autograd")
 
 
 # c10's numbers, as which a dtype and a memory format reach the op a microsecond sooner.
@@ -63,23 +67,24 @@ class _Fused(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, options: tuple[Any, ...], input: Tensor | None, *tensors: Tensor | None
+        ctx: Any, served: OpSet, options: tuple[Any, ...], input: Tensor | None, *tensors: Tensor | None
     ) -> tuple[Tensor | None, ...]:
-        """options: the op's arguments after the tensors, which are the weights and as many gains."""
+        """served: the ops of the backend. options: their arguments after the tensors, which are weights and as many
+        gains."""
         count = len(tensors) // 2
         lists = tensors[:count], tensors[count:]
         prepared = saved = None
         with _below_autograd():
             if input is None:
-                aligned, statistics = ops.align_forward(*lists, *_numbered(*options))
+                aligned, statistics = served.align_forward(*lists, *_numbered(*options))
             else:
-                prepared, aligned, statistics = ops.prepare_forward(input, *lists, *_numbered(*options))
-        if input is not None and ctx.needs_input_grad[1]:
+                prepared, aligned, statistics = served.prepare_forward(input, *lists, *_numbered(*options))
+        if input is not None and ctx.needs_input_grad[2]:
             # What the convolution keeps anyway, where that suffices.
             saved = {None: None, "relu": prepared}.get(ACTIVATIONS[options[-1]], input)
             ctx.preparation = (input.dtype, memory_order(input), *options[4:])
         ctx.save_for_backward(saved, *tensors, statistics)
-        ctx.options = options
+        ctx.served, ctx.options = served, options
         ctx.mark_non_differentiable(statistics)
         ctx.set_materialize_grads(False)
         return (prepared, *aligned, statistics)
@@ -87,7 +92,7 @@ class _Fused(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_prepared: Tensor | None, *grads: Tensor | None) -> tuple[Any, ...]:
         saved, *tensors, statistics = ctx.saved_tensors
-        count, (_, input_wanted, *wanted) = len(tensors) // 2, ctx.needs_input_grad
+        count, (_, _, input_wanted, *wanted) = len(tensors) // 2, ctx.needs_input_grad
         # Frozen weights, and those whose result nobody used, take no part; nor does such an input.
         used = [i for i in range(count) if grads[i] is not None and (wanted[i] or wanted[count + i])]
         input_used = input_wanted and grad_prepared is not None
@@ -95,17 +100,17 @@ class _Fused(torch.autograd.Function):
         if torch.is_grad_enabled():
             if input_used:
                 grad_input = prepare_input_backward(grad_prepared, saved, *ctx.preparation)  # type: ignore[arg-type]
-            return None, grad_input, *_differentiable_gradients(ctx.options, tensors, grads, used, wanted)
+            return None, None, grad_input, *_differentiable_gradients(ctx.options, tensors, grads, used, wanted)
         if not (used or input_used):
-            return (None,) * (2 + 2 * count)
+            return (None,) * (3 + 2 * count)
         arguments = _of_used(used, grads, tensors, statistics, ctx.options[1])
         with _below_autograd():
             if input_used:
-                results = ops.prepare_backward(grad_prepared, saved, *arguments, *ctx.preparation)
+                results = ctx.served.prepare_backward(grad_prepared, saved, *arguments, *ctx.preparation)
                 grad_input, grad_weights, grad_gains = results
             else:
-                grad_weights, grad_gains = ops.align_backward(*arguments)
-        return None, grad_input, *_in_their_places(used, tensors, grad_weights, grad_gains)
+                grad_weights, grad_gains = ctx.served.align_backward(*arguments)
+        return None, None, grad_input, *_in_their_places(used, tensors, grad_weights, grad_gains)
 
 
 def _of_used(

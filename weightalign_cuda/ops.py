@@ -1,5 +1,6 @@
-"""The registered ops: schemas and fake kernels. The native library implements them for CPU and CUDA tensors; where it
-does not, the reference does.
+"""The registered ops: schemas and fake kernels, in two sets. The native library implements the first one for CPU and
+CUDA tensors; where it does not, the reference does. The second, triton_*, is the Triton backend's: the set that ran
+forward runs backward, in compiled and exported graphs too.
 
 All take a list of weights, and a layer alone is a list of one. `statistics`, (filters of the whole list, 2), holds
 mean and 1 / sqrt(n/2 * var + eps) of each filter, float32 (float64 for float64 weights); the gain gradients of the
@@ -11,6 +12,9 @@ to `dtype`, padding, and layout: channels_last(_3d) if that is `memory_format` a
 names in `reference_input`. `saved`: with relu the prepared input, with silu and gelu the input, else nothing.
 `input_order`: the dimensions of the input's gradient, outermost first in memory.
 """
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,20 +36,49 @@ SCHEMAS = {
     "int activation) -> (Tensor grad_input, Tensor[] grad_weights, Tensor grad_gains)",
 }
 
-definitions = torch.library.Library(NAMESPACE, "DEF")
-for _name, _schema in SCHEMAS.items():
-    definitions.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
-    definitions.impl(_name, getattr(reference, _name), "CompositeExplicitAutograd")
 
-align_forward = torch.ops.weightalign_cuda.align_forward.default
-align_backward = torch.ops.weightalign_cuda.align_backward.default
-prepare_forward = torch.ops.weightalign_cuda.prepare_forward.default
-prepare_backward = torch.ops.weightalign_cuda.prepare_backward.default
+class OpSet(NamedTuple):
+    align_forward: Any
+    align_backward: Any
+    prepare_forward: Any
+    prepare_backward: Any
+
+
+def _in_triton(name: str) -> Callable[..., Any]:
+    def implementation(*arguments: Any) -> Any:
+        from . import triton_ops  # not before it is needed: Triton may be absent, and takes its time
+
+        return getattr(triton_ops, name)(*arguments)
+
+    return implementation
+
+
+definitions = torch.library.Library(NAMESPACE, "DEF")
+
+
+def _define(prefix: str, implementation: Callable[[str], Callable[..., Any]]) -> OpSet:
+    for name, schema in SCHEMAS.items():
+        definitions.define(prefix + name + schema, tags=(torch.Tag.pt2_compliant_tag,))
+        definitions.impl(prefix + name, implementation(name), "CompositeExplicitAutograd")
+    return OpSet(*(getattr(torch.ops.weightalign_cuda, prefix + name).default for name in OpSet._fields))
+
+
+native = _define("", lambda name: getattr(reference, name))
+in_triton = _define("triton_", _in_triton)
 
 library = _library.load()
 
 
-@torch.library.register_fake(f"{NAMESPACE}::align_forward", lib=definitions)
+def _fake(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    def register(kernel: Callable[..., Any]) -> Callable[..., Any]:
+        for op in (getattr(native, name), getattr(in_triton, name)):
+            torch.library.register_fake(op, kernel, lib=definitions)
+        return kernel
+
+    return register
+
+
+@_fake("align_forward")
 def _align_forward_fake(
     weights: list[Tensor],
     gains: list[Tensor | None],
@@ -59,7 +92,7 @@ def _align_forward_fake(
     return [empty_result(w, dtype, memory_format) for w in weights], statistics
 
 
-@torch.library.register_fake(f"{NAMESPACE}::align_backward", lib=definitions)
+@_fake("align_backward")
 def _align_backward_fake(
     grads: list[Tensor],
     weights: list[Tensor],
@@ -71,7 +104,7 @@ def _align_backward_fake(
     return [empty_result(w, w.dtype, torch.preserve_format) for w in weights], statistics.new_empty(rows)
 
 
-@torch.library.register_fake(f"{NAMESPACE}::prepare_forward", lib=definitions)
+@_fake("prepare_forward")
 def _prepare_forward_fake(
     input: Tensor,
     weights: list[Tensor],
@@ -88,7 +121,7 @@ def _prepare_forward_fake(
     return prepared, *_align_forward_fake(weights, gains, eps, scales, dtype, memory_format)
 
 
-@torch.library.register_fake(f"{NAMESPACE}::prepare_backward", lib=definitions)
+@_fake("prepare_backward")
 def _prepare_backward_fake(
     grad_prepared: Tensor,
     saved: Tensor | None,
