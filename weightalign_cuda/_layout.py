@@ -50,20 +50,27 @@ def padded_shape(shape: Sequence[int], padding: Sequence[int], sign: int = 1) ->
     return [*shape[:2], *(size + sign * more for size, more in zip(shape[2:], added, strict=True))]
 
 
-def empty_result(t: Tensor, dtype: torch.dtype, memory_format: torch.memory_format) -> Tensor:
+def empty_result(
+    t: Tensor, dtype: torch.dtype, memory_format: torch.memory_format, like: Tensor | None = None
+) -> Tensor:
     """An uninitialised tensor of t's shape: in `memory_format` (ranks it does not name keep theirs), else in t's own
-    strides if they are dense, else contiguous; contiguous, too, if it has no elements."""
+    strides if they are dense, else contiguous; contiguous, too, if it has no elements. On the device of `like`, by
+    default t, and batched by vmap as that is."""
+    like = t if like is None else like
     named = CHANNELS_LAST_RANK.get(memory_format) == t.dim()
     if not named and memory_format != torch.contiguous_format and t.numel() and is_dense(t):
-        return torch.empty_strided(t.shape, t.stride(), dtype=dtype, device=t.device)
-    return empty_in(t.shape, dtype, t.device, memory_format)
+        return like.new_empty_strided(t.shape, t.stride(), dtype=dtype)
+    return empty_in(like, t.shape, dtype, memory_format)
 
 
-def empty_in(
-    shape: Sequence[int], dtype: torch.dtype, device: torch.device, memory_format: torch.memory_format
-) -> Tensor:
+def empty_in(like: Tensor, shape: Sequence[int], dtype: torch.dtype, memory_format: torch.memory_format) -> Tensor:
     """An uninitialised tensor in channels_last(_3d) if that is the format, it fits the rank and there are elements;
     else contiguous."""
     fits = CHANNELS_LAST_RANK.get(memory_format) == len(shape) and 0 not in shape
     kept = memory_format if fits else torch.contiguous_format
-    return torch.empty(shape, dtype=dtype, device=device, memory_format=kept)
+    return like.new_empty_strided(shape, torch.empty(shape, device="meta", memory_format=kept).stride(), dtype=dtype)
+
+
+def empty_permuted(like: Tensor, shape: Sequence[int], order: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """An uninitialised tensor whose dimensions lie in memory in this order, outermost first."""
+    return like.new_empty_strided(shape, torch.empty_permuted(shape, list(order), device="meta").stride(), dtype=dtype)

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from . import ops, reference
 from ._layout import memory_order
@@ -20,6 +21,8 @@ def align_forward(
     served: OpSet, weights: Sequence[Tensor], gains: Sequence[Tensor | None], *options: Any
 ) -> tuple[Sequence[Tensor], Tensor]:
     """The op align_forward, differentiable. Called directly, it spares eager code a way through the dispatcher."""
+    if _is_transformed():
+        return reference.align_forward(weights, gains, *options)
     if _wants_gradients(*weights, *gains):
         _, *aligned, statistics = _Fused.apply(served, options, None, *weights, *gains)
         return aligned, statistics
@@ -31,6 +34,8 @@ def prepare_forward(
     served: OpSet, input: Tensor, weights: Sequence[Tensor], gains: Sequence[Tensor | None], *options: Any
 ) -> tuple[Tensor, Sequence[Tensor], Tensor]:
     """The op prepare_forward, likewise."""
+    if _is_transformed():
+        return reference.prepare_forward(input, weights, gains, *options)
     if _wants_gradients(input, *weights, *gains):
         prepared, *aligned, statistics = _Fused.apply(served, options, input, *weights, *gains)
         return prepared, aligned, statistics
@@ -52,6 +57,11 @@ _FORMATS = {torch.contiguous_format: 0, torch.preserve_format: 1, torch.channels
 def _numbered(eps: Any, scales: Any, dtype: torch.dtype, memory_format: torch.memory_format, *rest: Any) -> Any:
     """An op's options, its dtype and memory format as numbers."""
     return eps, scales, _NUMBERS[dtype], _FORMATS[memory_format], *rest
+
+
+def _is_transformed() -> bool:
+    """Whether torch.func or forward-mode differentiation looks on, which want operations that PyTorch can transform."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def _wants_gradients(*tensors: Tensor | None) -> bool:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from . import _library, reference
-from ._layout import empty_in, empty_result, padded_shape, statistics_dtype
+from ._layout import empty_in, empty_permuted, empty_result, padded_shape, statistics_dtype
 
 NAMESPACE = "weightalign_cuda"
 SCHEMAS = {
@@ -117,7 +117,7 @@ def _prepare_forward_fake(
     padding_mode: int,
     activation: int,
 ) -> tuple[Tensor, list[Tensor], Tensor]:
-    prepared = empty_in(padded_shape(input.shape, padding), dtype, input.device, memory_format)
+    prepared = empty_in(input, padded_shape(input.shape, padding), dtype, memory_format)
     return prepared, *_align_forward_fake(weights, gains, eps, scales, dtype, memory_format)
 
 
@@ -137,5 +137,5 @@ def _prepare_backward_fake(
     activation: int,
 ) -> tuple[Tensor, list[Tensor], Tensor]:
     shape = padded_shape(grad_prepared.shape, padding, -1)
-    grad_input = torch.empty_permuted(shape, input_order, dtype=input_dtype, device=grad_prepared.device)
+    grad_input = empty_permuted(grad_prepared, shape, input_order, input_dtype)
     return grad_input, *_align_backward_fake(grads, weights, gains, statistics, scales)

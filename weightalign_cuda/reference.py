@@ -45,7 +45,8 @@ def align(
     factor = rstd * scale
     if gain is not None:
         factor = factor * gain.to(rstd.dtype).view_as(rstd)
-    aligned = empty_result(weight, dtype, memory_format).copy_(deviations * factor)
+    product = deviations * factor
+    aligned = empty_result(weight, dtype, memory_format, like=product).copy_(product)
     return aligned, torch.stack([mean.flatten(), rstd.flatten()], dim=1)
 
 
@@ -84,8 +85,8 @@ def align_backward(
         x = (x - x.mean(dims, keepdim=True)) * rstd
         along = (g * x).sum(dims, keepdim=True)
         factor = scale * rstd if gain is None else scale * rstd * gain.to(rstd.dtype).view(shape)
-        result = empty_result(weight, weight.dtype, torch.preserve_format)
-        grad_weights.append(result.copy_(factor * (g - g.mean(dims, keepdim=True) - x * along / 2)))
+        product = factor * (g - g.mean(dims, keepdim=True) - x * along / 2)
+        grad_weights.append(empty_result(weight, weight.dtype, torch.preserve_format, like=product).copy_(product))
         grad_gains.append(scale * along.flatten())
     return grad_weights, torch.cat(grad_gains) if grad_gains else statistics.new_empty(0)
 

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._layout import empty_in, statistics_dtype
+from ._layout import empty_in, empty_permuted, statistics_dtype
 
 # The ops know these by number.
 PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
@@ -32,7 +32,7 @@ def prepare_input(
         mode = "constant" if padding_mode == 0 or input.numel() == 0 else PADDING_MODES[padding_mode]
         pairs = zip(padding[-2::-2], padding[::-2], strict=True)  # F.pad begins with the last dimension
         x = F.pad(x, [p for pair in pairs for p in pair], mode=mode)
-    return empty_in(x.shape, dtype, x.device, memory_format).copy_(x)
+    return empty_in(x, x.shape, dtype, memory_format).copy_(x)
 
 
 def prepare_input_backward(
@@ -62,7 +62,7 @@ def prepare_input_backward(
         g = g.where(saved.gt(0), 0)
     elif saved is not None and kind is not None:
         g = g * _derivative(kind, saved.to(g.dtype))
-    return torch.empty_permuted(g.shape, list(input_order), dtype=input_dtype, device=g.device).copy_(g)
+    return empty_permuted(g, g.shape, input_order, input_dtype).copy_(g)
 
 
 def _unpad(g: Tensor, dim: int, before: int, after: int, mode: str) -> Tensor:
