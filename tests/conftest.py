@@ -33,12 +33,14 @@ left_out = {
     for name, needed in NEEDS.items()
     if (absent := [package for package in needed if importlib.util.find_spec(package) is None])
 }
-collect_ignore = list(left_out)
+collect_ignore = [*left_out, *(["test_cuda.py"] if DEVICE == "cpu" else [])]
 if left_out and os.environ.get("WEIGHTALIGN_TESTS") == "all":
     raise pytest.UsageError(f"WEIGHTALIGN_TESTS=all, but packages are not installed: {left_out}")
 
 
 def pytest_terminal_summary(terminalreporter):
+    if DEVICE == "cpu":
+        terminalreporter.write_line("left out: tests/test_cuda.py, for torch sees no CUDA device")
     for name, absent in left_out.items():
         terminalreporter.write_line(f"left out: tests/{name}, for {', '.join(absent)} is not installed")
 
