@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
@@ -59,7 +60,8 @@ def cases(network: Network, only: str | None) -> list[Case]:
 
 
 def host_records(setting: Setting, limits: Limits) -> list[dict[str, Any]]:
-    """Wall time of calls on weights so tiny that only the host's work is left."""
+    """Wall time of calls on weights so tiny that only the host's work is left; beside them, what torch's own ops of
+    that kind take."""
     shape = (8, 4, 1, 1)
     one, many = make_inputs([shape], setting), make_inputs([shape] * 53, setting)
     cuda = setting.device == "cuda"
@@ -74,10 +76,15 @@ def host_records(setting: Setting, limits: Limits) -> list[dict[str, Any]]:
         calls[f"{name}, forward without grad"] = torch.no_grad()(forward)
         calls[f"{name}, forward with grad"] = forward
         calls[f"{name}, forward + backward"] = lambda align=align, inputs=inputs: backward(align, inputs)
+    of_torch = {
+        "F.layer_norm, 1 weight, forward with grad": lambda: F.layer_norm(one.weights[0], shape[1:]),
+        "torch._foreach_mul, 53 weights, forward with grad": lambda: torch._foreach_mul(many.weights, 2.0),
+    }
+    calls |= of_torch
     timers = {name: harness.wall_timer([call], cuda)[0] for name, call in calls.items()}
     samples = harness.interleave(timers, limits)
     common = {
-        "suite": "host", "provider": "ours", "clock": "wall", "dtype": short(setting.dtype),
+        "suite": "host", "clock": "wall", "dtype": short(setting.dtype),
         "out_dtype": short(setting.out_dtype), "layout": "contiguous_format", "out_layout": short(setting.out_layout),
         "shape": list(shape), "batch": None,
     }  # fmt: skip
@@ -86,7 +93,14 @@ def host_records(setting: Setting, limits: Limits) -> list[dict[str, Any]]:
         inputs = many if "53" in name else one
         direction: Direction = "both" if "backward" in name else "forward"
         bytes_min = Case(name, (shape,) * len(inputs.weights)).bytes_min(direction, setting)
-        extra = {"case": name, "direction": direction, "n_layers": len(inputs.weights), "bytes_min": bytes_min}
+        provider = "torch" if name in of_torch else "ours"
+        extra = {
+            "case": name,
+            "provider": provider,
+            "direction": direction,
+            "n_layers": len(inputs.weights),
+            "bytes_min": bytes_min,
+        }
         p20, p50, p80 = quantiles(samples[name])
         extra |= {"p20": p20, "p50": p50, "p80": p80, "samples": len(samples[name]), "speedups": {}}
         records.append(common | extra)
