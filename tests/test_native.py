@@ -5,7 +5,7 @@ import re
 import subprocess
 
 import weightalign_cuda as wa
-from weightalign_cuda.ops import native as ops
+from weightalign_cuda import ops
 
 PACKAGE = pathlib.Path(wa.__file__).parent
 LIBRARY = PACKAGE / "_weightalign.so"

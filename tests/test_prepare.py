@@ -156,6 +156,26 @@ def test_borders_that_overlap(backend, device, size, padding, mode):
     )
 
 
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(("dtype", "out"), [(F32, F32), (F32, BF16), (F64, F64)], ids=name)
+@pytest.mark.parametrize(
+    ("shape", "padding", "is_last"),
+    [
+        ((1, 2, 9000), [(4500, 2)], False),
+        ((2, 3, 4, 4300), [(1, 2), (3, 0)], False),
+        ((1, 300, 5, 30), [(2, 1), (0, 16)], True),
+        ((1, 5000, 3, 4), [(1, 1), (2, 1)], True),
+    ],
+    ids=str,
+)
+def test_rows_of_many_tiles(native, device, mode, dtype, out, shape, padding, is_last):
+    """Longer than what the CPU kernels work on at a time, 4096 values."""
+    x = normal(*shape, dtype=dtype, device=device)
+    x = x.contiguous(memory_format=LAST) if is_last else x
+    weight = normal(2, shape[1], *[1] * len(padding), dtype=dtype, device=device)
+    check_prepare(x, weight, padding=padding, padding_mode=mode, activation="silu", dtype=out)
+
+
 def test_empty_inputs(backend, device):
     w = normal(4, 3, 3, 3, device=device)
     for shape in [(0, 3, 5, 5), (2, 3, 0, 4)]:

@@ -104,7 +104,7 @@ WA_INLINE void with_activation(Activation activation, const Run& run) {
 
 // y = activation(x); y may be x
 template <class Acc>
-WA_INLINE void activate(Activation activation, const Acc* x, Acc* y, uint32_t n) {
+WA_APART void activate(Activation activation, const Acc* x, Acc* y, uint32_t n) {
     if (x == y && activation == Activation::kNone) return;
     with_activation(activation, [=](auto constant) WA_LAMBDA {
         for_each<Acc>(n, [=](auto width, uint32_t at) WA_LAMBDA {
@@ -115,7 +115,7 @@ WA_INLINE void activate(Activation activation, const Acc* x, Acc* y, uint32_t n)
 
 // y = activation'(x) g; y may be g. A gradient that meets a derivative of 0 becomes 0 whatever it is.
 template <class Acc>
-WA_INLINE void differentiate(Activation activation, const Acc* x, const Acc* g, Acc* y, uint32_t n) {
+WA_APART void differentiate(Activation activation, const Acc* x, const Acc* g, Acc* y, uint32_t n) {
     if (activation == Activation::kNone) return activate(activation, g, y, n);
     with_activation(activation, [=](auto constant) WA_LAMBDA {
         for_each<Acc>(n, [=](auto width, uint32_t at) WA_LAMBDA {

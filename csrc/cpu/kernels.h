@@ -13,23 +13,26 @@ using AlignFilters = void (*)(const AlignList& list, const AlignTask& task, uint
                               void* scratch);
 inline size_t scratch_bytes(const AlignTask& task) { return task.columns ? size_t(task.n) * sizeof(double) : 0; }
 
-// A part of an image: some channels of some neighbouring positions of one row. Long along what lies side by side in
-// memory; square where that is another dimension before than after.
+// A part of an image: some channels of some neighbouring positions of one row. Where rows lie as rows on both sides, a
+// piece of a row, so that memory is walked in order; else long along what lies side by side, and square where that is
+// another dimension before than after.
 constexpr uint32_t kTileValues = 4096;
 struct Tiling {
+    bool by_rows;
     uint32_t channels, width;  // of a tile, at most
     uint32_t channel_tiles, width_tiles;
 
     explicit Tiling(const PrepareTask& task) {
-        bool from = is_by_channels(task.from_side, task), to = is_by_channels(task.to_side, task);
-        uint32_t w = task.to_size[kSpatial - 1];
-        if (!from && !to) {
-            width = std::min(w, kTileValues);
-            channels = std::min(task.channels, kTileValues / width);
-        } else {
-            channels = std::min(task.channels, from && to ? kTileValues : 64);
-            width = std::min(w, kTileValues / channels);
-        }
+        const bool from = is_by_channels(task.from_side, task), to = is_by_channels(task.to_side, task);
+        const uint32_t w = task.to_size[2], unit = from ? task.channels : 1;
+        auto has_rows = [&](const ImageSide& side) {
+            return side.spatial[2] == unit || (w == 1 && task.before[2] + task.after[2] == 0);
+        };
+        by_rows = from == to && unit <= kTileValues && has_rows(task.from_side) && has_rows(task.to_side);
+        if (by_rows) channels = unit;
+        else if (!from && !to) channels = std::min(task.channels, kTileValues / std::min(w, kTileValues));
+        else channels = std::min(task.channels, from && to ? kTileValues : 64);
+        width = std::min(w, kTileValues / channels);
         channel_tiles = (task.channels + channels - 1) / channels;
         width_tiles = (w + width - 1) / width;
     }

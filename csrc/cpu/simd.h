@@ -31,6 +31,7 @@ using Bits16 = uint16_t __attribute__((vector_size(32)));
 
 #define WA_INLINE static inline __attribute__((always_inline))
 #define WA_LAMBDA __attribute__((always_inline))
+#define WA_APART static __attribute__((noinline))  // one copy of long code
 
 WA_INLINE float bits_to_float(uint32_t bits) {
     float x;

@@ -1,0 +1,96 @@
+// Where a tile of a convolution's input lies, and how its values come and go.
+#pragma once
+
+#include "activation.h"
+#include "kernels.h"
+#include "simd.h"
+
+namespace wa::cpu {
+namespace {
+
+// run(typed pointer)
+template <class Acc, class Void, class Run>
+WA_INLINE void with_type(Void* tensor, DType dtype, const Run& run) {
+    auto as = [&](auto* type) WA_LAMBDA {
+        using T = std::remove_pointer_t<decltype(type)>;
+        run(static_cast<std::conditional_t<std::is_const_v<Void>, const T, T>*>(tensor));
+    };
+    if constexpr (sizeof(Acc) == 8) {
+        as(static_cast<double*>(nullptr));
+    } else {
+        switch (dtype) {
+            case DType::kFloat16: return as(static_cast<Half*>(nullptr));
+            case DType::kBFloat16: return as(static_cast<BFloat16*>(nullptr));
+            default: return as(static_cast<float*>(nullptr));
+        }
+    }
+}
+
+// n values from one place, each `from_stride` after the last, to another, each `to_stride` after the last.
+template <class Acc, class From, class To>
+WA_INLINE void copy_run(const From* from, int64_t from_stride, To* to, int64_t to_stride, uint32_t n) {
+    if (from_stride == 1 && to_stride == 1)
+        for_each<Acc>(n,
+                      [=](auto width, uint32_t i) WA_LAMBDA { store<Acc>(width, to + i, load<Acc>(width, from + i)); });
+    else
+        for (uint32_t i = 0; i < n; ++i) store_one(to + i * to_stride, load_one<Acc>(from + i * from_stride));
+}
+
+template <class Acc>
+void add(const Acc* term, Acc* sum, uint32_t n) {
+    for_each<Acc>(n, [=](auto width, uint32_t i) WA_LAMBDA {
+        store<Acc>(width, sum + i, load<Acc>(width, sum + i) + load<Acc>(width, term + i));
+    });
+}
+
+// One tile after another, in the order of rows in memory.
+struct TilePlace {
+    const PrepareTask& task;
+    const Tiling& tiling;
+    bool by_channels;  // what lies side by side in `from`: all channels of a position, or all positions of a channel
+    uint32_t image, first_channel, channels, width;
+    Coordinates first;
+    int64_t from;  // where the image's first channel of the tile begins
+    int64_t to;    // where the tile begins
+
+    TilePlace(const PrepareTask& task, const Tiling& tiling, int64_t index)
+        : task(task), tiling(tiling), by_channels(is_by_channels(task.from_side, task)) {
+        auto next_digit = [&](int64_t base) {
+            int64_t digit = index % base;
+            index /= base;
+            return int(digit);
+        };
+        first.at[2] = next_digit(tiling.width_tiles) * int(tiling.width);
+        first.at[1] = next_digit(task.to_size[1]);
+        first.at[0] = next_digit(task.to_size[0]);
+        first_channel = uint32_t(next_digit(tiling.channel_tiles)) * tiling.channels;
+        image = uint32_t(index);
+        locate();
+    }
+
+    void advance() {
+        auto wraps = [](auto& at, uint32_t step, uint32_t size) {
+            at += step;
+            if (uint32_t(at) < size) return false;
+            at = 0;
+            return true;
+        };
+        if (wraps(first.at[2], tiling.width, task.to_size[2]) && wraps(first.at[1], 1, task.to_size[1]) &&
+            wraps(first.at[0], 1, task.to_size[0]) && wraps(first_channel, tiling.channels, task.channels))
+            ++image;
+        locate();
+    }
+
+private:
+    void locate() {
+        width = std::min(tiling.width, task.to_size[2] - first.at[2]);
+        channels = std::min(tiling.channels, task.channels - first_channel);
+        auto begin = [&](const ImageSide& side) { return image * side.batch + first_channel * side.channel; };
+        from = begin(task.from_side);
+        to = begin(task.to_side);
+        for (int d = 0; d < kSpatial; ++d) to += first.at[d] * task.to_side.spatial[d];
+    }
+};
+
+}  // namespace
+}  // namespace wa::cpu
