@@ -14,6 +14,10 @@ PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
 ACTIVATIONS = (None, "relu", "silu", "gelu")
 
 
+def activate(x: Tensor, activation: str | None) -> Tensor:
+    return x if activation is None else getattr(F, activation)(x)
+
+
 def prepare_input(
     input: Tensor,
     dtype: torch.dtype,
@@ -23,10 +27,7 @@ def prepare_input(
     activation: int,
 ) -> Tensor:
     """(N, C, spatial...) -> (N, C, padded spatial...) in `dtype` and `memory_format`, rounded once."""
-    kind = ACTIVATIONS[activation]
-    x = input.to(statistics_dtype(input.dtype))
-    if kind is not None:
-        x = getattr(F, kind)(x)
+    x = activate(input.to(statistics_dtype(input.dtype)), ACTIVATIONS[activation])
     if any(padding):
         # F.pad refuses to reflect or repeat where there is no element; zeros then come to the same.
         mode = "constant" if padding_mode == 0 or input.numel() == 0 else PADDING_MODES[padding_mode]
