@@ -6,6 +6,7 @@ formula is Shi, Li, Liu, van Gemert, "WeightAlign: Normalizing Activations by We
 """
 
 from ._backend import backends, use_backend
+from .convert import convert
 from .convolution import conv1d, conv2d, conv3d, prepare
 from .functional import align, align_foreach
 from .layers import (
@@ -34,6 +35,7 @@ __all__ = [
     "conv1d",
     "conv2d",
     "conv3d",
+    "convert",
     "gain_parameters",
     "prepare",
     "use_backend",
