@@ -280,7 +280,7 @@ def test_other_models_that_are_refused():
         wa.convert(torch.jit.script(nn.Conv2d(3, 4, 3)))
     compiled = nn.Conv2d(3, 4, 3)
     compiled.compile()
-    with pytest.raises(ValueError, match="model: expected '0' not to be compiled yet"):
+    with pytest.raises(ValueError, match="model: expected layers that are not compiled, got '0'"):
         wa.convert(nn.Sequential(compiled))
 
 

@@ -75,7 +75,7 @@ def select(model: nn.Module, include: Rule, exclude: Rule) -> tuple[list[nn.Modu
         parent = model.get_submodule(own[0].rpartition(".")[0])
         reason = not_asked[module] if module in not_asked else _reason_to_leave(module, parent)
         if reason is None:
-            _check_convertible(own[0], module)
+            check_plain(own[0], module)
             chosen.append(module)
         elif reason:
             left.append(f"{own[0]} ({reason})")
@@ -170,13 +170,12 @@ def _reason_to_leave(module: nn.Module, parent: nn.Module) -> str | None:
         return f"its weight is used by {type(parent).__name__} itself"
     if torch.nn.utils.parametrize.is_parametrized(module):
         return None  # refused with a reason of its own
-    own = _own_behaviour(module)
+    own = own_behaviour(module, torch_class(module))
     return f"{class_name(module)} has its own {', '.join(sorted(own))}" if own else None
 
 
-def _own_behaviour(module: nn.Module) -> set[str]:
-    """What a subclass of torch's layer does in another way: then it is not known what it does."""
-    base = torch_class(module)
+def own_behaviour(module: nn.Module, base: type[nn.Module]) -> set[str]:
+    """What a module does in another way than `base`, of which it is: then it is not known what it does."""
     subclasses = type(module).__mro__[: type(module).__mro__.index(base)]
     names = {name for cls in subclasses for name, value in vars(cls).items() if callable(value) and hasattr(base, name)}
     own = {name for name in names if not name.startswith("__") or name == "__call__"} - {
@@ -184,9 +183,3 @@ def _own_behaviour(module: nn.Module) -> set[str]:
         "reset_parameters",
     }
     return own | ({"forward"} & module.__dict__.keys())
-
-
-def _check_convertible(name: str, module: nn.Module) -> None:
-    check_plain(name, module)
-    if module._compiled_call_impl is not None:
-        raise ValueError(f"model: expected {name!r} not to be compiled yet; compile after converting")

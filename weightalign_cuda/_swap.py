@@ -3,6 +3,7 @@
 import weakref
 from typing import TypeVar
 
+import torch
 import torch.nn.utils.parametrize
 from torch import nn
 
@@ -10,16 +11,20 @@ Layer = TypeVar("Layer", bound=nn.Module)
 
 
 def check_plain(name: str, layer: nn.Module) -> None:
-    """The layer's weight must be a parameter and nothing more, which every use of the new layer finds as it is."""
-    weight = layer._parameters.get("weight")
+    """The layer's weight must be a parameter and nothing more, and its forward not compiled: what stands for it now
+    would go on referring to the old layer.
+
+    Raises:
+        ValueError: saying what it is instead.
+    """
     hooks = [type(hook) for hook in layer._forward_pre_hooks.values()]
     makers = [hook.__name__ for hook in hooks if hook.__module__.startswith("torch.nn.utils.")]
     if torch.nn.utils.parametrize.is_parametrized(layer):
         got = "a layer parametrized by torch.nn.utils.parametrize"
-    elif makers:
-        got = f"one that torch.nn.utils makes anew before each forward ({', '.join(makers)})"
-    elif type(weight) is not nn.Parameter:
-        got = f"{type(layer.weight).__module__}.{type(layer.weight).__name__}"
+    elif type(layer._parameters.get("weight")) is not nn.Parameter:
+        got = f"one that {', '.join(makers)} makes" if makers else f"a {torch.typename(layer.weight)}"
+    elif layer._compiled_call_impl is not None:
+        raise ValueError(f"model: expected layers that are not compiled, got {name!r}; compile afterwards")
     else:
         return
     raise ValueError(

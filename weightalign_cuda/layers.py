@@ -42,9 +42,11 @@ class Aligned(nn.Module):
         return filters
 
     def aligned_filters(self) -> Tensor:
-        """The one place where a layer's own weight is aligned, or comes aligned from elsewhere."""
-        if self.aligned_by is not None:
-            return self.aligned_by()
+        """What the layer works with, from whoever gives it."""
+        return self.align_filters() if self.aligned_by is None else self.aligned_by()
+
+    def align_filters(self) -> Tensor:
+        """The one place where a layer aligns its own weight, unless it prepares its input in the same launch."""
         return align(self.filters(), self.gain, eps=self.eps, scale=self.scale)
 
     def to_prepare(self) -> tuple[Tensor, Tensor | None, bool]:
