@@ -54,6 +54,7 @@ def log(caplog):
     return caplog
 
 
+@pytest.mark.filterwarnings("ignore:Using padding='same'")
 @pytest.mark.parametrize(("cls", "arguments", "shape"), PLAIN.values(), ids=PLAIN)
 @pytest.mark.parametrize("gain", ["ones", "preserve"])
 def test_every_convolution(backend, device, cls, arguments, shape, gain):
@@ -167,6 +168,44 @@ def test_what_is_shared_stays_shared(device):
     model(normal(1, 4, 5, 5, device=device)).sum().backward()
 
 
+class Listed(nn.Module):
+    """Its forward goes through what it holds beside its submodules."""
+
+    def __init__(self):
+        super().__init__()
+        layers = [nn.Conv2d(3, 3, 3, padding=1) for _ in range(5)]
+        for i, layer in enumerate(layers):
+            self.add_module(f"layer{i}", layer)
+        self.pairs, self.by_name, self.direct = [[layers[0]], (layers[1], layers[2])], {"a": layers[3]}, None
+        self.__dict__["direct"] = layers[4]
+
+    def forward(self, x):
+        for layer in (*self.pairs[0], *self.pairs[1], self.by_name["a"], self.direct):
+            x = layer(x)
+        return x
+
+
+def test_layers_in_lists_are_swapped_as_well(device):
+    model = Listed().to(device, F64)
+    image = normal(1, 3, 6, 6, dtype=F64, device=device)
+    expected = image
+    for layer in model.children():
+        expected = F.conv2d(expected, formula(layer.weight), layer.bias, padding=1)
+    torch.testing.assert_close(wa.convert(model)(image), expected, rtol=1e-11, atol=1e-11)
+    torch.testing.assert_close(wa.fold(model)(image), expected, rtol=1e-11, atol=1e-11)
+
+
+def test_a_compiled_model_notices(device):
+    model = network().to(device).eval()
+    model.compile(backend="aot_eager", fullgraph=True)
+    image = normal(2, 3, 8, 8, device=device)
+    before = model(image)
+    after = wa.convert(model)(image)
+    torch.testing.assert_close(after, model.forward(image))
+    assert not torch.allclose(after, before, rtol=1e-2)
+    torch.testing.assert_close(wa.fold(model, inplace=True)(image), after, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("rules", "expected"),
     [
@@ -276,8 +315,9 @@ def test_other_models_that_are_refused():
     with pytest.raises(TypeError, match=r"model: expected floating-point layers, got torch.ao.nn.qat.*Conv2d"):
         qconfig = torch.ao.quantization.get_default_qat_qconfig("fbgemm")
         wa.convert(torch.ao.nn.qat.Conv2d(3, 4, 3, qconfig=qconfig))
-    with pytest.raises(TypeError, match="model: expected a model before it is scripted or wrapped"):
-        wa.convert(torch.jit.script(nn.Conv2d(3, 4, 3)))
+    for model in (torch.jit.script(nn.Conv2d(3, 4, 3)), torch.compile(nn.Conv2d(3, 4, 3))):
+        with pytest.raises(TypeError, match="model: expected the model itself, not yet scripted, wrapped or compiled"):
+            wa.convert(model)
     compiled = nn.Conv2d(3, 4, 3)
     compiled.compile()
     with pytest.raises(ValueError, match="model: expected layers that are not compiled, got '0'"):

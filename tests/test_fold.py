@@ -11,7 +11,7 @@ from torch.nn.utils import parametrizations, prune
 from truth import BF16, F64, formula, normal
 
 import weightalign_cuda as wa
-from weightalign_cuda.fold import FoldedConv1d, FoldedConv2d, FoldedConvTranspose2d, FoldedLinear
+from weightalign_cuda.folded import FoldedConv1d, FoldedConv2d, FoldedConvTranspose2d, FoldedLinear
 
 LAYERS = {  # ours, keyword arguments, shape of an input, what it folds to
     "Conv1d": (wa.WAConv1d, {}, (4, 9), nn.Conv1d),

@@ -185,7 +185,7 @@ def work(rank, count, folder):
     dist.all_reduce(losses)
     if rank == 0:
         torch.save((losses / count, parameters), f"{folder}/results")
-    with pytest.raises(TypeError, match="before it is scripted or wrapped, got DistributedDataParallel"):
+    with pytest.raises(TypeError, match=r"expected the model itself, .* got DistributedDataParallel"):
         wa.convert(nn.parallel.DistributedDataParallel(nn.Conv2d(2, 2, 3)))
     dist.destroy_process_group()
 

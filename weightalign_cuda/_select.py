@@ -87,10 +87,6 @@ def _names(model: nn.Module) -> dict[nn.Module, list[str]]:
     names: dict[nn.Module, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         kind: type = type(module)
-        if isinstance(module, torch.jit.ScriptModule) or kind.__name__ in _WRAPPERS:
-            raise TypeError(
-                f"model: expected a model before it is scripted or wrapped, got {kind.__name__} at {name!r}"
-            )
         if kind.__module__.startswith("torch.ao.nn.") and "Conv" in kind.__name__:
             raise TypeError(f"model: expected floating-point layers, got {class_name(module)} at {name!r}")
         if isinstance(module, (Aligned, *_LAYERS)):
@@ -99,8 +95,6 @@ def _names(model: nn.Module) -> dict[nn.Module, list[str]]:
 
 
 _LAYERS: tuple[type[nn.Module], ...] = tuple(CLASSES)
-# What keeps lists of the parameters it found.
-_WRAPPERS = {"DistributedDataParallel", "FullyShardedDataParallel"}
 
 
 def _check_rule(name: str, rule: Any) -> None:

@@ -1,13 +1,31 @@
 """Another class for a layer: a new object that takes over what the old one holds, put in its place in the model."""
 
 import weakref
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.utils.parametrize
 from torch import nn
 
 Layer = TypeVar("Layer", bound=nn.Module)
+# What keeps lists of the parameters, or a function of the layer, that it found.
+_WRAPPERS = {"DistributedDataParallel", "FullyShardedDataParallel", "OptimizedModule"}
+
+
+def check_model(model: Any) -> None:
+    """A model whose layers can be swapped.
+
+    Raises:
+        TypeError: for what is no module, and for scripted and wrapped ones.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    for name, module in model.named_modules():
+        kind = type(module).__name__
+        if isinstance(module, torch.jit.ScriptModule) or kind in _WRAPPERS:
+            raise TypeError(
+                f"model: expected the model itself, not yet scripted, wrapped or compiled, got {kind} at {name!r}"
+            )
 
 
 def check_plain(name: str, layer: nn.Module) -> None:
@@ -46,9 +64,22 @@ def rebuilt(layer: nn.Module, cls: type[Layer]) -> Layer:
 
 
 def put_in_place(model: nn.Module, new: dict[nn.Module, nn.Module]) -> nn.Module:
-    """`model` with each layer that is a key of `new` replaced, wherever it stands."""
-    for parent in list(model.modules()):
-        for name, child in parent._modules.items():
-            if child in new:
-                parent._modules[name] = new[child]
+    """`model` with each layer that is a key of `new` replaced, wherever it stands: as a submodule, and in what modules
+    hold beside them (a forward may go through a plain list of its layers)."""
+    for module in list(model.modules()):
+        for name, value in vars(module).items():
+            vars(module)[name] = _replaced(value, new)
     return new.get(model, model)
+
+
+def _replaced(value: Any, new: dict[nn.Module, nn.Module]) -> Any:
+    """Lists and dicts are changed in place, for others may hold them, too."""
+    if isinstance(value, nn.Module):
+        return new.get(value, value)
+    if isinstance(value, list):
+        value[:] = [_replaced(each, new) for each in value]
+    elif isinstance(value, dict):
+        value.update({key: _replaced(each, new) for key, each in value.items()})
+    elif type(value) is tuple:
+        return tuple(_replaced(each, new) for each in value)
+    return value

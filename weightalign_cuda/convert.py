@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from ._backend import run
 from ._select import CLASSES, SAME, Rule, class_name, filter_length, is_standardised, select, torch_class
-from ._swap import put_in_place, rebuilt
+from ._swap import check_model, put_in_place, rebuilt
 from .layers import Aligned
 
 logger = logging.getLogger("weightalign_cuda")
@@ -52,11 +52,10 @@ def convert(
     Raises:
         TypeError, ValueError: naming the argument, what came and what is wanted; also, unless excluded, for weights
             under torch.nn.utils.parametrize, weight_norm, spectral_norm or pruning, and for quantised, scripted and
-            wrapped (DDP, FSDP) models. Nothing has been changed then.
+            wrapped (DDP, FSDP, torch.compile) models. Nothing has been changed then.
         NotImplementedError: for foreach=True.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    check_model(model)
     if gain not in ("ones", "preserve"):
         raise ValueError(f"gain: expected 'ones' or 'preserve', got {gain!r}")
     if foreach:
