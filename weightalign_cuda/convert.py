@@ -50,9 +50,9 @@ def convert(
         The model itself; if it is one layer, the new one.
 
     Raises:
-        TypeError, ValueError: naming the argument, what came and what is wanted; also, unless excluded, for weights
-            under torch.nn.utils.parametrize, weight_norm, spectral_norm or pruning, and for quantised, scripted and
-            wrapped (DDP, FSDP, torch.compile) models. Nothing has been changed then.
+        TypeError, ValueError: naming the argument, what came and what is wanted; for weights under
+            torch.nn.utils.parametrize, weight_norm, spectral_norm or pruning, unless excluded; for quantised
+            convolutions; for scripted and wrapped (DDP, FSDP, torch.compile) models. Nothing has been changed then.
         NotImplementedError: for foreach=True.
     """
     check_model(model)

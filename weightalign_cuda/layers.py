@@ -19,8 +19,9 @@ class Aligned(nn.Module):
 
     weight: Tensor
     gain: Tensor | None
-    # Who gives the aligned filters instead of the layer itself, called at each forward: where all layers of a model are
-    # aligned together, or once for many forwards. It stays out of copies and pickles.
+    # A function that gives the aligned filters, shaped as `filters()`, in place of the layer itself; called at each
+    # forward. For where all layers of a model are aligned together, or once for many forwards. It stays out of copies
+    # and pickles; it must not be a Module, which would be registered.
     aligned_by: Callable[[], Tensor] | None = None
 
     def __init__(self, *args: Any, eps: float, scale: float, activation: str | None, **kwargs: Any) -> None:
