@@ -27,6 +27,7 @@ NEEDS = {
     "test_layout.py": ["hypothesis"],
     "test_prepare.py": ["hypothesis"],
     "test_timm.py": ["timm", "torchvision"],
+    "test_timm_models.py": ["timm", "torchvision"],
 }
 left_out = {
     name: absent

@@ -1,24 +1,47 @@
 """WeightAlign and weight-standardised convolutions at the cost of plain ones.
 
 `align` and `align_foreach` align weights, `prepare` a weight and its convolution's input together, `conv1d`, `conv2d`
-and `conv3d` convolve with them, `WAConv2d` is the layer; `backends()` says what serves them here. The
+and `conv3d` convolve with them; `WAConv2d` and its like are the layers; `convert` swaps those of a model for them,
+`fold` bakes the aligned weights in, `frozen` keeps them for a while; `backends()` says what serves all that here. The
 formula is Shi, Li, Liu, van Gemert, "WeightAlign: Normalizing Activations by Weight Alignment", arXiv 2010.07160.
 """
 
 from ._backend import backends, use_backend
+from .convert import convert
 from .convolution import conv1d, conv2d, conv3d, prepare
+from .fold import fold
+from .frozen import frozen
 from .functional import align, align_foreach
-from .layers import WAConv2d
+from .layers import (
+    WAConv1d,
+    WAConv2d,
+    WAConv3d,
+    WAConvTranspose1d,
+    WAConvTranspose2d,
+    WAConvTranspose3d,
+    WALinear,
+    gain_parameters,
+)
 
 __version__ = "0.1.0"
 __all__ = [
+    "WAConv1d",
     "WAConv2d",
+    "WAConv3d",
+    "WAConvTranspose1d",
+    "WAConvTranspose2d",
+    "WAConvTranspose3d",
+    "WALinear",
     "align",
     "align_foreach",
     "backends",
     "conv1d",
     "conv2d",
     "conv3d",
+    "convert",
+    "fold",
+    "frozen",
+    "gain_parameters",
     "prepare",
     "use_backend",
 ]

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ._layout import CHANNELS_LAST_RANK
+from .reference_input import ACTIVATIONS
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _FLOATS = "float32, float16, bfloat16 or float64"
@@ -68,6 +69,11 @@ def check_number(name: str, value: Any, positive: bool = False, index: int | Non
     if not abs(value) < math.inf or (positive and value <= 0):  # not isfinite: torch.compile passes symbols
         wanted = "a finite number greater than 0" if positive else "a finite number"
         raise ValueError(f"{at(name, index)}: expected {wanted}, got {value}")
+
+
+def check_activation(activation: Any) -> None:
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation: expected None, 'relu', 'silu' or 'gelu', got {activation!r}")
 
 
 def per_weight(name: str, value: Any, count: int, positive: bool = False) -> list[float]:

@@ -11,6 +11,7 @@ from . import _padding
 from ._backend import run
 from ._checks import (
     autocast_dtype,
+    check_activation,
     check_gain,
     check_input,
     check_memory_format,
@@ -60,13 +61,13 @@ def prepare(
     Raises:
         TypeError, ValueError: naming the argument, what came and what is wanted, before anything runs.
     """
-    prepared, aligned, _ = _prepare(
+    prepared, aligned, _ = prepare_convolution(
         input, weight, gain, padding, padding_mode, activation, eps, scale, dtype, memory_format
     )
     return prepared, aligned
 
 
-def _prepare(
+def prepare_convolution(
     input: Tensor,
     weight: Tensor,
     gain: Tensor | None,
@@ -77,8 +78,9 @@ def _prepare(
     scale: float,
     dtype: torch.dtype | None = None,
     memory_format: torch.memory_format = torch.preserve_format,
+    is_aligned: bool = False,
 ) -> tuple[Tensor, Tensor, list[int]]:
-    """`prepare`, and what padding is left to the convolution."""
+    """`prepare`, and what padding is left to the convolution. A weight that is aligned already is returned as it is."""
     check_weight("weight", weight)
     check_input("input", input, weight)
     if gain is not None:
@@ -88,8 +90,7 @@ def _prepare(
     check_memory_format(memory_format, weight.dim())
     pairs = _padding.parse(padding, weight.dim() - 2)
     mode = _padding.check_mode(padding_mode)
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"activation: expected None, 'relu', 'silu' or 'gelu', got {activation!r}")
+    check_activation(activation)
     _padding.check_size(pairs, padding_mode, input.shape[2 - weight.dim() :])
     device_type = "cpu" if weight.is_cpu else weight.device.type
     dtype = _common_dtype(input, weight, device_type, dtype)
@@ -100,12 +101,14 @@ def _prepare(
     left = [before if is_left else 0 for before, _ in pairs]
     explicit = [0 if is_left else n for pair in pairs for n in pair]
     weights = [weight], [gain], [eps], [scale], dtype, memory_format
+    if is_aligned:  # nothing to align: the ops take a weight of no filter
+        weights = [weight.detach()[:0]], [None], [eps], [scale], dtype, memory_format
     batch = input if is_batched else input.unsqueeze(0)
     if activation is None and not any(explicit) and input.dtype is dtype and _lies_in(batch, memory_format):
-        return input, run("align_forward", device_type, *weights)[0][0], left
+        return input, weight if is_aligned else run("align_forward", device_type, *weights)[0][0], left
     options = explicit, mode, ACTIVATIONS.index(activation)
     prepared, aligned, _ = run("prepare_forward", device_type, batch, *weights, *options)
-    return prepared if is_batched else prepared.squeeze(0), aligned[0], left
+    return prepared if is_batched else prepared.squeeze(0), weight if is_aligned else aligned[0], left
 
 
 def _common_dtype(input: Tensor, weight: Tensor, device_type: str, dtype: torch.dtype | None) -> torch.dtype:
@@ -136,7 +139,7 @@ def _lies_in(input: Tensor, memory_format: torch.memory_format) -> bool:
     return input.is_contiguous(memory_format=memory_format if fits else torch.contiguous_format)
 
 
-def _convolve(
+def convolve(
     convolution: Callable[..., Tensor],
     spatial: int,
     input: Tensor,
@@ -147,9 +150,13 @@ def _convolve(
     dilation: Any,
     groups: int,
     gain: Tensor | None,
-    *preparation: Any,
+    padding_mode: str,
+    activation: str | None,
+    eps: float,
+    scale: float,
+    is_aligned: bool = False,
 ) -> Tensor:
-    """preparation: padding_mode, activation, eps and scale."""
+    """`convolution` of torch, of that many spatial dimensions, after `prepare_convolution`."""
     check_weight("weight", weight)
     if weight.dim() != spatial + 2:
         raise ValueError(f"weight: expected rank {spatial + 2} for conv{spatial}d, got shape {tuple(weight.shape)}")
@@ -165,7 +172,8 @@ def _convolve(
             padding = _padding.same_tf(input.shape[-spatial:], kernel, steps, spread)
         else:
             raise ValueError(f"padding: expected numbers, 'valid', 'same' or 'same_tf', got {padding!r}")
-    prepared, aligned, left = _prepare(input, weight, gain, padding, *preparation)
+    preparation = padding, padding_mode, activation, eps, scale
+    prepared, aligned, left = prepare_convolution(input, weight, gain, *preparation, is_aligned=is_aligned)
     return convolution(prepared, aligned, bias, stride, left, dilation, groups)
 
 
@@ -207,7 +215,7 @@ def conv1d(
         TypeError, ValueError: as `prepare`; RuntimeError of torch's convolution where shapes do not fit each other.
     """
     options = gain, padding_mode, activation, eps, scale
-    return _convolve(F.conv1d, 1, input, weight, bias, stride, padding, dilation, groups, *options)
+    return convolve(F.conv1d, 1, input, weight, bias, stride, padding, dilation, groups, *options)
 
 
 def conv2d(
@@ -227,7 +235,7 @@ def conv2d(
 ) -> Tensor:
     """`conv1d` with two spatial dimensions: (N, C_in, H, W) and (C_out, C_in / groups, kH, kW)."""
     options = gain, padding_mode, activation, eps, scale
-    return _convolve(F.conv2d, 2, input, weight, bias, stride, padding, dilation, groups, *options)
+    return convolve(F.conv2d, 2, input, weight, bias, stride, padding, dilation, groups, *options)
 
 
 def conv3d(
@@ -247,4 +255,4 @@ def conv3d(
 ) -> Tensor:
     """`conv1d` with three spatial dimensions: (N, C_in, D, H, W) and (C_out, C_in / groups, kD, kH, kW)."""
     options = gain, padding_mode, activation, eps, scale
-    return _convolve(F.conv3d, 3, input, weight, bias, stride, padding, dilation, groups, *options)
+    return convolve(F.conv3d, 3, input, weight, bias, stride, padding, dilation, groups, *options)

@@ -14,6 +14,16 @@ PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
 ACTIVATIONS = (None, "relu", "silu", "gelu")
 
 
+def activate(x: Tensor, activation: str | None) -> Tensor:
+    return x if activation is None else getattr(F, activation)(x)
+
+
+def pad(x: Tensor, padding: Sequence[int], mode: str) -> Tensor:
+    """padding: before and after of each spatial dimension, the first one first."""
+    pairs = zip(padding[-2::-2], padding[::-2], strict=True)  # F.pad begins with the last dimension
+    return F.pad(x, [p for pair in pairs for p in pair], mode="constant" if mode == "zeros" else mode)
+
+
 def prepare_input(
     input: Tensor,
     dtype: torch.dtype,
@@ -23,15 +33,10 @@ def prepare_input(
     activation: int,
 ) -> Tensor:
     """(N, C, spatial...) -> (N, C, padded spatial...) in `dtype` and `memory_format`, rounded once."""
-    kind = ACTIVATIONS[activation]
-    x = input.to(statistics_dtype(input.dtype))
-    if kind is not None:
-        x = getattr(F, kind)(x)
+    x = activate(input.to(statistics_dtype(input.dtype)), ACTIVATIONS[activation])
     if any(padding):
         # F.pad refuses to reflect or repeat where there is no element; zeros then come to the same.
-        mode = "constant" if padding_mode == 0 or input.numel() == 0 else PADDING_MODES[padding_mode]
-        pairs = zip(padding[-2::-2], padding[::-2], strict=True)  # F.pad begins with the last dimension
-        x = F.pad(x, [p for pair in pairs for p in pair], mode=mode)
+        x = pad(x, padding, "zeros" if input.numel() == 0 else PADDING_MODES[padding_mode])
     return empty_in(x, x.shape, dtype, memory_format).copy_(x)
 
 

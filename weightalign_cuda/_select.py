@@ -1,0 +1,179 @@
+"""Which layers of a model are converted, which stay as they are and why, which cannot be converted."""
+
+import fnmatch
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, cast
+
+import torch
+from torch import nn
+from torch.nn.modules.lazy import LazyModuleMixin
+
+from ._swap import check_plain
+from .layers import (
+    Aligned,
+    WAConv1d,
+    WAConv2d,
+    WAConv3d,
+    WAConvTranspose1d,
+    WAConvTranspose2d,
+    WAConvTranspose3d,
+    WALinear,
+)
+
+Rule = str | Sequence[str] | Callable[[str, nn.Module], bool] | None
+
+CLASSES: dict[type[nn.Module], type[Aligned]] = {
+    nn.Conv1d: WAConv1d,
+    nn.Conv2d: WAConv2d,
+    nn.Conv3d: WAConv3d,
+    nn.ConvTranspose1d: WAConvTranspose1d,
+    nn.ConvTranspose2d: WAConvTranspose2d,
+    nn.ConvTranspose3d: WAConvTranspose3d,
+    nn.Linear: WALinear,
+}
+# timm's, known by name: whoever has one has imported timm.
+STANDARDISED = {
+    f"timm.layers.std_conv.{name}" for name in ("StdConv2d", "StdConv2dSame", "ScaledStdConv2d", "ScaledStdConv2dSame")
+}
+SAME = "timm.layers.conv2d_same.Conv2dSame"
+
+
+def class_name(module: nn.Module) -> str:
+    return f"{type(module).__module__}.{type(module).__qualname__}"
+
+
+def is_standardised(module: nn.Module) -> bool:
+    return class_name(module) in STANDARDISED
+
+
+def torch_class(module: nn.Module) -> type[nn.Module]:
+    return next(cls for cls in type(module).__mro__ if cls in CLASSES)
+
+
+def filter_length(layer: nn.Module) -> int:
+    """n, the number of values of one filter."""
+    filters: int = layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels  # type: ignore[assignment]
+    return layer.weight.numel() // max(filters, 1)  # type: ignore[operator]
+
+
+def select(model: nn.Module, include: Rule, exclude: Rule) -> tuple[list[nn.Module], list[str]]:
+    """The layers to convert, each once, and a line about each that is not, but might be expected to be.
+
+    Raises:
+        TypeError, ValueError: for rules that are none or match nothing, and for layers that cannot be converted.
+    """
+    _check_rule("include", include)
+    _check_rule("exclude", exclude)
+    names = _names(model)
+    if isinstance(include, (str, list, tuple)):
+        _check_patterns(include, names)
+    not_asked = _not_by_default(model, names) if include is None else {}
+    chosen, left = [], []
+    for module, own in names.items():
+        if isinstance(module, Aligned) or not _matches(include, module, own) or _matches(exclude, module, own, False):
+            continue
+        parent = model.get_submodule(own[0].rpartition(".")[0])
+        reason = not_asked[module] if module in not_asked else _reason_to_leave(module, parent)
+        if reason is None:
+            check_plain(own[0], module)
+            chosen.append(module)
+        elif reason:
+            left.append(f"{own[0]} ({reason})")
+    return chosen, left
+
+
+def _names(model: nn.Module) -> dict[nn.Module, list[str]]:
+    """Every layer that is or may be ours, and all its names, for it may stand in several places."""
+    names: dict[nn.Module, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        kind: type = type(module)
+        if kind.__module__.startswith("torch.ao.nn.") and "Conv" in kind.__name__:
+            raise TypeError(f"model: expected floating-point layers, got {class_name(module)} at {name!r}")
+        if isinstance(module, (Aligned, *_LAYERS)):
+            names.setdefault(cast(nn.Module, module), []).append(name)
+    return names
+
+
+_LAYERS: tuple[type[nn.Module], ...] = tuple(CLASSES)
+
+
+def _check_rule(name: str, rule: Any) -> None:
+    is_list = isinstance(rule, (list, tuple)) and all(isinstance(pattern, str) for pattern in rule)
+    if not (rule is None or isinstance(rule, str) or is_list or callable(rule)):
+        raise TypeError(
+            f"{name}: expected a name pattern, a list of them or a function (name, module) -> bool, got {rule!r}"
+        )
+
+
+def _check_patterns(include: str | Sequence[str], names: dict[nn.Module, list[str]]) -> None:
+    flat = [name for own in names.values() for name in own]
+    for pattern in [include] if isinstance(include, str) else include:
+        if not fnmatch.filter(flat, pattern):
+            raise ValueError(f"include: {pattern!r} matches none of the layers {', '.join(flat[:5])}, ...")
+
+
+def _matches(rule: Rule, module: nn.Module, names: Sequence[str], default: bool = True) -> bool:
+    if rule is None:
+        return default
+    if callable(rule):
+        return any(rule(name, module) for name in names)
+    patterns = [rule] if isinstance(rule, str) else rule
+    return any(fnmatch.fnmatchcase(name, pattern) for name in names for pattern in patterns)
+
+
+def _not_by_default(model: nn.Module, names: dict[nn.Module, list[str]]) -> dict[nn.Module, str]:
+    """Layers that only `include` converts, and why; "" where nobody would expect them to be converted."""
+    reasons = {module: "" for module in names if isinstance(module, nn.Linear)}
+    # A constant factor, or no gain: not WeightAlign but another standardisation, converted before.
+    others = (m for m in names if isinstance(m, Aligned) and (m.scale != 1 or m.gain is None))
+    if any(map(is_standardised, names)) or any(others):
+        plain = "plain in a model that standardises weights"
+        return {m: plain for m in names if not is_standardised(m)} | reasons
+    by_name = {name: module for module, own in names.items() for name in own}
+    classifiers = [*_timm_classifiers(model), *_last_of_classifiers(by_name)]
+    return {by_name[name]: "classifier" for name in classifiers if name in by_name} | reasons
+
+
+def _timm_classifiers(model: nn.Module) -> Iterator[str]:
+    for prefix, module in model.named_modules():
+        config = getattr(module, "pretrained_cfg", None)
+        classifier = config.get("classifier") if isinstance(config, dict) else None
+        for name in [classifier] if isinstance(classifier, str) else classifier or ():
+            yield f"{prefix}.{name}" if prefix else name
+
+
+def _last_of_classifiers(by_name: dict[str, nn.Module]) -> list[str]:
+    """torchvision's: the last layer in `classifier`, `aux_classifier` and the like."""
+    last = {}
+    for name in by_name:
+        parts = name.split(".")
+        for i, part in enumerate(parts):
+            if part.endswith("classifier"):
+                last[".".join(parts[: i + 1])] = name
+    return list(last.values())
+
+
+def _reason_to_leave(module: nn.Module, parent: nn.Module) -> str | None:
+    if isinstance(module, LazyModuleMixin):
+        return "not initialised yet"
+    if filter_length(module) == 1:
+        return "filters of one value, which would be constant 0"
+    if is_standardised(module) or class_name(module) == SAME:
+        return None
+    if isinstance(parent, (nn.MultiheadAttention, nn.TransformerEncoderLayer)):
+        return f"its weight is used by {type(parent).__name__} itself"
+    if torch.nn.utils.parametrize.is_parametrized(module):
+        return None  # refused with a reason of its own
+    own = own_behaviour(module, torch_class(module))
+    return f"{class_name(module)} has its own {', '.join(sorted(own))}" if own else None
+
+
+def own_behaviour(module: nn.Module, base: type[nn.Module]) -> set[str]:
+    """What a module does in another way than `base`, of which it is: then it is not known what it does."""
+    subclasses = type(module).__mro__[: type(module).__mro__.index(base)]
+    names = {name for cls in subclasses for name, value in vars(cls).items() if callable(value) and hasattr(base, name)}
+    own = {name for name in names if not name.startswith("__") or name == "__call__"} - {
+        "extra_repr",
+        "reset_parameters",
+    }
+    return own | ({"forward"} & module.__dict__.keys())

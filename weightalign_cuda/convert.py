@@ -1,0 +1,103 @@
+"""An existing model on aligned weights: its layers are swapped for ours, one by one."""
+
+import logging
+
+import torch
+from torch import Tensor, nn
+
+from ._backend import run
+from ._select import CLASSES, SAME, Rule, class_name, filter_length, is_standardised, select, torch_class
+from ._swap import check_model, put_in_place, rebuilt
+from .layers import Aligned
+
+logger = logging.getLogger("weightalign_cuda")
+
+
+def convert(
+    model: nn.Module,
+    *,
+    gain: str = "ones",
+    foreach: bool = False,
+    include: Rule = None,
+    exclude: Rule = None,
+) -> nn.Module:
+    """Swaps the convolutions of a model, in place, for ours: `torch.nn.Conv2d` for `WAConv2d` and so on.
+
+    All of them (arXiv 2010.07160 aligns the first one, too), but: not the classifier, be it a Linear or a convolution
+    that timm's `pretrained_cfg` or torchvision's `classifier` names; not filters of one value, which would be 0; not
+    lazy layers before their first input; not subclasses whose forward is their own. What stays for one of these reasons
+    is named in one line, at level info of the logger "weightalign_cuda".
+
+    timm's StdConv2d, StdConv2dSame, ScaledStdConv2d and ScaledStdConv2dSame become layers that compute the very same,
+    and in a model that has some only they are converted: its authors left the other convolutions plain.
+
+    Weight and bias stay the same Parameter objects; gains are new ones, with the weight's dtype, device and
+    requires_grad (timm's gain, (C, 1, 1, 1), becomes (C,)): make the optimizer, and wrap in DDP or compile, afterwards.
+    Hooks, mode, memory layout and what is shared are kept. Converting again changes nothing. Checkpoints of the model
+    before still load, with a gain of 1.
+
+    Args:
+        model: any module.
+        gain: of plain layers, "ones" or "preserve": sqrt(n/2 * var + eps), so that a layer's aligned weight is at first
+            its weight less the mean of each filter: to fine-tune a trained model.
+        foreach: not in this version.
+        include: only these layers: a pattern for their names as in `model.named_modules()` ("layer1.*", by fnmatch), a
+            list of patterns, or a function (name, module) -> bool. What it matches is converted, be it the classifier:
+            a Linear becomes a WALinear.
+        exclude: all but these.
+
+    Returns:
+        The model itself; if it is one layer, the new one.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what came and what is wanted; for weights under
+            torch.nn.utils.parametrize, weight_norm, spectral_norm or pruning, unless excluded; for quantised
+            convolutions; for scripted and wrapped (DDP, FSDP, torch.compile) models. Nothing has been changed then.
+        NotImplementedError: for foreach=True.
+    """
+    check_model(model)
+    if gain not in ("ones", "preserve"):
+        raise ValueError(f"gain: expected 'ones' or 'preserve', got {gain!r}")
+    if foreach:
+        raise NotImplementedError("foreach=True comes next; foreach=False aligns each layer by itself")
+    chosen, left = select(model, include, exclude)
+    gains: dict[object, nn.Parameter] = {}
+    new: dict[nn.Module, nn.Module] = {layer: _converted(layer, gain, gains) for layer in chosen}
+    if left:
+        logger.info("convert leaves as they are: %s", ", ".join(left))
+    return put_in_place(model, new)
+
+
+def _converted(layer: nn.Module, gain: str, gains: dict[object, nn.Parameter]) -> Aligned:
+    """gains: those made so far, by what they belong to: layers that share that share the gain, too."""
+    new = rebuilt(layer, CLASSES[torch_class(layer)])
+    new.activation, new.eps, new.scale = None, 1e-5, 1.0
+    if class_name(layer) == SAME or getattr(layer, "same_pad", False):
+        new.padding = "same_tf"  # type: ignore[assignment]
+    if is_standardised(layer):
+        # factor * (w - mean) / sqrt(var + eps), multiplied by sqrt(n/2) above and below
+        n = filter_length(layer)
+        new.scale = getattr(layer, "scale", 1.0) * (n / 2) ** 0.5
+        new.eps = n / 2 * layer.eps  # type: ignore[assignment, operator]
+        for name in ("same_pad", "gain_init"):
+            new.__dict__.pop(name, None)
+        theirs: Tensor | None = layer._parameters.get("gain")
+        if theirs is None:
+            new.register_parameter("gain", None)
+            return new
+        key: object = theirs
+        like, values = theirs, theirs.detach().flatten()
+    else:
+        key, like = (new.weight, type(new), getattr(layer, "groups", 1)), new.weight
+        values = _preserving(new) if gain == "preserve" else like.new_ones(new.filters().shape[0])
+    new.gain = gains.setdefault(key, nn.Parameter(values, requires_grad=like.requires_grad))
+    return new
+
+
+@torch.no_grad()
+def _preserving(layer: Aligned) -> Tensor:
+    """The inverse of the kernel's statistic 1 / sqrt(n/2 * var + eps)."""
+    filters = layer.filters()
+    options = [filters], [None], [layer.eps], [1.0], filters.dtype, torch.preserve_format
+    _, statistics = run("align_forward", filters.device.type, *options)
+    return statistics[:, 1].reciprocal().to(filters.dtype)

@@ -1,0 +1,76 @@
+"""For inference: each layer's weight is aligned once, not at each forward."""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor, nn
+
+from ._checks import autocast_dtype
+from .layers import Aligned
+
+
+@contextlib.contextmanager
+def frozen(model: nn.Module) -> Iterator[nn.Module]:
+    """Context in which each layer of the model aligns its weight at its first forward and keeps the result.
+
+    For validation between epochs, where `fold` would be a detour. Parameters may change inside (load_state_dict, an
+    averaged copy, `model.half()`): a layer aligns again when its weight or gain has changed. Only what is written
+    through `.data`, which torch does not count, goes unnoticed. Under autocast weights are kept in its dtype.
+
+    No gradient reaches weight and gain: in eval mode they are constants (gradients of inputs are right); of a layer in
+    training mode the backward raises. Inside torch.compile nothing is kept: the graph aligns at each call.
+
+    Args:
+        model: any module.
+
+    Yields:
+        The model.
+
+    Raises:
+        TypeError: for a model that is none.
+        RuntimeError: in a backward that would train an aligned layer; at a forward, for parameters made under
+            torch.inference_mode, whose changes torch does not count.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    layers = [layer for layer in model.modules() if isinstance(layer, Aligned)]
+    before = [layer.aligned_by for layer in layers]
+    for layer in layers:
+        layer.aligned_by = _Kept(layer)
+    try:
+        yield model
+    finally:
+        for layer, one_before in zip(layers, before, strict=True):
+            layer.aligned_by = one_before
+
+
+class _Kept:
+    """The aligned filters of one layer, for as long as nothing that they come from has changed."""
+
+    def __init__(self, layer: Aligned) -> None:
+        self.layer = layer
+        self.made_from: tuple[Any, ...] = ()
+        self.alive: tuple[Any, ...] = ()  # what has an id or an address there, which nothing else may get meanwhile
+        self.filters: Tensor
+
+    def __call__(self) -> Tensor:
+        layer = self.layer
+        if torch.compiler.is_compiling():
+            return layer.align_filters()
+        sources = [t for t in (layer.weight, layer.gain) if t is not None]
+        state = [(id(t), t._version, t.data_ptr(), t.dtype, t.requires_grad) for t in sources]
+        made_from = *state, layer.eps, layer.scale, layer.training, autocast_dtype(layer.weight.device.type)
+        if made_from != self.made_from:
+            # Not an inference tensor: it may be used after an inference_mode inside.
+            with torch.inference_mode(False), torch.no_grad():
+                self.filters = layer.align_filters()
+            self.made_from, self.alive = made_from, (sources, [t.detach() for t in sources])
+            if layer.training and any(t.requires_grad for t in sources):
+                self.filters.requires_grad_().register_hook(_refuse)
+        return self.filters
+
+
+def _refuse(_: Tensor) -> NoReturn:
+    raise RuntimeError("wa.frozen is for inference: gradients do not reach weight and gain; train outside of it")
