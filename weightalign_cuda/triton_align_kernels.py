@@ -14,9 +14,9 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-WARPS = 4
+WARPS = 8
 WIDTHS = tl.constexpr((64, 256, 1024, 4096))
-FILTERS = tl.constexpr((32, 8, 2, 1, 1))
+FILTERS = tl.constexpr((16, 8, 4, 1, 1))
 LONG = tl.constexpr(4)  # the `shape` of filters longer than the last width
 WIDE = tl.constexpr(8)  # filters of so many values, or a multiple, are read 16 bytes at a time where addresses allow
 GAIN_TYPES = tl.constexpr((tl.float32, tl.float16, tl.bfloat16, tl.float64))

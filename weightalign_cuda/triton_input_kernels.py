@@ -90,33 +90,25 @@ def shown_value(MODE: tl.constexpr, at, n):
 
 
 @triton.jit
-def shown_in_padding(MODE: tl.constexpr, at, n, before, after):
-    """The places in the padding that show value `at`: how many before the dimension and the first of them, as many
-    numbers for those after it; both are neighbours."""
+def nth_place(MODE: tl.constexpr, i, at, n, before, after):
+    """Candidate i of the places that show value `at`, its own first, and whether it does."""
     if MODE == REFLECT:
-        first_before, first_after = -at, 2 * (n - 1) - at
-        count_before = ((at > 0) & (at <= before)).to(tl.int32)
-        count_after = ((at < n - 1) & (first_after < n + after)).to(tl.int32)
+        place = tl.where(i == 1, -at, 2 * (n - 1) - at)
     elif MODE == REPLICATE:
-        first_before, first_after = 0 * at - before, 0 * at + n
-        count_before, count_after = tl.where(at == 0, before, 0), tl.where(at == n - 1, after, 0)
+        place = tl.where(i <= before, -i, n - 1 + i - before)
     else:
-        first_before, first_after = at - n, at + n
-        count_before, count_after = (first_before >= -before).to(tl.int32), (at < after).to(tl.int32)
-    return count_before, first_before, count_after, first_after
+        place = tl.where(i == 1, at - n, at + n)
+    is_padding = ((place < 0) | (place >= n)) & (place >= -before) & (place < n + after)
+    is_shown = (i == 0) | (is_padding & (shown_value(MODE, place, n) == at))
+    return tl.where(i == 0, at, place), is_shown
 
 
 @triton.jit
-def nth_place(i, at, padding):
-    """Place i of those that show value `at`, its own first, and whether there are so many."""
-    count_before, first_before, count_after, first_after = padding
-    there = tl.where(i <= count_before, first_before + i - 1, first_after + i - 1 - count_before)
-    return tl.where(i == 0, at, there), i <= count_before + count_after
-
-
-@triton.jit
-def most_places(padding):
-    return 1 + tl.max(tl.max(padding[0] + padding[2], 1), 0)
+def candidates(MODE: tl.constexpr, at, n, before, after):
+    """How many of them a tile has to look at: only its own places, where it is far from both ends."""
+    most = tl.maximum(before, after)
+    is_near = (most > 0) & ((at <= most) | (at >= n - 1 - most))
+    return 1 + tl.max(tl.max(is_near.to(tl.int32), 1), 0) * (before + after if MODE == REPLICATE else 2)
 
 
 @triton.jit
@@ -169,24 +161,22 @@ def gathered(row, source, at, is_value, ACC: tl.constexpr, MODE: tl.constexpr):
     """Sum of `source` over the places that show each value, its own first."""
     n = (size(row, "size", 0), size(row, "size", 1), size(row, "size", 2))
     before = (size(row, "before", 0), size(row, "before", 1), size(row, "before", 2))
+    after = (size(row, "after", 0), size(row, "after", 1), size(row, "after", 2))
     stride = (number(row, "from_strides", 2), number(row, "from_strides", 3), number(row, "from_strides", 4))
     if MODE == ZEROS:
         own = (at[0] + before[0]) * stride[0] + (at[1] + before[1]) * stride[1] + (at[2] + before[2]) * stride[2]
         total = tl.load(source + own, mask=is_value, other=0.0).to(ACC)
     else:
         total = tl.zeros(is_value.shape, ACC)
-        depths = shown_in_padding(MODE, at[0], n[0], before[0], size(row, "after", 0))
-        rows = shown_in_padding(MODE, at[1], n[1], before[1], size(row, "after", 1))
-        columns = shown_in_padding(MODE, at[2], n[2], before[2], size(row, "after", 2))
-        for i in range(most_places(depths)):
-            depth, is_depth = nth_place(i, at[0], depths)
-            for j in range(most_places(rows)):
-                height, is_row = nth_place(j, at[1], rows)
-                for k in range(most_places(columns)):
-                    width, is_column = nth_place(k, at[2], columns)
-                    there = (depth + before[0]) * stride[0] + (height + before[1]) * stride[1]
-                    there += (width + before[2]) * stride[2]
-                    total += tl.load(source + there, mask=is_value & is_depth & is_row & is_column, other=0.0).to(ACC)
+        depths = candidates(MODE, at[0], n[0], before[0], after[0])
+        rows = candidates(MODE, at[1], n[1], before[1], after[1])
+        columns = candidates(MODE, at[2], n[2], before[2], after[2])
+        for i in range(depths * rows * columns):
+            depth, is_depth = nth_place(MODE, i // columns // rows, at[0], n[0], before[0], after[0])
+            height, is_row = nth_place(MODE, i // columns % rows, at[1], n[1], before[1], after[1])
+            width, is_column = nth_place(MODE, i % columns, at[2], n[2], before[2], after[2])
+            there = (depth + before[0]) * stride[0] + (height + before[1]) * stride[1] + (width + before[2]) * stride[2]
+            total += tl.load(source + there, mask=is_value & is_depth & is_row & is_column, other=0.0).to(ACC)
     return total
 
 

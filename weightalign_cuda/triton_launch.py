@@ -69,7 +69,7 @@ class Launch:
         serves = "cpu" if IS_INTERPRETED else "cuda"
         check(first.device.type == serves, f"Triton serves {serves} here (see TRITON_INTERPRET), got {first.device}")
         for t in (*weights, *gains, input.tensor):
-            check(t is None or t.device == self.device, "weights, gains, input: want one device")
+            check(t is None or t.device == first.device, "weights, gains, input: want one device")
         for weight, gain in zip(weights, gains, strict=True):
             check(weight.dim() >= 2, f"weights: want rank 2 or more, got rank {weight.dim()}")
             check_dtypes(self.dtype, weight.dtype)
@@ -127,22 +127,24 @@ class Launch:
         self._kept += (weight, grad, out)
 
     def run(self, kernel: Any, *outputs: Tensor) -> None:
-        none = (self.dtype, self.dtype)  # the input alone
+        """All launches; the first one takes the input along."""
+        input = self.input
         with torch.cuda.device_of(outputs[0]):
-            input = self.input
-            for key in self._rows or ([none] if input.programs else []):
-                align_programs = self._programs.get(key, 0)
-                programs = align_programs + input.programs
-                check(programs <= MOST_PROGRAMS, f"more than {MOST_PROGRAMS} programs in a launch")
-                numbers = (align_programs, *input.numbers) if input.programs else ()
-                table = _on_device(numbers, tuple(self._rows.get(key, ())), align_programs, self.device)
-                weight, aligned = (TYPES[dtype] for dtype in key)
-                constants = dict(input.constants if input.programs else ())
-                acc = TYPES[statistics_dtype(self.dtype)]
-                kernel[(programs,)](
-                    table, *outputs, WEIGHT=weight, ALIGNED=aligned, ACC=acc, **constants, num_warps=WARPS
-                )
+            for key in self._rows or ([(self.dtype, self.dtype)] if input.programs else []):
+                self._launch(kernel, outputs, key, input)
                 input = InputWork()
+
+    def _launch(
+        self, kernel: Any, outputs: tuple[Tensor, ...], key: tuple[torch.dtype, torch.dtype], input: InputWork
+    ) -> None:
+        align_programs = self._programs.get(key, 0)
+        programs = align_programs + input.programs
+        check(programs <= MOST_PROGRAMS, f"more than {MOST_PROGRAMS} programs in a launch")
+        numbers = (align_programs, *input.numbers) if input.programs else ()
+        table = _on_device(numbers, tuple(self._rows.get(key, ())), align_programs, self.device)
+        weight, aligned, acc = (TYPES[dtype] for dtype in (*key, statistics_dtype(self.dtype)))
+        constants = dict(input.constants)
+        kernel[(programs,)](table, *outputs, WEIGHT=weight, ALIGNED=aligned, ACC=acc, **constants, num_warps=WARPS)
 
 
 def _bits(x: float) -> int:
@@ -172,4 +174,4 @@ def _table(numbers: tuple[int, ...], rows: tuple[Task, ...], programs: int) -> T
     first_programs = torch.tensor([row.first_program for row in rows] + [programs])
     places = len(numbers) + programs + len(Task._fields) * torch.arange(len(rows))
     places_of_programs = places.repeat_interleave(first_programs.diff())
-    return torch.cat([torch.tensor(numbers, dtype=torch.int64), places_of_programs, torch.tensor(rows).flatten()])
+    return torch.cat([torch.tensor(numbers, dtype=torch.int64), places_of_programs, torch.tensor(rows, dtype=torch.int64).flatten()])

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from . import triton_kernels
-from ._layout import empty_in, empty_result, is_dense, padded_shape
+from ._layout import empty_in, empty_result, is_dense, memory_order, padded_shape
 from .triton_align_kernels import WIDTHS
 from .triton_input_kernels import FIELDS, TILE
 from .triton_launch import TYPES, InputWork, Launch, check, check_dtypes
@@ -174,18 +174,13 @@ def _columns(source: Tensor, aligned: Tensor) -> int | None:
         return 0
     if source.shape[1:].numel() > WIDTHS.value[-1] or not is_dense(aligned):
         return None
-    orders = [_memory_order(t) for t in (source, aligned)]
+    orders = [[d for d in memory_order(t) if t.shape[d] > 1] for t in (source, aligned)]
     if source.shape[0] > 1 and any(order.pop(0) != 0 for order in orders):
         return None
     # A transposed matrix is the same cycle of dimensions, begun elsewhere: rows + columns became columns + rows.
     inside, other = orders
     begin = inside.index(other[0])
     return math.prod(source.shape[d] for d in inside[begin:]) if inside[begin:] + inside[:begin] == other else None
-
-
-def _memory_order(t: Tensor) -> list[int]:
-    """The dimensions of more than one value, outermost first."""
-    return sorted((d for d in range(t.dim()) if t.shape[d] > 1), key=lambda d: -t.stride(d))
 
 
 def _check_padding(shape: Sequence[int], padding: Sequence[int], padding_mode: int, activation: int) -> None:
