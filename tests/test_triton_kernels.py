@@ -267,7 +267,7 @@ def check_prepare(x, *, padding, mode="zeros", activation=None, dtype=None, weig
     (size,) = torch.autograd.grad(padded(magnitudes, padding, mode), magnitudes, grad.double().abs())
     assert grad_input.dtype == x.dtype
     assert_near("gradient of input", grad_input, true, bound(activation, 27, 2 * size, true, x.dtype, sums))
-    assert_right(weight, gain, grad_aligned, aligned, grad_weight, grad_gain)
+    assert_right(weight, gain, grad_aligned, aligned, grad_weight, grad_gain.to(gain.dtype))
     return prepared, grad_input
 
 
@@ -293,10 +293,10 @@ def test_prepare_dtypes(device, dtype, weight_dtype, out, activation):
 
 @pytest.mark.parametrize("spatial", [2, 3])
 @pytest.mark.parametrize(("input_last", "result_last"), list(itertools.product([False, True], repeat=2)))
-@pytest.mark.parametrize("activation", [None, "relu", "gelu"])
-def test_prepare_layouts(device, spatial, input_last, result_last, activation):
+def test_prepare_layouts(device, spatial, input_last, result_last):
     """Several tiles of channels and of positions."""
-    last, size = FORMATS[spatial + 2], (2, 35, 9, 8) if spatial == 2 else (1, 33, 3, 5, 5)
+    last, size = FORMATS[spatial + 2], (1, 35, 9, 7) if spatial == 2 else (1, 33, 3, 5, 3)
+    activation = "relu" if result_last else "gelu"
     x = normal(*size, device=device).to(memory_format=last if input_last else torch.contiguous_format)
     wanted = last if result_last else torch.contiguous_format
     padding = PADDING[:spatial]

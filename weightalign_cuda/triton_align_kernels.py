@@ -62,18 +62,18 @@ def real(row, NAME: tl.constexpr, ACC: tl.constexpr):
 
 
 @triton.jit
-def memory(row, NAME: tl.constexpr, TYPE: tl.constexpr, IS_WIDE: tl.constexpr):
-    """An address of the table as a pointer."""
-    pointer = number(row, NAME).to(tl.pointer_type(TYPE))
-    if IS_WIDE:
-        pointer = tl.multiple_of(pointer, 16)
-    return pointer
+def multiple(n, IS_WIDE: tl.constexpr):
+    """n itself. Where it is a multiple of WIDE, the compiler now knows."""
+    return n // WIDE * WIDE if IS_WIDE else n
 
 
 @triton.jit
-def length(row, IS_WIDE: tl.constexpr):
-    n = number(row, "n")
-    return n // WIDE * WIDE if IS_WIDE else n  # the same number, of which the compiler now knows the factor
+def rows_of(row, NAME: tl.constexpr, k, n, TYPE: tl.constexpr, IS_WIDE: tl.constexpr):
+    """Where the values of filters k begin, (ROWS, 1)."""
+    first = number(row, NAME).to(tl.pointer_type(TYPE))
+    if IS_WIDE:
+        first = tl.multiple_of(first, 16)
+    return (first + k * n)[:, None]
 
 
 @triton.jit
@@ -103,10 +103,17 @@ def filters_of(row, ROWS: tl.constexpr):
 
 
 @triton.jit
-def part_of(begin, n, WIDTH: tl.constexpr):
-    """Positions in a filter from `begin` on, (1, WIDTH), and which of them exist."""
-    position = begin + tl.arange(0, WIDTH)[None, :]
-    return position, position < n
+def part_of(begin, n, WIDTH: tl.constexpr, IS_WIDE: tl.constexpr):
+    """Of a filter from `begin` on: positions (1, WIDTH), which of them exist, and how many. (32 bits each: positions of
+    64 would be half of all registers.)"""
+    position = tl.arange(0, WIDTH)[None, :]
+    count = multiple(tl.minimum(n - begin, WIDTH).to(tl.int32), IS_WIDE)
+    return position, position < count, count
+
+
+@triton.jit
+def load(pointers, exists, ACC: tl.constexpr):
+    return tl.load(pointers, mask=exists, other=0.0).to(ACC)
 
 
 @triton.jit
@@ -121,8 +128,9 @@ def load_gain(row, k, is_filter, ACC: tl.constexpr):
     gain = tl.full(k.shape, 1, ACC)
     for i in tl.static_range(4):
         if (number(row, "gain") != 0) & (number(row, "gain_type") == i):
-            at = memory(row, "gain", GAIN_TYPES[i], False) + k * number(row, "gain_stride")
-            gain = tl.load(at, mask=is_filter, other=1.0).to(ACC)
+            gain = load(
+                number(row, "gain").to(tl.pointer_type(GAIN_TYPES[i])) + k * number(row, "gain_stride"), is_filter, ACC
+            )
     return gain
 
 
@@ -161,22 +169,21 @@ def forward_on_chip(
     deviations are then exactly 0; and what rounding left of it in the deviations is subtracted as well (mean 1e4,
     deviation 1e-3).
     """
-    n = length(row, IS_WIDE)
+    n = multiple(number(row, "n"), IS_WIDE)
     k, is_filter = filters_of(row, ROWS)
-    position, is_inside = part_of(0, n, WIDTH)
+    position, is_inside, count = part_of(0, n, WIDTH, IS_WIDE)
     is_value = is_filter[:, None] & is_inside
-    weight = memory(row, "weight", WEIGHT, IS_WIDE) + k * n
-    x = tl.load(weight[:, None] + position, mask=is_value, other=0.0).to(ACC)
-    pivot = tl.load(weight, mask=is_filter, other=0.0).to(ACC)
-    mean = pivot + mean_above(x, pivot, is_value, n)
-    rest, squares = moments(x, mean, is_value, n)
+    weight = rows_of(row, "weight", k, n, WEIGHT, IS_WIDE)
+    x, pivot = load(weight + position, is_value, ACC), load(tl.reshape(weight, [ROWS]), is_filter, ACC)
+    mean = pivot + mean_above(x, pivot, is_value, count)
+    rest, squares = moments(x, mean, is_value, count)
     slope = finish_forward(row, statistics, k, is_filter, mean + rest, squares, ACC)
     y = ((x - mean[:, None] - rest[:, None]) * slope[:, None]).to(ALIGNED)
-    out = memory(row, "out", ALIGNED, IS_WIDE) + k * n
+    out = rows_of(row, "out", k, n, ALIGNED, IS_WIDE)
     if number(row, "columns") == 0:
-        tl.store(out[:, None] + position, y, mask=is_value)
+        tl.store(out + position, y, mask=is_value)
     else:
-        tl.store(out[:, None] + transposed(row, position, n), y, mask=is_value)
+        tl.store(out + transposed(row, position, n), y, mask=is_value)
 
 
 @triton.jit
@@ -186,15 +193,14 @@ def forward_in_parts(
 ):  # fmt: skip
     """One long filter: moments of each part about the first part's mean, merged in order (Chan et al.) in float64, a
     few operations a part; then each part again, to be written."""
-    n = length(row, IS_WIDE)
+    n = multiple(number(row, "n"), IS_WIDE)
     k, is_filter = filters_of(row, 1)
-    weight = memory(row, "weight", WEIGHT, IS_WIDE) + k * n
-    mean = tl.load(weight).to(ACC)
+    weight = rows_of(row, "weight", k, n, WEIGHT, IS_WIDE)
+    mean = load(tl.reshape(weight, [1]), is_filter, ACC)
     rest, squares = tl.zeros([1], tl.float64), tl.zeros([1], tl.float64)
     for begin in range(0, n, WIDTH):
-        position, is_value = part_of(begin, n, WIDTH)
-        count = tl.minimum(n - begin, WIDTH)
-        x = tl.load(weight[:, None] + position, mask=is_value, other=0.0).to(ACC)
+        position, is_value, count = part_of(begin, n, WIDTH, IS_WIDE)
+        x = load(weight + begin + position, is_value, ACC)
         if begin == 0:
             mean += mean_above(x, mean, is_value, count)
         part_rest, part_squares = moments(x, mean, is_value, count)
@@ -204,12 +210,11 @@ def forward_in_parts(
         squares += part_squares + delta * delta * share * begin
     rest = rest.to(ACC)
     slope = finish_forward(row, statistics, k, is_filter, mean + rest, squares.to(ACC), ACC)
-    out = memory(row, "out", ALIGNED, IS_WIDE) + k * n
+    out = rows_of(row, "out", k, n, ALIGNED, IS_WIDE)
     for begin in range(0, n, WIDTH):
-        position, is_value = part_of(begin, n, WIDTH)
-        x = tl.load(weight[:, None] + position, mask=is_value, other=0.0).to(ACC)
-        y = (x - mean[:, None] - rest[:, None]) * slope[:, None]
-        tl.store(out[:, None] + position, y.to(ALIGNED), mask=is_value)
+        position, is_value, _ = part_of(begin, n, WIDTH, IS_WIDE)
+        y = (load(weight + begin + position, is_value, ACC) - mean[:, None] - rest[:, None]) * slope[:, None]
+        tl.store(out + begin + position, y.to(ALIGNED), mask=is_value)
 
 
 @triton.jit
@@ -261,33 +266,29 @@ def backward_on_chip(
     ROWS: tl.constexpr, WIDTH: tl.constexpr, IS_WIDE: tl.constexpr,
 ):  # fmt: skip
     """A tile of whole filters: weight and gradient read once, the weight's gradient written once."""
-    n = length(row, IS_WIDE)
+    n = multiple(number(row, "n"), IS_WIDE)
     k, is_filter = filters_of(row, ROWS)
-    position, is_inside = part_of(0, n, WIDTH)
+    position, is_inside, _ = part_of(0, n, WIDTH, IS_WIDE)
     is_value = is_filter[:, None] & is_inside
     mean, rstd = load_statistics(row, statistics, k, is_filter)
-    at = (k * n)[:, None] + position
-    grad = memory(row, "grad", ALIGNED, IS_WIDE)
+    grad = rows_of(row, "grad", k, n, ALIGNED, IS_WIDE)
     if number(row, "columns") == 0:
-        g = tl.load(grad + at, mask=is_value, other=0.0).to(ACC)
+        g = load(grad + position, is_value, ACC)
     else:
-        there = (k * n)[:, None] + transposed(row, position, n)
-        g = tl.load(grad + there, mask=is_value, other=0.0).to(ACC)
-    w = tl.load(memory(row, "weight", WEIGHT, IS_WIDE) + at, mask=is_value, other=0.0).to(ACC)
+        g = load(grad + transposed(row, position, n), is_value, ACC)
+    w = load(rows_of(row, "weight", k, n, WEIGHT, IS_WIDE) + position, is_value, ACC)
     d = tl.where(is_value, w - mean[:, None], 0.0)
     slopes = finish_backward(row, grad_gain, k, is_filter, sums_of(d, g), n, rstd, ACC)
-    tl.store(memory(row, "out", WEIGHT, IS_WIDE) + at, gradient(d, g, slopes).to(WEIGHT), mask=is_value)
+    out = rows_of(row, "out", k, n, WEIGHT, IS_WIDE)
+    tl.store(out + position, gradient(d, g, slopes).to(WEIGHT), mask=is_value)
 
 
 @triton.jit
-def load_part(row, k, begin, n, mean, WEIGHT: tl.constexpr, ALIGNED: tl.constexpr, ACC: tl.constexpr,
-              WIDTH: tl.constexpr, IS_WIDE: tl.constexpr):  # fmt: skip
-    """Of a long filter, from `begin` on: where it lies, which values exist, w - mean and G."""
-    position, is_value = part_of(begin, n, WIDTH)
-    at = (k * n)[:, None] + position
-    w = tl.load(memory(row, "weight", WEIGHT, IS_WIDE) + at, mask=is_value, other=0.0).to(ACC)
-    g = tl.load(memory(row, "grad", ALIGNED, IS_WIDE) + at, mask=is_value, other=0.0).to(ACC)
-    return at, is_value, tl.where(is_value, w - mean[:, None], 0.0), g
+def load_part(weight, grad, begin, n, mean, ACC: tl.constexpr, WIDTH: tl.constexpr, IS_WIDE: tl.constexpr):
+    """Of a long filter, from `begin` on: positions, which of them exist, w - mean and G."""
+    position, is_value, _ = part_of(begin, n, WIDTH, IS_WIDE)
+    w, g = load(weight + begin + position, is_value, ACC), load(grad + begin + position, is_value, ACC)
+    return position, is_value, tl.where(is_value, w - mean[:, None], 0.0), g
 
 
 @triton.jit
@@ -296,18 +297,20 @@ def backward_in_parts(
     WIDTH: tl.constexpr, IS_WIDE: tl.constexpr,
 ):  # fmt: skip
     """One long filter: the sums of its parts added in order in float64, then each part again, to be written."""
-    n = length(row, IS_WIDE)
+    n = multiple(number(row, "n"), IS_WIDE)
     k, is_filter = filters_of(row, 1)
     mean, rstd = load_statistics(row, statistics, k, is_filter)
+    weight, grad = rows_of(row, "weight", k, n, WEIGHT, IS_WIDE), rows_of(row, "grad", k, n, ALIGNED, IS_WIDE)
     sum_d, sum_g, sum_dg = tl.zeros([1], tl.float64), tl.zeros([1], tl.float64), tl.zeros([1], tl.float64)
     for begin in range(0, n, WIDTH):
-        _, _, d, g = load_part(row, k, begin, n, mean, WEIGHT, ALIGNED, ACC, WIDTH, IS_WIDE)
+        _, _, d, g = load_part(weight, grad, begin, n, mean, ACC, WIDTH, IS_WIDE)
         part_d, part_g, part_dg = sums_of(d, g)
         sum_d, sum_g, sum_dg = sum_d + part_d, sum_g + part_g, sum_dg + part_dg
     slopes = finish_backward(row, grad_gain, k, is_filter, (sum_d, sum_g, sum_dg), n, rstd, ACC)
+    out = rows_of(row, "out", k, n, WEIGHT, IS_WIDE)
     for begin in range(0, n, WIDTH):
-        at, is_value, d, g = load_part(row, k, begin, n, mean, WEIGHT, ALIGNED, ACC, WIDTH, IS_WIDE)
-        tl.store(memory(row, "out", WEIGHT, IS_WIDE) + at, gradient(d, g, slopes).to(WEIGHT), mask=is_value)
+        position, is_value, d, g = load_part(weight, grad, begin, n, mean, ACC, WIDTH, IS_WIDE)
+        tl.store(out + begin + position, gradient(d, g, slopes).to(WEIGHT), mask=is_value)
 
 
 @triton.jit

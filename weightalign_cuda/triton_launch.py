@@ -28,6 +28,12 @@ TYPES = {
     torch.bfloat16: tl.bfloat16,
     torch.float64: tl.float64,
 }
+# For each accumulation type. Two programs of 256 threads and 128 registers fit on a multiprocessor; of itself ptxas
+# may choose fewer, and spill (sm_100).
+OPTIONS = {
+    torch.float32: {"num_warps": WARPS, "maxnreg": 128},
+    torch.float64: {"num_warps": WARPS, "maxnreg": 255},
+}
 IS_INTERPRETED = not isinstance(triton_kernels.forward, triton.JITFunction)
 TABLES_KEPT = 4096  # several for each layer of a large model, 512 bytes or more each
 MOST_PROGRAMS = 2**31 - 1
@@ -142,9 +148,10 @@ class Launch:
         check(programs <= MOST_PROGRAMS, f"more than {MOST_PROGRAMS} programs in a launch")
         numbers = (align_programs, *input.numbers) if input.programs else ()
         table = _on_device(numbers, tuple(self._rows.get(key, ())), align_programs, self.device)
-        weight, aligned, acc = (TYPES[dtype] for dtype in (*key, statistics_dtype(self.dtype)))
-        constants = dict(input.constants)
-        kernel[(programs,)](table, *outputs, WEIGHT=weight, ALIGNED=aligned, ACC=acc, **constants, num_warps=WARPS)
+        sums = statistics_dtype(self.dtype)
+        weight, aligned, acc = (TYPES[dtype] for dtype in (*key, sums))
+        constants = {"WEIGHT": weight, "ALIGNED": aligned, "ACC": acc, **dict(input.constants)}
+        kernel[(programs,)](table, *outputs, **constants, **OPTIONS[sums])
 
 
 def _bits(x: float) -> int:
@@ -174,4 +181,6 @@ def _table(numbers: tuple[int, ...], rows: tuple[Task, ...], programs: int) -> T
     first_programs = torch.tensor([row.first_program for row in rows] + [programs])
     places = len(numbers) + programs + len(Task._fields) * torch.arange(len(rows))
     places_of_programs = places.repeat_interleave(first_programs.diff())
-    return torch.cat([torch.tensor(numbers, dtype=torch.int64), places_of_programs, torch.tensor(rows, dtype=torch.int64).flatten()])
+    return torch.cat(
+        [torch.tensor(numbers, dtype=torch.int64), places_of_programs, torch.tensor(rows, dtype=torch.int64).flatten()]
+    )
