@@ -11,9 +11,12 @@ import shutil
 import pytest
 import torch
 
-import weightalign_cuda as wa
-
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+if DEVICE == "cpu":
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported, which torch's compiler does
+
+import weightalign_cuda as wa  # noqa: E402
+
 SERVING = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
 BACKENDS = [name for name in SERVING[DEVICE] if wa.backends()[name] == "available"]
 
@@ -28,6 +31,8 @@ NEEDS = {
     "test_prepare.py": ["hypothesis"],
     "test_timm.py": ["timm", "torchvision"],
     "test_timm_models.py": ["timm", "torchvision"],
+    "test_triton_compiled.py": ["triton"],
+    "test_triton_kernels.py": ["hypothesis", "triton"],
 }
 left_out = {
     name: absent

@@ -1,0 +1,93 @@
+"""What Triton makes of the kernels for each architecture, compiled ahead of time: no GPU is needed."""
+
+import functools
+import itertools
+import json
+import os
+import pathlib
+import re
+import subprocess
+import sys
+import tempfile
+
+import pytest
+
+ARCHITECTURES = (80, 90, 100)
+
+
+def compiled():
+    """Forward and backward, each with an input that is transposed, padded and activated, for each architecture: the
+    resources they use. Run in a process of its own, where kernels are not interpreted."""
+    import triton
+    import triton.language as tl
+    from triton.backends.compiler import GPUTarget
+
+    from weightalign_cuda import triton_kernels
+    from weightalign_cuda.triton_input_kernels import GELU, REFLECT, TILE
+    from weightalign_cuda.triton_launch import OPTIONS, TYPES
+
+    cuobjdump = pathlib.Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    kernels = triton_kernels.forward, triton_kernels.backward
+    cases = list(itertools.product(ARCHITECTURES, kernels, [(tl.float32, tl.bfloat16)]))
+    cases.append((90, triton_kernels.backward, (tl.float64, tl.float64)))  # the most of all, and slow to compile
+    for architecture, kernel, (weight, aligned) in cases:
+        from_, to = (weight, aligned) if kernel is triton_kernels.forward else (aligned, weight)
+        constants = {"WEIGHT": weight, "ALIGNED": aligned, "ACC": weight, "FROM": from_, "TO": to, "SAVED": to}
+        constants |= {"FROM_BY_CHANNELS": True, "TO_BY_CHANNELS": False, "SAVED_BY_CHANNELS": False}
+        constants |= {"MODE": REFLECT, "ACTIVATION": GELU, "CHANNELS": 32, "POSITIONS": TILE // 32}
+        constants = {name: constants[name] for name in kernel.arg_names if name in constants}
+        signature = {name: "constexpr" if name in constants else f"*{weight}" for name in kernel.arg_names}
+        source = triton.compiler.ASTSource(kernel, signature | {"table": "*i64"}, constants)
+        options = next(options for dtype, options in OPTIONS.items() if TYPES[dtype] == weight)
+        result = triton.compile(source, GPUTarget("cuda", architecture, 32), options)
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+            cubin.write(result.asm["cubin"])
+            cubin.flush()
+            command = [cuobjdump, "-sass", "--dump-resource-usage", cubin.name]
+            listing = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        registers, stack, local = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", listing).groups()
+        yield {
+            "architecture": architecture,
+            "kernel": f"{kernel.__name__}, {weight}, {aligned}",
+            "registers": int(registers),
+            "most": options["maxnreg"],
+            "spilled": int(stack) + int(local),
+            "shared": result.metadata.shared,
+            "instructions": sorted(set(re.findall(r"\b(?:LDG|STG|LDL|STL|ATOMG?|RED)\b\S*", listing))),
+        }
+
+
+@functools.cache
+def resources():
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    root = pathlib.Path(__file__).parent.parent
+    environment["PYTHONPATH"] = os.pathsep.join([str(root), environment.get("PYTHONPATH", "")])
+    command = [sys.executable, __file__]
+    return json.loads(subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE).stdout)
+
+
+def of(architecture):
+    kernels = [kernel for kernel in resources() if kernel["architecture"] == architecture]
+    assert len(kernels) >= 2
+    return kernels
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_registers_spills_and_shared_memory(architecture):
+    for kernel in of(architecture):
+        assert 32 < kernel["registers"] <= kernel["most"], kernel
+        assert kernel["spilled"] == 0, kernel
+        assert kernel["shared"] <= 48 * 1024, kernel
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_accesses(architecture):
+    for kernel in of(architecture):
+        instructions = kernel["instructions"]
+        for access in ("LDG", "STG"):
+            assert any(re.match(rf"{access}\.E\..*128", i) for i in instructions), f"{kernel}: no {access} of 16 bytes"
+        assert not any(re.match("LDL|STL|ATOM|RED", i) for i in instructions), kernel
+
+
+if __name__ == "__main__":
+    print(json.dumps(list(compiled())))
