@@ -17,8 +17,10 @@ if DEVICE == "cpu":
 
 import weightalign_cuda as wa  # noqa: E402
 
-SERVING = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
-BACKENDS = [name for name in SERVING[DEVICE] if wa.backends()[name] == "available"]
+SERVING = {"cpu": ("cpu", "triton", "reference"), "cuda": ("cuda", "triton", "reference")}
+ALL_BACKENDS = [name for name in SERVING[DEVICE] if wa.backends()[name] == "available"]
+# On the CPU Triton is interpreted, some hundred times slower: it has tests of its own, and those of any backend.
+BACKENDS = [name for name in ALL_BACKENDS if (name, DEVICE) != ("triton", "cpu")]
 
 NEEDS = {
     "simt": ["pybind11"],
@@ -59,6 +61,13 @@ def device():
 @pytest.fixture(params=BACKENDS)
 def backend(request):
     """Each backend that serves `device` here, in force during the test."""
+    with wa.use_backend(request.param):
+        yield request.param
+
+
+@pytest.fixture(params=ALL_BACKENDS)
+def any_backend(request):
+    """As `backend`, and Triton too where it is interpreted."""
     with wa.use_backend(request.param):
         yield request.param
 

@@ -74,11 +74,11 @@ def fresh_compiler():
     torch.compiler.reset()
 
 
-def test_eager(backend, device, model):
+def test_eager(any_backend, device, model):
     assert_true(with_gradients(model, model, images(device)), model, images(device))
 
 
-def test_compile_with_any_batch(backend, device, model):
+def test_compile_with_any_batch(any_backend, device, model):
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     for batch in (2, 3, 5):
         x = images(device, batch)
@@ -86,7 +86,7 @@ def test_compile_with_any_batch(backend, device, model):
         assert_true(with_gradients(model, compiled, x), model, x)
 
 
-def test_export_and_reload(backend, device, model):
+def test_export_and_reload(any_backend, device, model):
     buffer = io.BytesIO()
     batch = torch.export.Dim("batch", min=2, max=64)
     torch.export.save(torch.export.export(model, (images(device, 3),), dynamic_shapes={"x": {0: batch}}), buffer)
@@ -97,7 +97,7 @@ def test_export_and_reload(backend, device, model):
 
 
 @pytest.mark.parametrize("low", [BF16, F16], ids=name)
-def test_autocast(backend, device, model, low):
+def test_autocast(any_backend, device, model, low):
     with torch.autocast(device, dtype=low):
         result = model(images(device))
         found = result.detach(), *torch.autograd.grad(result.float().square().sum(), list(model.parameters()))
@@ -105,7 +105,7 @@ def test_autocast(backend, device, model, low):
     assert_true(found, model, images(device), rounded=low)
 
 
-def test_autocast_of_float64_weights(backend, device):
+def test_autocast_of_float64_weights(any_backend, device):
     """They stay what they are, as float64 goes to float64 only."""
     model = Model(device, F64)
     with torch.autocast(device, dtype=BF16):
@@ -116,7 +116,7 @@ def test_autocast_of_float64_weights(backend, device):
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
-def test_activation_checkpointing(backend, device, model, reentrant):
+def test_activation_checkpointing(any_backend, device, model, reentrant):
     x = images(device).requires_grad_()
     plain = with_gradients(model, model, x)
     result = checkpoint(model, x, use_reentrant=reentrant)
@@ -129,13 +129,13 @@ def loss(model, x):
     return lambda parameters: torch.func.functional_call(model, parameters, (x,)).square().sum()
 
 
-def test_func_grad(backend, device, model):
+def test_func_grad(any_backend, device, model):
     parameters = dict(model.named_parameters())
     grads = torch.func.grad(loss(model, images(device)))(parameters)
     assert_true((model(images(device)).detach(), *grads.values()), model, images(device))
 
 
-def test_func_grad_twice_and_forward_mode(backend, device):
+def test_func_grad_twice_and_forward_mode(any_backend, device):
     weight, gain, tangent = (normal(*s, seed=i, dtype=F64, device=device) for i, s in enumerate([(4, 6), (4,), (4, 6)]))
     functions = [lambda w, a=a: a(w, gain).sin().sum() for a in (wa.align, formula)]
     for transform in (
@@ -152,7 +152,7 @@ def test_func_grad_twice_and_forward_mode(backend, device):
     torch.testing.assert_close(ours, true, rtol=1e-10, atol=1e-12)
 
 
-def test_vmap(backend, device):
+def test_vmap(any_backend, device):
     """Over images of one model, and over an ensemble of models."""
     model, x = Model(device, F64), images(device, 3, F64)
     each = torch.func.vmap(lambda image: model(image[None])[0])(x)
@@ -165,7 +165,7 @@ def test_vmap(backend, device):
     torch.testing.assert_close(together, torch.stack([m.true(x) for m in models]), rtol=1e-9, atol=1e-11)
 
 
-def test_inference_mode(backend, device, model):
+def test_inference_mode(any_backend, device, model):
     with torch.inference_mode():
         result, made_inside = model(images(device)), Model(device)
     assert result.is_inference()
@@ -174,7 +174,7 @@ def test_inference_mode(backend, device, model):
         assert torch.equal(made_inside(images(device)), result)
 
 
-def test_deterministic_algorithms(backend, device, model):
+def test_deterministic_algorithms(any_backend, device, model):
     usual = with_gradients(model, model, images(device))
     torch.use_deterministic_algorithms(True)
     try:
@@ -185,7 +185,7 @@ def test_deterministic_algorithms(backend, device, model):
         assert all(torch.equal(runs[0], run) for run in runs)
 
 
-def test_many_threads_at_once(backend, device, restore_threads):
+def test_many_threads_at_once(any_backend, device, restore_threads):
     """Each with a model of its own, all with the same numbers."""
     torch.set_num_threads(1)
     model = Model(device)
@@ -195,7 +195,7 @@ def test_many_threads_at_once(backend, device, restore_threads):
     def run(_):
         own = Model(device)
         begin.wait(60)
-        with wa.use_backend(backend):  # the choice is a thread's own
+        with wa.use_backend(any_backend):  # the choice is a thread's own
             return [with_gradients(own, own, images(device)) for _ in range(2)]
 
     with ThreadPoolExecutor(32) as pool:

@@ -7,8 +7,10 @@ graph is captured, each call's copy becomes a part of the graph, whose replays r
 kept for good, and no table of an earlier call is used, since it may be dropped before the graph is.
 """
 
+import contextlib
 import functools
 import struct
+import threading
 from bisect import bisect_left
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -39,6 +41,7 @@ TABLES_KEPT = 4096  # several for each layer of a large model, 512 bytes or more
 MOST_PROGRAMS = 2**31 - 1
 
 _recorded: list[Tensor] = []  # the tables that graphs read
+_interpreter = threading.Lock()  # Triton's has room for one launch
 
 
 class InputWork(NamedTuple):
@@ -151,7 +154,8 @@ class Launch:
         sums = statistics_dtype(self.dtype)
         weight, aligned, acc = (TYPES[dtype] for dtype in (*key, sums))
         constants = {"WEIGHT": weight, "ALIGNED": aligned, "ACC": acc, **dict(input.constants)}
-        kernel[(programs,)](table, *outputs, **constants, **OPTIONS[sums])
+        with _interpreter if IS_INTERPRETED else contextlib.nullcontext():
+            kernel[(programs,)](table, *outputs, **constants, **OPTIONS[sums])
 
 
 def _bits(x: float) -> int:

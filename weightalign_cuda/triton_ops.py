@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from . import triton_kernels
-from ._layout import empty_in, empty_result, is_dense, memory_order, padded_shape
+from ._layout import empty_in, empty_permuted, empty_result, is_dense, memory_order, padded_shape
 from .triton_align_kernels import WIDTHS
 from .triton_input_kernels import FIELDS, TILE
 from .triton_launch import TYPES, InputWork, Launch, check, check_dtypes
@@ -54,7 +54,7 @@ def prepare_forward(
     """The op prepare_forward."""
     check_dtypes(input.dtype, dtype)
     _check_padding(input.shape, padding, padding_mode, activation)
-    prepared = empty_in(padded_shape(input.shape, padding), dtype, input.device, memory_format)
+    prepared = empty_in(input, padded_shape(input.shape, padding), dtype, memory_format)
     work = _input_work(input, prepared, None, input.shape, padding, padding_mode, activation)
     return prepared, *_forward(work, weights, gains, eps, scales, dtype, memory_format)
 
@@ -84,7 +84,7 @@ def prepare_backward(
         check(list(saved.shape) == wanted, "saved: want the prepared input for relu, the input for other activations")
         check(saved.device == grad_prepared.device, "saved: want the gradient's device")
         check_dtypes(saved.dtype, input_dtype)
-    grad_input = torch.empty_permuted(shape, list(input_order), dtype=input_dtype, device=grad_prepared.device)
+    grad_input = empty_permuted(grad_prepared, shape, input_order, input_dtype)
     work = _input_work(grad_prepared, grad_input, saved, shape, padding, padding_mode, activation)
     return grad_input, *_backward(work, grads, weights, gains, statistics, scales)
 
