@@ -154,3 +154,33 @@ def test_why_cuda_is_not_available(cuda_machine, monkeypatch):
     assert cuda_machine() == f"torch {torch.__version__} sees no CUDA device"
     monkeypatch.setattr(torch.version, "cuda", None)
     assert cuda_machine() == f"torch {torch.__version__} is a CPU-only build"
+
+
+@pytest.mark.parametrize("absent", [{"architectures": ()}, {"driver": 12040}], ids=["no nvcc", "old driver"])
+def test_triton_serves_cuda_tensors_where_the_kernels_are_absent(cuda_machine, monkeypatch, absent):
+    pytest.importorskip("triton")
+    reason = cuda_machine(**absent)
+    monkeypatch.setattr(_backend, "_known", {})
+    wa.backends.cache_clear()
+    try:
+        assert wa.backends()["cuda"] == reason
+        assert (_backend.choose("cuda"), _backend.choose("cpu")) == ("triton", "cpu")
+    finally:
+        wa.backends.cache_clear()
+
+
+def test_forced_triton(monkeypatch):
+    """CPU tensors only where it is interpreted."""
+    pytest.importorskip("triton")
+    monkeypatch.setattr(_backend, "_known", {})
+    monkeypatch.setattr(_backend, "_is_interpreted", False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    wa.backends.cache_clear()
+    try:
+        with wa.use_backend("triton"), pytest.raises(RuntimeError, match=r"'triton' was asked for, but: .*TRITON"):
+            wa.align(normal(4, 9))
+        monkeypatch.setitem(wa.backends(), "triton", "available")  # a CUDA machine
+        with wa.use_backend("triton"), pytest.raises(RuntimeError, match="does not serve tensors on 'cpu'"):
+            wa.align(normal(4, 9))
+    finally:
+        wa.backends.cache_clear()

@@ -46,7 +46,13 @@ def formula(w, g):
 def op(w, g):  # where nothing native is registered, the reference is the op's kernel
     return ops.align_forward([w], [g], [1e-5], [1.0], torch.float64, torch.preserve_format)[0][0]
 
-for align in (wa.align, op):
+can_interpret = _backend._is_interpreted and wa.backends()["triton"] == "available"
+
+def in_triton(w, g):
+    with wa.use_backend("triton"):
+        return wa.align(w, g)
+
+for align in (wa.align, op, *([in_triton] if can_interpret else [])):
     torch.testing.assert_close(grads(align), grads(formula), rtol=1e-12, atol=1e-12)
 try:
     with wa.use_backend("cpu"):
