@@ -79,6 +79,12 @@ def native(request):
         yield request.param
 
 
+@pytest.fixture(params=["native", *(["in_triton"] if "triton" in ALL_BACKENDS else [])])
+def ops(request):
+    """Each set of registered ops."""
+    return getattr(wa.ops, request.param)
+
+
 @pytest.fixture
 def restore_threads():
     threads = torch.get_num_threads()

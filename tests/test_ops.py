@@ -50,21 +50,21 @@ def some_gains(weights, dtype):
     ids=name,
 )
 @pytest.mark.parametrize("requires_grad", [True, False])
-def test_opcheck_forward(device, dtype, result_dtype, gain_dtype, memory_format, requires_grad):
+def test_opcheck_forward(ops, device, dtype, result_dtype, gain_dtype, memory_format, requires_grad):
     weights = [w.requires_grad_(requires_grad) for w in image_weights(device, dtype)[:7]]
     gains = [g if g is None else g.requires_grad_(requires_grad) for g in some_gains(weights, gain_dtype)]
     torch.library.opcheck(ops.align_forward, forward_args(weights, gains, result_dtype, memory_format))
 
 
 @pytest.mark.parametrize("requires", ["the weight", "the gain", "nothing"])
-def test_opcheck_forward_of_one(device, requires):
+def test_opcheck_forward_of_one(ops, device, requires):
     weight = normal(4, 9, device=device).requires_grad_(requires == "the weight")
     gain = normal(4, device=device).requires_grad_() if requires == "the gain" else None
     torch.library.opcheck(ops.align_forward, forward_args([weight], [gain], F32))
 
 
 @pytest.mark.parametrize(("dtype", "grad_dtype"), [(F32, F32), (F32, BF16), (F16, F16), (F64, F64)], ids=name)
-def test_opcheck_backward(device, dtype, grad_dtype):
+def test_opcheck_backward(ops, device, dtype, grad_dtype):
     weights = image_weights(device, dtype)[:7]
     gains = some_gains(weights, F32)
     aligned, statistics = ops.align_forward(*forward_args(weights, gains, grad_dtype))

@@ -289,7 +289,7 @@ def prepare_arguments(x, w, g, activation):
 
 @pytest.mark.parametrize("activation", range(4))
 @pytest.mark.parametrize("gain", [True, False])
-def test_opcheck(device, activation, gain):
+def test_opcheck(ops, device, activation, gain):
     x, w = normal(2, 3, 4, 5, device=device).requires_grad_(), normal(4, 3, 3, 3, device=device).requires_grad_()
     g = normal(4, device=device).requires_grad_() if gain else None
     arguments = prepare_arguments(x, w, g, activation)
@@ -310,7 +310,7 @@ def test_opcheck(device, activation, gain):
     ],
     ids=str,
 )  # fmt: skip
-def test_ops_called_wrongly_raise(native, device, wrong):
+def test_ops_called_wrongly_raise(ops, device, wrong):
     """Whoever calls the ops themselves gets an error, too, and no crash."""
     arguments = list(prepare_arguments(normal(2, 3, 4, 5, device=device), normal(4, 3, 3, 3, device=device), None, 1))
     for place, value in wrong.items():
