@@ -12,6 +12,8 @@ import tempfile
 
 import pytest
 
+import weightalign_cuda as wa
+
 ARCHITECTURES = (80, 90, 100)
 
 
@@ -60,8 +62,7 @@ def compiled():
 @functools.cache
 def resources():
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    root = pathlib.Path(__file__).parent.parent
-    environment["PYTHONPATH"] = os.pathsep.join([str(root), environment.get("PYTHONPATH", "")])
+    environment["PYTHONPATH"] = str(pathlib.Path(wa.__file__).parent.parent)
     command = [sys.executable, __file__]
     return json.loads(subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE).stdout)
 

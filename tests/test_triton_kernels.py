@@ -21,6 +21,7 @@ if IS_INTERPRETED:
 
     triton_interpreter.mend()
 
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's, of the interpreter
 KEPT = torch.preserve_format
 SHAPES = {
     "a tile of filters": (16, 64),
@@ -89,7 +90,7 @@ def test_eps_and_scale(device, eps, scale, n, dtype):
     check(normal(3, n, device=device, dtype=dtype), gain, eps=eps, scale=scale)
 
 
-@pytest.mark.parametrize("n", [9, 147, 1024, 4096, 8193])
+@pytest.mark.parametrize("n", [9, 122, 4001, 8193])  # n / n is not 1 in float32 if taken as n * (1 / n), n = 122, 4001
 @pytest.mark.parametrize("value", [0.0, 0.1, 1e4, -3.3])
 def test_constant_filter_gives_exactly_0(device, n, value):
     for dtype in DTYPES:
@@ -113,7 +114,6 @@ def test_large_and_small_weights(device, n, dtype):
         check(normal(2, n, std=std, device=device, dtype=dtype), torch.ones(2, device=device))
 
 
-@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's, of the interpreter
 @pytest.mark.parametrize("n", [1, 9, 4608])
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 @pytest.mark.parametrize("where", ["weight", "gain", "grad"])
@@ -185,7 +185,7 @@ def test_gradients_of_any_layout(device, grad, order):
     assert grad_weight.stride() == weight.stride()
 
 
-@pytest.mark.parametrize("offset", [1, 3, 4, 8])
+@pytest.mark.parametrize("offset", [1, 8])
 @pytest.mark.parametrize("n", [48, 49])
 @pytest.mark.parametrize(("dtype", "result_dtype"), PAIRS, ids=name)
 def test_any_offset_in_memory(device, offset, n, dtype, result_dtype):
@@ -238,6 +238,19 @@ def test_same_bits_and_one_table_every_time(device):
     assert (after.misses - before.misses, after.hits - before.hits) == (1, 2)
     for first, *others in zip(*results, strict=True):
         assert all(torch.equal(first, other) for other in others)
+
+
+def test_accesses_are_wide_only_where_every_address_allows(device):
+    whole = normal(4 * 48 + 8, device=device)
+    for n, offset, is_wide in [(48, 0, True), (48, 4, True), (48, 1, False), (44, 0, False)]:
+        part = whole[offset : offset + 4 * n].view(4, n)
+        for tensors in itertools.permutations(
+            [part, torch.empty(4, n, device=device), torch.empty(4, n, device=device)]
+        ):
+            launch = Launch([part], [None], InputWork())
+            launch.add(*tensors, None, EPS, 1.0, 0)
+            ((task,),) = launch._rows.values()
+            assert task.is_wide == is_wide
 
 
 SIZE = {1: (2, 5, 7), 2: (2, 3, 6, 5), 3: (1, 3, 4, 3, 5)}
@@ -329,7 +342,6 @@ def test_borders_that_overlap(device, size, padding, mode):
     check_prepare(normal(2, 3, *size, device=device), padding=padding, mode=mode)
 
 
-@pytest.mark.filterwarnings("ignore::RuntimeWarning")
 @pytest.mark.parametrize("activation", ["relu", "silu", "gelu"])
 def test_nan_and_infinity_go_where_float64_lets_them(device, activation):
     x = torch.tensor([0.5, math.nan, math.inf, -math.inf, 100.0, -100.0], device=device).view(1, 1, 6)

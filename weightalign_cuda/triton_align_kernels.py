@@ -1,12 +1,15 @@
 # mypy: ignore-errors
 """WeightAlign in Triton: the programs that align filters, and those of the backward.
 
-A launch works through a table of tensors in device memory, one row of int64 numbers (`Task`) each; a program takes as
-many filters of one tensor as make a tile (FILTERS[i], WIDTHS[i]), the smallest that is as wide as a filter. Why those
-shapes: 2048 values are 16 for each of a program's 128 threads, which keeps enough bytes in flight with registers to
-spare; four widths waste at most three lanes in four, and a lane that has no value loads nothing. A filter that is on
-chip is read once, kept in registers through its sums, and written once. Longer ones are read in parts of the last
-width for the sums and a second time to be written. No sum crosses programs: a fixed order, and no atomics.
+A launch works through a table in device memory, one row of int64 numbers (`Task`) for each tensor; a program takes as
+many filters of one tensor as make a tile of FILTERS[i] x WIDTHS[i] values, the narrowest that is as wide as a filter. A
+filter is read once, kept in registers through its sums, and written once, in 16-byte accesses where its length and all
+addresses allow. Longer ones than the last width are read in parts for the sums, and a second time to be written. No sum
+crosses programs: a fixed order, and no atomics.
+
+Why those shapes: up to 4096 values are 16 for each of a program's 256 threads, and at two or more programs a
+multiprocessor 32 KB in flight, enough for an H100's latency; narrow tiles are smaller, for each filter takes registers
+of its own. Steps of four leave at most three lanes in four without a value, and those access nothing.
 """
 
 from typing import NamedTuple

@@ -5,7 +5,7 @@ A program takes one tile, CHANNELS x positions of one image, from wherever `from
 value is read from memory once and written once; backward, a value that is shown in the padding too is read for each
 place that shows it (a gather: no atomics). Where channels lie side by side in one and positions in the other, the
 compiler turns the tile between load and store through shared memory, so that both are coalesced. Why that shape: 2048
-values are 16 for each of 128 threads; 32 channels fill a 128-byte line in float32, images of up to 4 channels take
+values are 8 for each of 256 threads; 32 channels fill a 128-byte line in float32, images of up to 4 channels take
 longer tiles instead.
 """
 

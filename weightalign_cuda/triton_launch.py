@@ -1,7 +1,7 @@
 """One launch of Triton's kernels for a list of weights, and for a convolution's input beside them: the table it reads.
 
-What a list costs: a row and a look-up for each tensor, some microseconds of Python; and where an address, a shape or a
-constant differs from every call before, the table is built and copied to the device, from pinned memory and in stream
+What a list costs: a row and a look-up, some 10 microseconds of Python for each tensor; and where an address, a shape or
+a constant differs from every call before, the table is built and copied to the device, from pinned memory and in stream
 order, so that nothing waits. Training repeats its addresses step for step: the copies cease after a few. While a CUDA
 graph is captured, each call's copy becomes a part of the graph, whose replays read the host's table again: that one is
 kept for good, and no table of an earlier call is used, since it may be dropped before the graph is.
@@ -11,6 +11,7 @@ import contextlib
 import functools
 import struct
 import threading
+from array import array
 from bisect import bisect_left
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -60,9 +61,9 @@ def check(condition: bool, message: str) -> None:
 
 
 def check_dtypes(*dtypes: torch.dtype) -> None:
-    doubles = [dtype == torch.float64 for dtype in dtypes]
-    check(all(dtype in TYPES for dtype in dtypes), f"want float32, float16, bfloat16 or float64, got {dtypes}")
-    check(all(doubles) or not any(doubles), "float64 goes to float64 only, and nothing else does")
+    check(all(dtype in TYPES for dtype in dtypes), "dtypes: want float32, float16, bfloat16 or float64")
+    doubles = dtypes.count(torch.float64)
+    check(doubles in (0, len(dtypes)), "dtypes: float64 goes to float64 only, and nothing else does")
 
 
 class Launch:
@@ -80,7 +81,7 @@ class Launch:
         for t in (*weights, *gains, input.tensor):
             check(t is None or t.device == first.device, "weights, gains, input: want one device")
         for weight, gain in zip(weights, gains, strict=True):
-            check(weight.dim() >= 2, f"weights: want rank 2 or more, got rank {weight.dim()}")
+            check(weight.dim() >= 2, "weights: want rank 2 or more")
             check_dtypes(self.dtype, weight.dtype)
             if gain is not None:
                 check(gain.shape == weight.shape[:1] and gain.dtype in TYPES, "gains: want shape (filters,)")
@@ -182,9 +183,11 @@ def _cached(
 
 
 def _table(numbers: tuple[int, ...], rows: tuple[Task, ...], programs: int) -> Tensor:
-    first_programs = torch.tensor([row.first_program for row in rows] + [programs])
-    places = len(numbers) + programs + len(Task._fields) * torch.arange(len(rows))
-    places_of_programs = places.repeat_interleave(first_programs.diff())
-    return torch.cat(
-        [torch.tensor(numbers, dtype=torch.int64), places_of_programs, torch.tensor(rows, dtype=torch.int64).flatten()]
-    )
+    table = array("q", numbers)
+    place, firsts = len(numbers) + programs, [row.first_program for row in rows] + [programs]
+    for row, next_first in zip(rows, firsts[1:], strict=True):
+        table += array("q", [place]) * (next_first - row.first_program)
+        place += len(row)
+    for row in rows:
+        table.extend(row)
+    return torch.frombuffer(table, dtype=torch.int64)

@@ -145,8 +145,10 @@ def _backward(
 
 def _by_filters(weight: Tensor) -> Tensor:
     """The weight, or a copy of it, with each filter contiguous: in any order of its own dimensions."""
-    filters, numel = weight.shape[0], weight.numel()
-    lies_so = is_dense(weight) and (filters == 1 or numel == 0 or weight.stride(0) * filters == numel)
+    if weight.is_contiguous():
+        return weight
+    filters = weight.shape[0]
+    lies_so = is_dense(weight) and (filters == 1 or weight.stride(0) * filters == weight.numel())
     return weight if lies_so else weight.contiguous()
 
 
@@ -164,8 +166,8 @@ def _copied(written: Sequence[Tensor], results: list[Tensor]) -> list[Tensor]:
 
 def _lie_alike(a: Tensor, b: Tensor) -> bool:
     """Whether two tensors of one shape have the same order in memory."""
-    pairs = zip(a.shape, a.stride(), b.stride(), strict=True)
-    return a.stride() == b.stride() or all(n == 1 or i == j for n, i, j in pairs)
+    strides = a.stride(), b.stride()
+    return strides[0] == strides[1] or all(n == 1 or i == j for n, i, j in zip(a.shape, *strides, strict=True))
 
 
 def _columns(source: Tensor, aligned: Tensor) -> int | None:
