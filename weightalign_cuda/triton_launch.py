@@ -86,7 +86,8 @@ class Launch:
             if gain is not None:
                 check(gain.shape == weight.shape[:1] and gain.dtype in TYPES, "gains: want shape (filters,)")
         if input.tensor is not None:
-            check_dtypes(self.dtype, input.tensor.dtype)
+            sums = statistics_dtype(input.tensor.dtype)
+            check(sums == statistics_dtype(self.dtype), "input: beside weights, want float64 exactly if they are")
         self.filters = sum(w.shape[0] for w in weights)
         self._has_empty = any(w.numel() == 0 for w in weights)
         self._rows: dict[tuple[torch.dtype, torch.dtype], list[Task]] = {}
