@@ -7,9 +7,12 @@ TORCH ?= torch
 VENV ?= .venv
 ifdef PY
 INSTALLED := build/installed-in-$(subst /,_,$(PY))
+PYTEST = $(PY) -m pytest
 INSTALL = $(PY) -m pip install --no-build-isolation --no-deps -e .
 else
 PY := $(VENV)/bin/python
+# Two processes, whose OpenMP threads do not spin while they wait: each other's work is what they would spin away.
+PYTEST = OMP_WAIT_POLICY=passive $(PY) -m pytest -n 2 --dist worksteal
 INSTALLED := $(VENV)/installed
 # torch first: it is then what the library is built against, instead of a second one in pip's build environment.
 INSTALL = $(PY) -m pip install -q "$(TORCH)" && $(PY) -m pip install -q "$(TORCH)" -e ".[test,bench,lint]"
@@ -28,7 +31,7 @@ bench-layers: $(INSTALLED)
 	$(PY) -m benchmarks.conv_layers
 
 test: $(INSTALLED)
-	$(PY) -m pytest
+	$(PYTEST)
 
 demo: $(INSTALLED)
 	$(PY) -m benchmarks.demo

@@ -21,6 +21,10 @@ SERVING = {"cpu": ("cpu", "triton", "reference"), "cuda": ("cuda", "triton", "re
 ALL_BACKENDS = [name for name in SERVING[DEVICE] if wa.backends()[name] == "available"]
 # On the CPU Triton is interpreted, some hundred times slower: it has tests of its own, and those of any backend.
 BACKENDS = [name for name in ALL_BACKENDS if (name, DEVICE) != ("triton", "cpu")]
+if "triton" in set(ALL_BACKENDS) - set(BACKENDS):
+    import triton_interpreter
+
+    triton_interpreter.mend()
 
 NEEDS = {
     "simt": ["pybind11"],

@@ -14,12 +14,7 @@ from truth import BF16, DTYPES, EPS, F16, F32, F64, PAIRS, assert_near, assert_r
 
 from weightalign_cuda import triton_kernels, triton_ops
 from weightalign_cuda._layout import memory_order
-from weightalign_cuda.triton_launch import IS_INTERPRETED, InputWork, Launch, _cached
-
-if IS_INTERPRETED:
-    import triton_interpreter
-
-    triton_interpreter.mend()
+from weightalign_cuda.triton_launch import InputWork, Launch, _cached
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's, of the interpreter
 KEPT = torch.preserve_format
