@@ -19,6 +19,12 @@ import weightalign_cuda as wa
 from weightalign_cuda.layers import Aligned
 
 
+@pytest.fixture(autouse=True)
+def one_thread(restore_threads):
+    """These are many small models, on machines that may be busy."""
+    torch.set_num_threads(1)
+
+
 class Model(nn.Module):
     """With an activation of ours, a transposed convolution, a layer that is not used; `middle` runs as it is told."""
 
@@ -339,8 +345,7 @@ def test_two_models_in_turns(device):
 
 
 @pytest.mark.parametrize("kind", ["train", "infer"])
-def test_threads_with_one_model(backend, device, kind, restore_threads):
-    torch.set_num_threads(1)
+def test_threads_with_one_model(backend, device, kind):
     begin, model = threading.Barrier(8), wa.convert(Model(checkpointed(False)), foreach=True).to(device)
     parameters, expected = list(model.parameters()), alone(device)
 

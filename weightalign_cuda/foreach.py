@@ -100,7 +100,7 @@ class Foreach:
         layers = [layer for layer in root.modules() if isinstance(layer, Aligned) and _takes_part(layer)]
         results: list[tuple[Any, Tensor, Any]] = []
         for bucket in _buckets(layers, self.buckets):
-            states = [None if torch.compiler.is_compiling() else _state(layer) for layer in bucket]
+            states = [None if torch.compiler.is_compiling() else state_of(layer) for layer in bucket]
             aligned = align_foreach(
                 [layer.filters() for layer in bucket],
                 [layer.gain for layer in bucket],
@@ -110,7 +110,7 @@ class Foreach:
             if self.buckets > 1:
                 _run_when_ready(aligned)
             # A frozen layer's filters would want gradients because others' do.
-            filters = [t if _is_trained(layer) else t.detach() for layer, t in zip(bucket, aligned, strict=True)]
+            filters = [t if is_trained(layer) else t.detach() for layer, t in zip(bucket, aligned, strict=True)]
             results += zip([layer.aligned_by for layer in bucket], filters, states, strict=True)
         return results
 
@@ -121,7 +121,11 @@ for _hook in (Foreach.before, Foreach.after):
     skip_code(_hook.__code__)
 
 
-def check_whole(root: nn.Module) -> None:
+def check_whole(
+    root: nn.Module,
+    what: str = "foreach: all layers cannot be aligned at the start of the forward",
+    instead: str = "use convert(model, foreach=False), by which each layer aligns itself",
+) -> None:
     """A model that has all its parameters at once, each layer being one.
 
     Raises:
@@ -131,10 +135,7 @@ def check_whole(root: nn.Module) -> None:
     for kind in {type(module) for module in root.modules()}:
         reason = reason or _reason(kind)  # type: ignore[arg-type]
     if reason:
-        raise RuntimeError(
-            f"foreach: all layers cannot be aligned at the start of the forward, as {reason}; "
-            "use convert(model, foreach=False), by which each layer aligns itself"
-        )
+        raise RuntimeError(f"{what}, as {reason}; {instead}")
 
 
 @functools.cache
@@ -142,20 +143,24 @@ def _reason(kind: type) -> str | None:
     return next((_REASONS[c.__name__] for c in kind.__mro__ if c.__name__ in _REASONS), None)
 
 
+def is_whole_parameter(layer: Aligned) -> bool:
+    """Not a weight or gain that something makes at each use (parametrizations, pruning), nor an inference tensor, whose
+    changes torch does not count."""
+    weight, gain = layer._parameters.get("weight"), layer._parameters.get("gain")
+    if weight is None or (gain is None and layer.gain is not None):
+        return False
+    return torch.compiler.is_compiling() or not (weight.is_inference() or (gain is not None and gain.is_inference()))
+
+
 def _takes_part(layer: Aligned) -> bool:
-    """Not a weight that something makes at each use (parametrizations, pruning), nor an inference tensor, whose changes
-    torch does not count. Whatever else gives a layer its filters (wa.frozen) goes on doing so."""
-    parameters = layer._parameters
-    gain = parameters.get("gain")
-    if "weight" not in parameters or (gain is None and layer.gain is not None):
+    """Whatever else gives a layer its filters (wa.frozen) goes on doing so."""
+    if not is_whole_parameter(layer):
         return False
     if layer.aligned_by is None:
         layer.aligned_by = _Together(layer)
     together = layer.aligned_by
-    if not isinstance(together, _Together) or torch.compiler.is_compiling():
-        return isinstance(together, _Together)
-    is_counted = not (layer.weight.is_inference() or (gain is not None and gain.is_inference()))
-    return is_counted and together.held() is None  # else a model around this one has aligned it
+    # Else a model around this one has aligned it.
+    return isinstance(together, _Together) and (torch.compiler.is_compiling() or together.held() is None)
 
 
 def _buckets(layers: Sequence[Aligned], count: int) -> list[list[Aligned]]:
@@ -175,11 +180,11 @@ def _run_when_ready(aligned: Sequence[Tensor]) -> None:
         node._set_sequence_nr(2**62)  # type: ignore[attr-defined]
 
 
-def _is_trained(layer: Aligned) -> bool:
+def is_trained(layer: Aligned) -> bool:
     return layer.weight.requires_grad or (layer.gain is not None and layer.gain.requires_grad)
 
 
-def _state(layer: Aligned) -> tuple[Any, ...]:
+def state_of(layer: Aligned) -> tuple[Any, ...]:
     """What the filters are made from; they are right as long as it is the same."""
     weight, gain = layer.weight, layer.gain
     of_gain = () if gain is None else (id(gain), gain._version, gain.data_ptr(), gain.requires_grad)
@@ -198,9 +203,9 @@ class _Held:
     def is_right(self, layer: Aligned) -> bool:
         weight, filters = layer.weight, self.filters
         return (
-            self.state == _state(layer)
+            self.state == state_of(layer)
             and filters.dtype is result_dtype("weight", weight, weight.device.type, None)
-            and (filters.requires_grad or not torch.is_grad_enabled() or not _is_trained(layer))
+            and (filters.requires_grad or not torch.is_grad_enabled() or not is_trained(layer))
         )
 
 
