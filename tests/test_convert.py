@@ -332,7 +332,8 @@ def test_other_models_that_are_refused():
         ({"include": 3}, TypeError, "include: expected a name pattern, a list of them or a function"),
         ({"exclude": [nn.Conv2d]}, TypeError, "exclude: expected a name pattern"),
         ({"include": ["0", "layer1"]}, ValueError, "include: 'layer1' matches none of the layers 0, 3.0, 3.1, 6"),
-        ({"foreach": True}, NotImplementedError, "foreach=True comes next"),
+        ({"foreach": 0}, ValueError, "foreach: expected True, False or a number of launches from 1 on, got 0"),
+        ({"foreach": "yes"}, ValueError, "foreach: expected True, False or a number .* got 'yes'"),
     ],
 )
 def test_errors(arguments, error, message):

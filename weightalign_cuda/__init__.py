@@ -2,11 +2,13 @@
 
 `align` and `align_foreach` align weights, `prepare` a weight and its convolution's input together, `conv1d`, `conv2d`
 and `conv3d` convolve with them; `WAConv2d` and its like are the layers; `convert` swaps those of a model for them,
-`fold` bakes the aligned weights in, `frozen` keeps them for a while; `backends()` says what serves all that here. The
-formula is Shi, Li, Liu, van Gemert, "WeightAlign: Normalizing Activations by Weight Alignment", arXiv 2010.07160.
+`fold` bakes the aligned weights in, `frozen` keeps them for a while, `accumulate` for several micro-batches;
+`backends()` says what serves all that here. The formula is Shi, Li, Liu, van Gemert, "WeightAlign: Normalizing
+Activations by Weight Alignment", arXiv 2010.07160.
 """
 
 from ._backend import backends, use_backend
+from .accumulate import accumulate
 from .convert import convert
 from .convolution import conv1d, conv2d, conv3d, prepare
 from .fold import fold
@@ -32,6 +34,7 @@ __all__ = [
     "WAConvTranspose2d",
     "WAConvTranspose3d",
     "WALinear",
+    "accumulate",
     "align",
     "align_foreach",
     "backends",

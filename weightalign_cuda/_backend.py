@@ -129,13 +129,16 @@ def _check_serves(name: str, device_type: str) -> str:
     return name
 
 
+def serving(device_type: str) -> Any:
+    """What has the ops, as functions of their names, of the backend that serves the device."""
+    backend = choose(device_type)
+    return reference if backend == "reference" else ops.in_triton if backend == "triton" else ops.native
+
+
 def run(op: str, device_type: str, *arguments: Any) -> Any:
     """The forward op of this name on the backend that serves the device."""
-    backend = choose(device_type)
-    if backend == "reference":
-        return getattr(reference, op)(*arguments)
-    served = ops.in_triton if backend == "triton" else ops.native
-    if torch.compiler.is_compiling():
+    served = serving(device_type)
+    if served is reference or torch.compiler.is_compiling():
         return getattr(served, op)(*arguments)
     # Eager code calls what is registered at the Autograd key, which spares it a way through the dispatcher.
     return getattr(autograd, op)(served, *arguments)

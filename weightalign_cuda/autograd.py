@@ -113,17 +113,17 @@ class _Fused(torch.autograd.Function):
             return None, None, grad_input, *_differentiable_gradients(ctx.options, tensors, grads, used, wanted)
         if not (used or input_used):
             return (None,) * (3 + 2 * count)
-        arguments = _of_used(used, grads, tensors, statistics, ctx.options[1])
+        arguments = of_used(used, grads, tensors, statistics, ctx.options[1])
         with _below_autograd():
             if input_used:
                 results = ctx.served.prepare_backward(grad_prepared, saved, *arguments, *ctx.preparation)
                 grad_input, grad_weights, grad_gains = results
             else:
                 grad_weights, grad_gains = ctx.served.align_backward(*arguments)
-        return None, None, grad_input, *_in_their_places(used, tensors, grad_weights, grad_gains)
+        return None, None, grad_input, *in_their_places(used, tensors, grad_weights, grad_gains)
 
 
-def _of_used(
+def of_used(
     used: Sequence[int],
     grads: Sequence[Tensor | None],
     tensors: Sequence[Tensor | None],
@@ -141,7 +141,7 @@ def _of_used(
     return grads, weights, gains, statistics, [scales[i] for i in used]
 
 
-def _in_their_places(
+def in_their_places(
     used: Sequence[int], tensors: Sequence[Tensor | None], grad_weights: Sequence[Tensor], grad_gains: Tensor
 ) -> list[Tensor | None]:
     """The gradients of weights and gains, None for those that take no part. (Autograd drops what is not wanted, as long

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from ._backend import run
 from ._select import CLASSES, SAME, Rule, class_name, filter_length, is_standardised, select, torch_class
 from ._swap import check_model, put_in_place, rebuilt
+from .foreach import check_whole, switch
 from .layers import Aligned
 
 logger = logging.getLogger("weightalign_cuda")
@@ -17,7 +18,7 @@ def convert(
     model: nn.Module,
     *,
     gain: str = "ones",
-    foreach: bool = False,
+    foreach: bool | int = False,
     include: Rule = None,
     exclude: Rule = None,
 ) -> nn.Module:
@@ -40,7 +41,12 @@ def convert(
         model: any module.
         gain: of plain layers, "ones" or "preserve": sqrt(n/2 * var + eps), so that a layer's aligned weight is at first
             its weight less the mean of each filter: to fine-tune a trained model.
-        foreach: not in this version.
+        foreach: True aligns all layers in one launch at the start of the model's forward, and has one launch in its
+            backward; a number aligns them in that many, so that DistributedDataParallel sends the first gradients while
+            the backward goes on. Converting again switches it on or off. It serves calls of `model` itself: a layer
+            called outside of them aligns itself, and so does one whose weight changes in the midst, or whose dtype an
+            autocast inside the forward decides. As all gradients leave one node, a second backward of the same forward
+            needs retain_graph=True even if its loss depends on other layers.
         include: only these layers: a pattern for their names as in `model.named_modules()` ("layer1.*", by fnmatch), a
             list of patterns, or a function (name, module) -> bool. What it matches is converted, be it the classifier:
             a Linear becomes a WALinear.
@@ -53,19 +59,24 @@ def convert(
         TypeError, ValueError: naming the argument, what came and what is wanted; for weights under
             torch.nn.utils.parametrize, weight_norm, spectral_norm or pruning, unless excluded; for quantised
             convolutions; for scripted and wrapped (DDP, FSDP, torch.compile) models. Nothing has been changed then.
-        NotImplementedError: for foreach=True.
+        RuntimeError: for foreach in a model sharded by FSDP or with torch.nn.DataParallel in it, where each layer has
+            to align itself; at the forward, if that came later.
     """
     check_model(model)
     if gain not in ("ones", "preserve"):
         raise ValueError(f"gain: expected 'ones' or 'preserve', got {gain!r}")
+    if not isinstance(foreach, int) or (not isinstance(foreach, bool) and foreach < 1):
+        raise ValueError(f"foreach: expected True, False or a number of launches from 1 on, got {foreach!r}")
     if foreach:
-        raise NotImplementedError("foreach=True comes next; foreach=False aligns each layer by itself")
+        check_whole(model)
     chosen, left = select(model, include, exclude)
     gains: dict[object, nn.Parameter] = {}
     new: dict[nn.Module, nn.Module] = {layer: _converted(layer, gain, gains) for layer in chosen}
     if left:
         logger.info("convert leaves as they are: %s", ", ".join(left))
-    return put_in_place(model, new)
+    model = put_in_place(model, new)
+    switch(model, foreach)
+    return model
 
 
 def _converted(layer: nn.Module, gain: str, gains: dict[object, nn.Parameter]) -> Aligned:

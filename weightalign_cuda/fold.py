@@ -9,6 +9,7 @@ from torch import nn
 from ._select import CLASSES, own_behaviour, torch_class
 from ._swap import check_model, check_plain, put_in_place, rebuilt
 from .folded import FOLDED, Folded
+from .foreach import switch_off_all
 from .functional import align
 from .layers import Aligned
 
@@ -44,6 +45,7 @@ def fold(model: nn.Module, *, inplace: bool = False) -> nn.Module:
                 raise ValueError(f"model: expected layers of this package, got {got}")
     if not inplace:
         model = copy.deepcopy(model)
+    switch_off_all(model)
     weights: dict[Any, nn.Parameter] = {}
     layers = [layer for layer in model.modules() if isinstance(layer, Aligned)]
     return put_in_place(model, {layer: _folded(layer, weights) for layer in layers})

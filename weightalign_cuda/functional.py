@@ -18,6 +18,7 @@ from ._checks import (
     per_weight,
     result_dtype,
 )
+from ._sharded import PLAIN, align_shards, is_sharded
 
 
 def align(
@@ -35,8 +36,9 @@ def align(
     eps this is any weight standardisation. One kernel launch; differentiable (twice) in weight and gain.
 
     Args:
-        weight: (K, ...), rank 2 or more; float32, float16, bfloat16 or float64. Any strides.
-        gain: (K,), any floating dtype, on the weight's device; None for 1.
+        weight: (K, ...), rank 2 or more; float32, float16, bfloat16 or float64. Any strides. A DTensor placed by
+            Shard(0) or Replicate() is aligned where it lies, without communication; the result is placed likewise.
+        gain: (K,), any floating dtype, on the weight's device, placed as the weight; None for 1.
         eps: added to n/2 * var; greater than 0. A constant filter gives exactly 0.
         scale: a constant factor.
         dtype: of the result. Default: autocast's where autocast is on for the device and the weight is not float64,
@@ -55,6 +57,9 @@ def align(
         check_gain("gain", gain, weight)
     check_number("eps", eps, positive=True)
     check_number("scale", scale)
+    if (type(weight) not in PLAIN or (gain is not None and type(gain) not in PLAIN)) and is_sharded((weight, gain)):
+        options = {"eps": eps, "scale": scale, "dtype": dtype, "memory_format": memory_format}
+        return align_shards(align_foreach, [weight], [gain], [None], **options)[0]  # type: ignore[arg-type]
     device_type = "cpu" if weight.is_cpu else weight.device.type  # the string costs 4 us in a training loop
     dtype = result_dtype("weight", weight, device_type, dtype)
     return run("align_forward", device_type, [weight], [gain], [eps], [scale], dtype, memory_format)[0][0]
@@ -91,6 +96,9 @@ def align_foreach(
     check_memory_format(memory_format)
     all_eps = per_weight("eps", eps, count, positive=True)
     scales = per_weight("scale", scale, count)
+    if is_sharded((*weights, *gains)):
+        options = {"eps": all_eps, "scale": scales, "dtype": dtype, "memory_format": memory_format}
+        return align_shards(align_foreach, weights, gains, list(range(count)), **options)  # type: ignore[arg-type]
     if not torch.compiler.is_compiling() and _is_for_one_op(weights, gains):
         kind = result_dtype("weights", weights[0], weights[0].device.type, dtype, 0)
         with contextlib.suppress(RuntimeError):  # of a list that the op refuses: what is wrong is found out below

@@ -1,0 +1,272 @@
+"""wa.accumulate: what plain accumulation gives, from one launch forward and one backward."""
+
+import copy
+import gc
+import weakref
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from test_foreach import CountOps
+from test_foreach_model import Model, checkpointed, image, layers
+from torch import nn
+from torch.nn.utils import parametrizations, prune
+from truth import BF16, F64, formula, normal
+
+import weightalign_cuda as wa
+
+SEEDS = 1, 2, 3
+
+
+@pytest.fixture(autouse=True)
+def one_thread(restore_threads):
+    """These are many small models, on machines that may be busy."""
+    torch.set_num_threads(1)
+
+
+def micro_batches(model, seeds=SEEDS, dtype=torch.float32):
+    for seed in seeds:
+        model(image(next(model.parameters()).device, seed, dtype)).float().square().sum().backward()
+
+
+def gradients(model):
+    return [p.grad for p in model.parameters()]
+
+
+def accumulated(model, run=micro_batches):
+    model.zero_grad()
+    with wa.accumulate(model) as given:
+        assert given is model
+        run(model)
+    return gradients(model)
+
+
+def plainly(model, run=micro_batches):
+    model = wa.convert(copy.deepcopy(model))
+    model.zero_grad()
+    run(model)
+    return gradients(model)
+
+
+def assert_near(found, expected, rtol=1e-5):
+    """Relative to each tensor's largest value: sums of the same in another order."""
+    for one, other in zip(found, expected, strict=True):
+        assert (one is None) == (other is None)
+        if one is not None:
+            assert one.dtype == other.dtype and one.stride() == other.stride()
+            assert (one - other).abs().max() <= rtol * other.abs().max()
+
+
+@pytest.mark.parametrize("foreach", [False, True, 3])
+@pytest.mark.parametrize("block", [lambda block, x: block(x), checkpointed(False), checkpointed(True)])
+def test_equals_plain_accumulation(backend, device, foreach, block):
+    model = wa.convert(Model(block), foreach=foreach).to(device)
+    assert_near(accumulated(model), plainly(model))
+    assert model.unused.weight.grad is None and model.unused.gain.grad is None
+    before = [layer.aligned_by for layer in layers(model)]
+    with wa.accumulate(model):
+        micro_batches(model)  # on top of the gradients that are there
+    assert_near(gradients(model), plainly(model, lambda m: [micro_batches(m), micro_batches(m)]))
+    assert [layer.aligned_by for layer in layers(model)] == before
+
+
+@pytest.mark.parametrize("foreach", [False, True])
+def test_one_launch_each_way(native, device, foreach):
+    model = wa.convert(Model(), foreach=foreach).to(device)
+    with CountOps() as ops:
+        accumulated(model)
+    assert ops.calls["align_forward"] == ops.calls["align_backward"] == 1
+    assert ops.calls["prepare_forward"] == 3  # of inputs: relu and padding
+    with CountOps() as ops, wa.accumulate(model), torch.no_grad():
+        model(image(device))
+    assert ops.calls["align_forward"] == 1 and not ops.calls["align_backward"]
+    with CountOps() as ops, wa.accumulate(model):
+        pass
+    assert not ops.calls
+
+
+def test_truth(backend, device):
+    """Of one convolution in float64, by autograd of the formula."""
+    layer = wa.WAConv2d(3, 4, 3, dtype=F64, device=device)
+    with torch.no_grad():
+        layer.gain.copy_(normal(4, seed=5))
+    x = [normal(2, 3, 6, 5, seed=s, dtype=F64, device=device) for s in SEEDS]
+    with wa.accumulate(layer):
+        for each in x:
+            layer(each).sin().sum().backward()
+    true = sum(nn.functional.conv2d(each, formula(layer.weight, layer.gain), layer.bias).sin().sum() for each in x)
+    expected = torch.autograd.grad(true, list(layer.parameters()))
+    assert_near(gradients(layer), expected, 1e-12)
+
+
+def test_sums_in_float32(device):
+    """A thousand gradients of bfloat16 weights, each lost in a bfloat16 sum of the others; and under autocast."""
+    for model in (
+        wa.WALinear(8, 4, bias=False, dtype=BF16, device=device),
+        wa.WALinear(8, 4, bias=False, device=device),
+    ):
+        x, small = normal(8, 8, device=device, seed=3), 600
+        expected = None
+        for count in (1, small):
+            model.zero_grad()
+            with wa.accumulate(model), torch.autocast(device, dtype=BF16):
+                for _ in range(count):
+                    model(x).float().sum().backward()
+            found = [p.grad.float() for p in model.parameters()]
+            if count == 1:
+                expected = [small * grad for grad in found]
+            else:
+                assert_near(found, expected, rtol=2**-7 if model.weight.dtype == BF16 else 1e-4)
+
+
+def test_autocast_for_some_micro_batches(device):
+    def run(model):
+        for seed in SEEDS:
+            with torch.autocast(device, dtype=BF16, enabled=seed != 2):
+                result = model(image(device, seed))
+            result.float().square().sum().backward()
+
+    model = wa.convert(Model(), foreach=True).to(device)
+    with CountOps() as ops:
+        found = accumulated(model, run)
+    assert ops.calls["align_forward"] == ops.calls["align_backward"] == 2
+    assert_near(found, plainly(model, run), rtol=2e-2)
+
+
+def test_layers_shared_and_frozen(device):
+    model = wa.convert(Model()).to(device, F64)
+    model.first.requires_grad_(False)
+    model.last.gain.requires_grad_(False)
+    model.unused.weight = model.last.weight
+    model.add_module("again", model.last)
+    model.register_forward_hook(lambda m, _, out: out + m.unused(normal(1, 6, 3, 3, dtype=F64, device=device)).mean())
+
+    def run(m):
+        micro_batches(m, dtype=F64)
+
+    assert_near(accumulated(model, run), plainly(model, run), 1e-6)  # losses are of float32
+    assert model.first.weight.grad is None and model.last.gain.grad is None
+
+
+def test_hooks_of_parameters_run_once(device):
+    model, calls = wa.convert(Model()).to(device), []
+    model.first.weight.register_hook(lambda grad: calls.append("gradient"))
+    model.first.gain.register_post_accumulate_grad_hook(lambda _: calls.append("gain"))
+    model.middle[2].weight.register_post_accumulate_grad_hook(lambda _: calls.append("transposed"))
+    accumulated(model)
+    assert sorted(calls) == ["gain", "gradient", "transposed"]
+
+
+def test_exception(device):
+    model = wa.convert(Model(), foreach=True).to(device)
+    with pytest.raises(OSError), wa.accumulate(model):
+        micro_batches(model)
+        raise OSError
+    assert all(p.grad is None for layer in layers(model) for p in (layer.weight, layer.gain))
+    assert_near(accumulated(model), plainly(model))
+
+
+def test_optimizer_step_inside(device):
+    model, other = (wa.convert(Model()).to(device) for _ in range(2))
+    optimizers = [torch.optim.SGD(m.parameters(), lr=0.1) for m in (model, other)]
+    with (
+        pytest.raises(RuntimeError, match=r"optimizer step inside wa\.accumulate.*step after it"),
+        wa.accumulate(model),
+    ):
+        micro_batches(model)
+        micro_batches(other)
+        optimizers[1].step()  # another model's
+        optimizers[0].step()
+    optimizers[0].step()
+
+
+def test_parameters_that_change_inside(device):
+    model = wa.convert(Model()).to(device)
+    message = r"wa\.accumulate: parameters changed inside.*got first\.weight"
+    with pytest.raises(RuntimeError, match=message), wa.accumulate(model), torch.no_grad():
+        model(image(device))
+        model.first.weight.mul_(2)
+        model(image(device))
+    for change in (lambda: model.first.bias.add_(1), lambda: model.load_state_dict(model.state_dict())):
+        model.zero_grad()
+        with pytest.raises(RuntimeError, match=r"wa\.accumulate: parameters changed inside"), wa.accumulate(model):
+            micro_batches(model)
+            with torch.no_grad():
+                change()
+        assert model.last.weight.grad is None
+    with pytest.raises(RuntimeError, match="replaced or frozen"), wa.accumulate(model):
+        model.first.gain = nn.Parameter(torch.ones_like(model.first.gain))
+
+
+def test_weights_that_something_makes(device):
+    model = wa.convert(Model()).to(device)
+    parametrizations.weight_norm(model.first)
+    prune.l1_unstructured(model.last, "weight", 0.5)
+    found = accumulated(model)
+    model.zero_grad()
+    micro_batches(model)
+    assert_near(found, gradients(model))
+
+
+def test_memory_is_given_back(device):
+    model, leaves = wa.convert(Model()).to(device), []
+    model.first.register_forward_pre_hook(lambda layer, _: leaves.append(weakref.ref(layer.aligned_filters())))
+    accumulated(model)
+    gc.collect()
+    assert len({id(leaf()) for leaf in leaves}) == 1 and leaves[0]() is None
+    assert all(layer.aligned_by is None for layer in layers(model))
+
+
+def test_nested_frozen_copied(device):
+    model = wa.convert(Model(), foreach=True).to(device)
+    expected = plainly(model)
+    with wa.accumulate(model):
+        micro_batches(model, SEEDS[:1])
+        with wa.accumulate(model):
+            micro_batches(model, SEEDS[1:2])
+        with torch.inference_mode(), wa.frozen(model.eval()):
+            model(image(device))
+        other = copy.deepcopy(model)
+        micro_batches(model.train(), SEEDS[2:])
+    assert_near(gradients(model), expected)
+    assert_near(accumulated(other), expected)
+
+
+def test_threads(device):
+    model = wa.convert(Model()).to(device, F64)
+
+    def run(m):
+        with ThreadPoolExecutor(4) as pool:
+            list(pool.map(lambda seed: micro_batches(m, [seed], F64), range(8)))
+
+    found = accumulated(model, run)
+    model.zero_grad()
+    for _ in [0]:
+        micro_batches(model, range(8), F64)
+    assert_near(found[3:], gradients(model)[3:], 1e-5)
+
+
+def test_compiled(device):
+    model = wa.convert(Model(), foreach=True).to(device)
+    expected = plainly(model)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    with wa.accumulate(model):
+        micro_batches(compiled)
+    assert_near(gradients(model), expected)
+    torch.compiler.reset()
+
+
+class FSDPModule:
+    """As torch's, which fully_shard makes a base of a module's class."""
+
+
+class Sharded(FSDPModule, Model):
+    pass
+
+
+def test_errors():
+    with pytest.raises(TypeError, match=r"model: expected a torch\.nn\.Module, got int"), wa.accumulate(3):
+        pass
+    for model, reason in ((Sharded(), "FSDP2 gathers"), (nn.DataParallel(Model()), "DataParallel runs copies")):
+        with pytest.raises(RuntimeError, match=rf"wa\.accumulate: .*{reason}"), wa.accumulate(model):
+            pass

@@ -1,0 +1,547 @@
+"""wa.convert(model, foreach=True): the numbers of layers that align themselves, from one launch forward and one
+backward, whatever a program does to the model. (A model of one launch for each layer is held to the formula in other
+files.)"""
+
+import copy
+import gc
+import pickle
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from test_foreach import CountOps
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from truth import BF16, F64, name, normal
+
+import weightalign_cuda as wa
+from weightalign_cuda.layers import Aligned
+
+
+@pytest.fixture(autouse=True)
+def one_thread(restore_threads):
+    """These are many small models, on machines that may be busy."""
+    torch.set_num_threads(1)
+
+
+class Model(nn.Module):
+    """With an activation of ours, a transposed convolution, a layer that is not used; `middle` runs as it is told."""
+
+    def __init__(self, run=lambda block, x: block(x)):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first = nn.Conv2d(3, 6, 3, padding=1)
+        self.middle = nn.Sequential(
+            nn.Conv2d(6, 6, 3, padding=1, bias=False),
+            nn.SiLU(),
+            nn.ConvTranspose2d(6, 6, 2, groups=2),
+            wa.WAConv2d(6, 6, 3, padding="same_tf", stride=2, activation="relu"),
+        )
+        self.last = nn.Conv2d(6, 4, 3)
+        self.unused = nn.Conv2d(6, 4, 3)
+        self.run = run
+
+    def forward(self, x):
+        return self.last(self.run(self.middle, self.first(x))).mean((2, 3))
+
+
+def checkpointed(reentrant):
+    return lambda block, x: checkpoint(block, x, use_reentrant=reentrant)
+
+
+def image(device="cpu", seed=9, dtype=torch.float32):
+    return normal(2, 3, 8, 7, seed=seed, device=device, dtype=dtype)
+
+
+def step(model, forward=None, x=None):
+    """The result and all gradients, None for what is not used; ops of the forward; ops of the backward."""
+    model.zero_grad()
+    x = image(next(model.parameters()).device) if x is None else x
+    with CountOps() as forward_ops:
+        result = (model if forward is None else forward)(x)
+    with CountOps() as backward_ops:
+        result.float().square().sum().backward()
+    found = [result.detach(), *(p.grad for p in model.parameters())]
+    return found, forward_ops.calls, backward_ops.calls
+
+
+def assert_same(found, expected, **tolerance):
+    for one, other in zip(found, expected, strict=True):
+        assert (one is None) == (other is None)
+        if one is not None:
+            torch.testing.assert_close(one, other, **(tolerance or {"rtol": 0, "atol": 0}))
+
+
+def alone(device="cpu", **kwargs):
+    return step(wa.convert(Model(**kwargs)).to(device))[0]
+
+
+def layers(model):
+    return [module for module in model.modules() if isinstance(module, Aligned)]
+
+
+def kept(model):
+    """How many aligned weights wait for a backward that runs layers again."""
+    return sum(len(layer.aligned_by.kept) for layer in layers(model))
+
+
+@pytest.mark.parametrize("foreach", [True, 1, 2, 4, 50])
+def test_same_numbers(backend, device, foreach):
+    model = wa.convert(Model(), foreach=foreach).to(device)
+    for _ in range(2):
+        found, *ops = step(model)
+        assert_same(found, alone(device))
+    assert model.unused.weight.grad is None and model.unused.gain.grad is None
+    if backend != "reference":
+        launches = [min(int(foreach), len(layers(model)))] * 2
+        # Of what is not used, a bucket of its own has nothing to do in the backward.
+        assert ops[0]["align_forward"] == launches[0] and 0 <= launches[1] - ops[1]["align_backward"] <= 1
+        assert (ops[0]["prepare_forward"], ops[1]["prepare_backward"]) == (1, 1)
+
+
+def test_one_launch_each_way(native, device):
+    _, forward, backward = step(wa.convert(Model(), foreach=True).to(device))
+    assert forward == {"align_forward": 1, "prepare_forward": 1}
+    assert backward == {"align_backward": 1, "prepare_backward": 1}
+
+
+def test_buckets_are_ready_while_the_backward_goes_on(native, device):
+    """In the order in which it meets them, each before the convolutions of the next."""
+    model = wa.convert(nn.Sequential(*[nn.Conv2d(4, 4, 3, padding=1) for _ in range(6)]), foreach=3).to(device)
+    events = []
+    for i, layer in enumerate(model):
+        layer.register_full_backward_hook(lambda *_, i=i: events.append(f"convolution {i}"))
+        layer.weight.register_post_accumulate_grad_hook(lambda _, i=i: events.append(f"gradient {i}"))
+    model(normal(1, 4, 5, 5, device=device).requires_grad_()).sum().backward()
+    for i in range(2, 6):
+        assert events.index(f"gradient {i}") < events.index(f"convolution {2 * (i // 2) - 2}")
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("foreach", [True, 3])
+def test_checkpointed_block(backend, device, reentrant, foreach):
+    model = wa.convert(Model(checkpointed(reentrant)), foreach=foreach).to(device)
+    for _ in range(2):
+        found, forward, backward = step(model)
+        assert_same(found, alone(device))
+        assert kept(model) == 0
+    if backend != "reference":
+        assert forward["align_forward"] == int(foreach)
+        # The reentrant kind trains what it runs a second time, where the block's layers align themselves.
+        assert (backward["align_forward"] > 0) == reentrant
+        assert reentrant or backward["align_backward"] == int(foreach)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpointed_model(backend, device, reentrant):
+    for block in (Model, lambda: Model(checkpointed(False))):
+        model = wa.convert(block(), foreach=True).to(device)
+        x = image(device).requires_grad_()
+        found, *_ = step(model, lambda x, m=model: checkpoint(m, x, use_reentrant=reentrant), x)
+        assert_same(found, alone(device))
+        assert kept(model) == 0
+
+
+def test_checkpoints_of_several_forwards(device):
+    """Backward in either order, twice, and never."""
+    model = wa.convert(Model(checkpointed(False)), foreach=True).to(device)
+    plain = wa.convert(Model()).to(device)
+    for order in ((0, 1), (1, 0)):
+        found = []
+        for m in (model, plain):
+            m.zero_grad()
+            results = [m(image(device, seed)) for seed in (1, 2)]
+            for i in order:
+                results[i].sum().backward(retain_graph=True)
+                results[i].sum().backward()
+            found.append([p.grad for p in m.parameters()])
+        assert_same(*found)
+        assert kept(model) == 0
+    result = model(image(device))
+    assert kept(model) == 3
+    del result
+    gc.collect()
+    assert kept(model) == 0
+
+
+def test_weight_changed_before_its_second_run(device):
+    """As torch says of any weight that the backward needs; never a silent wrong gradient."""
+    model = wa.convert(Model(checkpointed(False)), foreach=True).to(device)
+    result = model(image(device)).sum()
+    with torch.no_grad():
+        model.middle[0].weight.mul_(2)
+    with pytest.raises(RuntimeError, match="different metadata than during the forward pass"):
+        result.backward()
+
+
+def test_layers_outside_of_a_forward_of_the_model(device):
+    model, plain = (wa.convert(Model(), foreach=f).to(device) for f in (True, False))
+    for m in (model, plain):
+        with CountOps() as ops:
+            m.last(m.first(image(device))).sum().backward()
+            checkpoint(m.middle, m.first(image(device)), use_reentrant=False).sum().backward()
+        assert ops.calls["align_forward"] > 1
+    assert_same([p.grad for p in model.parameters()], [p.grad for p in plain.parameters()])
+    step(model)
+    assert not torch.equal(model.first.aligned_filters(), model.first.weight)
+
+
+class Twice(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b = nn.Conv2d(3, 3, 3, padding=1), nn.Conv2d(3, 3, 3, padding=1)
+        self.b.weight = self.a.weight
+
+    def forward(self, x):
+        return self.a(self.b(self.a(x)))
+
+
+def test_layers_used_twice_and_shared_weights(device):
+    found = [step(wa.convert(Twice(), foreach=f).to(device, F64), x=image(device, dtype=F64))[0] for f in (True, False)]
+    assert_same(*found, rtol=1e-12, atol=1e-12)
+
+
+def test_frozen_layers(device):
+    """Nothing is computed for them: their filters want no gradients."""
+    wanted = []
+
+    def run(block, x):
+        wanted.append(model.first.aligned_filters().requires_grad)
+        return block(x)
+
+    model = wa.convert(Model(run), foreach=True).to(device)
+    expected = alone(device)
+    for parameter in (*model.first.parameters(), model.last.weight):
+        parameter.requires_grad_(False)
+    found, *_ = step(model)
+    assert wanted == [False]
+    is_trained = [True, *(p.requires_grad for p in model.parameters())]
+    assert_same(found, [t if trained else None for t, trained in zip(expected, is_trained, strict=True)])
+    model.requires_grad_(False)
+    assert not model(image(device)).requires_grad
+
+
+def test_without_gradients(device):
+    model, plain = (wa.convert(Model(), foreach=f).to(device).eval() for f in (True, False))
+    for context in (torch.no_grad, torch.inference_mode):
+        with context():
+            with CountOps() as ops:
+                found = model(image(device))
+            assert torch.equal(found, plain(image(device)))
+        assert ops.calls["align_forward"] == 1
+        assert_same(step(model)[0], step(plain)[0])  # nothing is left of it
+
+
+def test_grad_mode_changes_in_the_forward(device):
+    def run(block, x):
+        with torch.set_grad_enabled(not torch.is_grad_enabled()):
+            return block(x)
+
+    model, plain = (wa.convert(Model(run), foreach=f).to(device) for f in (True, False))
+    assert_same(step(model)[0], step(plain)[0])
+    with torch.no_grad():
+        results = [m(image(device)) for m in (model, plain)]
+    for m, result in zip((model, plain), results, strict=True):
+        m.zero_grad()
+        m.last.requires_grad_(False)
+        with torch.enable_grad():
+            m.middle(m.first(image(device))).sum().backward()
+        assert not result.requires_grad
+    assert_same([p.grad for p in model.parameters()], [p.grad for p in plain.parameters()])
+
+
+def scaled(weight):
+    with torch.no_grad():
+        weight.neg_().add_(0.1 * weight.square())
+
+
+def swapped(weight):
+    weight.data = weight.data.flip(1)
+
+
+@pytest.mark.parametrize("change", [scaled, swapped])
+def test_weights_that_change_in_the_forward(device, change):
+    def run(block, x):
+        change(model.middle[0].weight)
+        return block(x)
+
+    model = wa.convert(Model(run), foreach=True).to(device)
+    with torch.no_grad():
+        found = model(image(device))
+        model.run = lambda block, x: block(x)
+        assert torch.equal(model(image(device)), found)
+        wa.convert(model)
+        torch.testing.assert_close(model(image(device)), found, rtol=1e-6, atol=1e-6)
+
+
+def test_weights_that_change_between_forwards(device):
+    model, plain = (wa.convert(Model(), foreach=f).to(device) for f in (2, False))
+    for i in range(3):
+        optimizers = [torch.optim.SGD(m.parameters(), lr=0.1) for m in (model, plain)]
+        assert_same(step(model)[0], step(plain)[0])
+        for optimizer in optimizers:
+            optimizer.step()
+        if i == 1:
+            state = {k: v.flip(0) for k, v in plain.state_dict().items()}
+            plain.load_state_dict(state), model.load_state_dict(state)
+    assert_same([p.detach() for p in model.parameters()], [p.detach() for p in plain.parameters()])
+
+
+def test_exceptions(device):
+    def run(block, x):
+        block(x)
+        raise OSError
+
+    model = wa.convert(Model(run), foreach=True).to(device)
+    for _ in range(2):
+        with pytest.raises(OSError):
+            model(image(device))
+    with torch.no_grad():
+        model.first.weight.mul_(-1)
+        changed = model.first.aligned_filters()
+        model.first.weight.mul_(-1)
+        assert torch.equal(model.first.aligned_filters(), -changed)
+    with pytest.raises(TypeError):
+        model(None)
+    model.run = lambda block, x: block(x)
+    assert_same(step(model)[0], alone(device))
+
+
+def test_a_model_in_a_model_and_recursion(native, device):
+    inner = wa.convert(Model(), foreach=True).to(device)
+
+    def run(block, x):
+        return block(x) + inner(image(device)).sum()
+
+    outer = Model(run).to(device)
+    outer.inner = inner
+    found, forward, _ = step(wa.convert(outer, foreach=True))
+    assert forward["align_forward"] == 1
+    expected, *_ = step(wa.convert(outer))
+    assert_same(found, expected)
+    assert_same(step(inner)[0], alone(device))
+    depth = []
+
+    def again(block, x):
+        depth.append(1)
+        return block(x) + (model(image(device)).sum() if len(depth) % 2 else 0)
+
+    model = wa.convert(Model(again), foreach=True).to(device)
+    found, *_ = step(model)
+    assert_same(found, step(wa.convert(model))[0], rtol=1e-4, atol=1e-5)
+
+
+def test_two_models_in_turns(device):
+    models = [wa.convert(Model(), foreach=True).to(device) for _ in range(2)]
+    with torch.no_grad():
+        models[1].first.gain.mul_(3)
+    together = sum(m(image(device)).square().sum() for m in models)
+    together.backward()
+    found = [[p.grad for p in m.parameters()] for m in models]
+    for m, grads in zip(models, found, strict=True):
+        assert_same(grads, step(wa.convert(m))[0][1:])
+
+
+@pytest.mark.parametrize("kind", ["train", "infer"])
+def test_threads_with_one_model(backend, device, kind):
+    begin, model = threading.Barrier(8), wa.convert(Model(checkpointed(False)), foreach=True).to(device)
+    parameters, expected = list(model.parameters()), alone(device)
+
+    def run(_):
+        begin.wait(60)
+        with wa.use_backend(backend), torch.set_grad_enabled(kind == "train"):
+            for _ in range(5):
+                result = model(image(device))
+                assert torch.equal(result, expected[0])
+                if kind == "train":
+                    loss = result.square().sum()
+                    assert_same(
+                        torch.autograd.grad(loss, parameters, allow_unused=True), expected[1:], rtol=1e-4, atol=1e-5
+                    )
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(run, range(8)))
+
+
+@pytest.mark.parametrize("low", [BF16, torch.float16], ids=name)
+def test_autocast(device, low):
+    def run(block, x):
+        with torch.autocast(device, dtype=low, enabled=not torch.is_autocast_enabled(device)):
+            return block(x.float()).float()
+
+    for given in ({}, {"run": run}):
+        model, plain = (wa.convert(Model(**given), foreach=f).to(device) for f in (True, False))
+        for m in (model, plain):
+            m.forward_in = torch.autocast(device, dtype=low)(m)
+        assert_same(step(model, model.forward_in)[0], step(plain, plain.forward_in)[0])
+        assert_same(step(model)[0], step(plain)[0])
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+def test_copies(native, device, copied):
+    """They align their own layers together."""
+    model = wa.convert(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3)), foreach=True).to(device)
+    for other in (copied(model), copied(model.eval())):
+        with torch.no_grad():
+            other[0].gain.mul_(2)
+        found, forward, backward = step(other)
+        assert forward["align_forward"] == backward["align_backward"] == 1
+        assert all(p.grad is None for p in model.parameters())
+        assert_same(found, step(wa.convert(other))[0])  # without it now; the original still has it
+        assert step(model)[1]["align_forward"] == 1
+        model.zero_grad()
+
+
+def test_on_and_off(native, device):
+    model = wa.convert(Model()).to(device)
+    for foreach, launches in ((True, 1), (True, 1), (3, 3), (False, 4), (False, 4), (2, 2)):
+        modules = list(model.modules())
+        assert wa.convert(model, foreach=foreach) is model and list(model.modules()) == modules
+        _, forward, _ = step(model)
+        assert forward["align_forward"] == launches
+        assert len(model._forward_pre_hooks) == len(model._forward_hooks) == bool(foreach)
+
+
+def test_frozen_and_fold(native, device):
+    model = wa.convert(Model(), foreach=True).to(device).eval()
+    expected = model(image(device)).detach()
+    with torch.no_grad(), wa.frozen(model):
+        for _ in range(2):
+            assert torch.equal(model(image(device)), expected)
+        with CountOps() as ops:
+            model(image(device))
+        assert not ops.calls["align_forward"]
+    assert step(model)[1]["align_forward"] == 1
+    for inplace in (False, True):
+        folded = wa.fold(model, inplace=inplace)
+        torch.testing.assert_close(folded(image(device)), expected)
+        assert not folded._forward_pre_hooks and not folded._forward_hooks
+
+
+def test_functions_of_the_parameters(device):
+    model, plain = (wa.convert(Model(), foreach=f).to(device, F64) for f in (True, False))
+    x = image(device, dtype=F64)
+    other = {k: (v.detach() + 0.1 * v.detach().square()).requires_grad_() for k, v in model.named_parameters()}
+    grads = []
+    for m in (model, plain):
+        loss = torch.func.functional_call(m, other, (x,)).square().sum()
+        grads.append(torch.autograd.grad(loss, list(other.values()), allow_unused=True))
+        torch.testing.assert_close(torch.func.functional_call(m, other, (x,)).square().sum(), loss)
+    assert_same(*grads, rtol=1e-12, atol=1e-12)
+    of = [
+        torch.func.grad(lambda p, m=m: torch.func.functional_call(m, p, (x,)).square().sum())(other)
+        for m in (model, plain)
+    ]
+    assert_same(of[0].values(), of[1].values(), rtol=1e-12, atol=1e-12)
+
+
+def test_twice_differentiable(device):
+    found = []
+    for foreach in (True, False):
+        model = wa.convert(Model(), foreach=foreach).to(device, F64)
+        x = image(device, dtype=F64).requires_grad_()
+        (grad,) = torch.autograd.grad(model(x).square().sum(), x, create_graph=True)
+        grad.square().sum().backward()
+        found.append([p.grad for p in model.parameters()])
+    assert_same(*found, rtol=1e-10, atol=1e-12)
+
+
+def test_memory_is_not_kept(device):
+    model = wa.convert(Model(), foreach=True).to(device)
+    filters = []
+    model.first.register_forward_pre_hook(lambda layer, _: filters.append(layer.aligned_filters()))
+    result = model(image(device))
+    result.sum().backward()
+    assert len(filters) == 1
+    filters[0] = torch.utils.weak.WeakTensorKeyDictionary({filters[0]: 1})
+    del result
+    gc.collect()
+    assert len(filters[0]) == 0
+
+
+@pytest.fixture
+def fresh_compiler():
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+@pytest.mark.parametrize("block", [lambda block, x: block(x), checkpointed(False)], ids=["plain", "checkpointed"])
+def test_compiled(device, fresh_compiler, block):
+    model = wa.convert(Model(block), foreach=True).to(device)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    aligned = []
+    for _ in range(2):
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: aligned.append(t) or t, lambda t: t):
+            result = compiled(image(device))
+        model.zero_grad()
+        result.square().sum().backward()
+        assert_same([result.detach(), *(p.grad for p in model.parameters())], alone(device), rtol=1e-4, atol=1e-5)
+        with torch.no_grad():
+            model.first.weight.mul_(2), model.last.gain.mul_(1)
+            model.first.weight.mul_(0.5)
+    with ThreadPoolExecutor(2) as pool, torch.no_grad():
+        expected = model(image(device))
+        for found in pool.map(lambda _: compiled(image(device)), range(2)):
+            torch.testing.assert_close(found, expected)
+
+
+def graphs_of(function):
+    """The function compiled, and the targets in each graph that this makes."""
+    graphs = []
+
+    def backend(graph, _):
+        graphs.append([str(node.target) for node in graph.graph.nodes])
+        return graph
+
+    return torch.compile(function, fullgraph=True, backend=backend), graphs
+
+
+def test_graphs_of_compile(device, fresh_compiler):
+    """The compiled model's graph takes the aligned weights; one around the model aligns them in itself, once; one of a
+    part aligns each layer."""
+    model = wa.convert(Model(), foreach=True).to(device).eval()
+    around = nn.Sequential(model, nn.ReLU())
+    expected = model(image(device))
+    for function, count in ((model, 0), (around, 1)):
+        compiled, graphs = graphs_of(function)
+        for _ in range(3):
+            found = compiled(image(device))
+        torch.testing.assert_close(found, expected if function is model else expected.relu())
+        assert [sum("align_forward" in target for target in graph) for graph in graphs] == [count]
+    model.middle, graphs = graphs_of(model.middle)
+    torch.testing.assert_close(model(image(device)), expected)
+    assert [sum("align_forward" in target for target in graph) for graph in graphs] == [3]
+
+
+def test_export(device):
+    model = wa.convert(Model(), foreach=True).to(device).eval()
+    exported = torch.export.export(model, (image(device),))
+    assert sum("align_forward" in str(node.target) for node in exported.graph.nodes) == 1
+    torch.testing.assert_close(exported.module()(image(device)), model(image(device)))
+
+
+class FSDPModule:
+    """As torch's, which fully_shard makes a base of a module's class."""
+
+
+class Sharded(FSDPModule, Model):
+    pass
+
+
+def test_models_that_have_not_all_weights_at_once(device):
+    for model, reason in ((Sharded(), "FSDP2 gathers"), (nn.DataParallel(Model()), "DataParallel runs copies")):
+        modules = list(model.modules())
+        with pytest.raises(RuntimeError, match=f"foreach: all layers cannot be aligned .*{reason}.*foreach=False"):
+            wa.convert(model, foreach=True)
+        assert list(model.modules()) == modules
+        wa.convert(model)
+    later = wa.convert(Model(), foreach=True).to(device)
+    replica = later._replicate_for_data_parallel()
+    with pytest.raises(RuntimeError, match="DataParallel runs copies"):
+        replica(image(device))
+    later.middle = nn.DataParallel(later.middle)
+    with pytest.raises(RuntimeError, match="DataParallel runs copies"):
+        later(image(device))
