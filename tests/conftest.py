@@ -35,6 +35,7 @@ NEEDS = {
     "test_cubin.py": [] if shutil.which("cuobjdump") else ["triton"],  # Triton brings a cuobjdump
     "test_layout.py": ["hypothesis"],
     "test_prepare.py": ["hypothesis"],
+    "test_readme.py": ["torchvision"],
     "test_timm.py": ["timm", "torchvision"],
     "test_timm_models.py": ["timm", "torchvision"],
     "test_triton_compiled.py": ["triton"],
