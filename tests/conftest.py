@@ -26,6 +26,7 @@ NEEDS = {
     "test_cubin.py": [] if shutil.which("cuobjdump") else ["triton"],  # Triton brings a cuobjdump
     "test_layout.py": ["hypothesis"],
     "test_prepare.py": ["hypothesis"],
+    "test_step_benchmark.py": ["numpy", "rich", "timm", "torchvision"],
     "test_timm.py": ["timm", "torchvision"],
     "test_timm_models.py": ["timm", "torchvision"],
 }
