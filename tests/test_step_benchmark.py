@@ -122,8 +122,8 @@ def test_goals_are_judged_by_what_was_measured():
     record = {"case": "resnet50", "batch": 1, "clock": "wall", "provider": "ours foreach", "device": "cpu"}
     measured = [{**record, "speedups": {"plain": each}} for each in (ratio, {**ratio, "ratio": 1.0})]
     missed, met = step.goal_lines(measured)
-    assert "1.111 (1.000 to 1.250), goal 1.05: [red]missed" in missed
-    assert "1.000 (1.000 to 1.250), goal 1.05: met" in met
+    assert "1.111 (1.000 to 1.250), goal 1.05: [red]missed[/red], within noise" in missed
+    assert "1.000 (1.000 to 1.250), goal 1.05: met, within noise" in met
 
 
 def test_main_writes_records(tmp_path, monkeypatch, capsys):
