@@ -1,4 +1,4 @@
-# make bench | bench-layers | test | demo | gpu-report | lint: each makes .venv first, once.
+# make bench | bench-layers | bench-step | test | demo | gpu-report | lint: each makes .venv first, once.
 #
 #   TORCH=torch==2.13.0   another torch to install
 #   PY=python3            an existing environment instead of .venv: nothing is downloaded, absent rivals are left out
@@ -22,13 +22,16 @@ endif
 SOURCES := setup.py pyproject.toml CMakeLists.txt $(shell find csrc -type f)
 CPP := $(shell git ls-files -co --exclude-standard '*.cpp' '*.h' '*.cu' '*.cuh')
 
-.PHONY: bench bench-layers test demo gpu-report lint format clean
+.PHONY: bench bench-layers bench-step test demo gpu-report lint format clean
 
 bench: $(INSTALLED)
 	$(PY) -m benchmarks.align
 
 bench-layers: $(INSTALLED)
 	$(PY) -m benchmarks.conv_layers
+
+bench-step: $(INSTALLED)
+	$(PY) -m benchmarks.step
 
 test: $(INSTALLED)
 	$(PYTEST)

@@ -6,21 +6,17 @@ F.batch_norm trick, torch.compile of the formula; floors: gain * weight, the cas
 Writes align.jsonl (a record a line) and a plot for each dtype.
 """
 
-import argparse
 import importlib.util
-import json
-import pathlib
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 import weightalign_cuda as wa
 
-from . import harness, layers, machine, report
+from . import command, harness, layers, machine, report
 from .harness import Case, Limits
 from .layers import Network
 from .providers import (
@@ -35,7 +31,7 @@ from .providers import (
     short,
     why_no_compile,
 )
-from .stats import quantiles
+from .stats import spread
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 NETWORK_COST = 12  # a direction of the network takes about so many times one of a layer, for the time left
@@ -53,10 +49,7 @@ def cases(network: Network, only: str | None) -> list[Case]:
     """Distinct shapes and the whole network; `only` keeps those whose name contains it."""
     single = [Case("x".join(map(str, shape)), (shape,)) for shape in network.shapes]
     everything = [*single, Case(network.name, tuple(shape for _, shape in network.layers))]
-    kept = [case for case in everything if only is None or only in case.name]
-    if not kept:
-        raise SystemExit(f"--only {only}: none of {', '.join(case.name for case in everything)}")
-    return kept
+    return command.chosen({case.name: case for case in everything}, only)
 
 
 def host_records(setting: Setting, limits: Limits) -> list[dict[str, Any]]:
@@ -101,9 +94,7 @@ def host_records(setting: Setting, limits: Limits) -> list[dict[str, Any]]:
             "n_layers": len(inputs.weights),
             "bytes_min": bytes_min,
         }
-        p20, p50, p80 = quantiles(samples[name])
-        extra |= {"p20": p20, "p50": p50, "p80": p80, "samples": len(samples[name]), "speedups": {}}
-        records.append(common | extra)
+        records.append(common | extra | spread(samples[name]) | {"speedups": {}})
     return records
 
 
@@ -117,8 +108,7 @@ def run(
     device = chosen[0].device
     facts = machine.facts(device)
     console.print(f"{machine.label(facts)}; backends: {wa.backends()}", highlight=False)
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
-    with Progress(*columns, TimeRemainingColumn(), console=console) as progress:
+    with command.progress(console) as progress:
         costs = [NETWORK_COST if len(case.shapes) > 1 else 1 for case in todo]
         task = progress.add_task("copy rate", total=len(chosen) * len(DIRECTIONS) * sum(costs))
         copy = harness.copy_rate(device)
@@ -140,22 +130,15 @@ def run(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("out"), help="folder (default: out)")
+    parser = command.parser(__doc__, 1.0, "shapes such as 64x64x1x1, and resnet50")
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the weights")
     parser.add_argument("--out-dtype", choices=DTYPES, help="of the result (default: --dtype; on CUDA bfloat16 too)")
-    parser.add_argument("--only", help="just the cases whose name contains this, such as 64x64x1x1 or resnet50")
-    parser.add_argument("--rounds", type=int, default=30, help="samples of each provider (at least 10 if slow)")
-    parser.add_argument("--seconds", type=float, default=1.0, help="time for the rounds of one layer and direction")
     arguments = parser.parse_args()
     console = Console()
     chosen = settings(arguments.device, arguments.dtype, arguments.out_dtype)
     limits = Limits(arguments.rounds, arguments.seconds)
     records, left_out = run(chosen, layers.load("resnet50"), arguments.only, limits, console)
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    path = arguments.out / "align.jsonl"
-    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    command.write(records, path := arguments.out / "align.jsonl")
     report.print_report(console, records, left_out)
     written = [path]
     for setting in chosen:

@@ -6,11 +6,8 @@ or as the steps in eager PyTorch; conv: the same and the convolution; plain: the
 Writes conv_layers.jsonl, a record a line.
 """
 
-import argparse
 import itertools
-import json
 import math
-import pathlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,17 +15,16 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from rich.console import Console
-from rich.progress import Progress
 from rich.table import Table
 from torch import Tensor
 
 import weightalign_cuda as wa
 
-from . import harness, machine, report
+from . import command, harness, machine, report
 from .harness import Limits, WrongResultError
 from .layers import Shape
 from .providers import EPS, Setting, formula, make_inputs
-from .stats import geometric_mean, median_ratio, quantiles
+from .stats import geometric_mean, median_ratio, spread
 
 BATCHES = (1, 8)
 # What runs without --all: of each stage, kernels of 1 and 3, stride 1 and 2, wide and narrow.
@@ -177,7 +173,6 @@ def measure(layer: Layer, batch: int, device: str, limits: Limits) -> list[dict[
         samples |= harness.interleave({n: timer for n, (timer, _) in timers.items() if n.startswith(kind)}, limits)
     records = []
     for name, own in samples.items():
-        p20, p50, p80 = quantiles(own)
         rivals = [r for r in samples if r != name and r.startswith(name[:4])] if name.endswith("ours") else []
         ratios = {rival: median_ratio(samples[rival], own).to_json() for rival in rivals}
         overhead = median_ratio(own, samples["conv plain"]).to_json() if name.startswith("conv") else None
@@ -186,8 +181,8 @@ def measure(layer: Layer, batch: int, device: str, limits: Limits) -> list[dict[
             "clock": "wall", "dtype": "float32", "out_dtype": "float32", "layout": "contiguous_format",
             "out_layout": "preserve_format", "shape": layer.shape, "n_layers": 1, "batch": batch, "size": layer.size,
             "stride": layer.stride, "padding": layer.pairs, "padding_mode": layer.mode, "activation": layer.activation,
-            "groups": layer.groups, "sets": count, "calls": timers[name][1], "max_error": errors[name], "p20": p20,
-            "p50": p50, "p80": p80, "samples": len(own), "speedups": ratios, "overhead": overhead,
+            "groups": layer.groups, "sets": count, "calls": timers[name][1], "max_error": errors[name],
+            **spread(own), "speedups": ratios, "overhead": overhead,
         })  # fmt: skip
     return records
 
@@ -215,31 +210,23 @@ def print_report(console: Console, records: Sequence[dict[str, Any]]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("out"), help="folder (default: out)")
+    parser = command.parser(__doc__, 1.0, "groups and layers, of all of them, such as reflect")
     parser.add_argument("--all", action="store_true", help="all distinct layers of ResNet-50, not some of each stage")
-    parser.add_argument("--only", help="just the layers, of all, whose group or name contains this, such as reflect")
-    parser.add_argument("--rounds", type=int, default=30, help="samples of each (at least 10 if slow)")
-    parser.add_argument("--seconds", type=float, default=1.0, help="time for a case's rounds of prep, and of conv")
     arguments = parser.parse_args()
     limits = Limits(arguments.rounds, arguments.seconds)
     every = [*resnet50(), *EXPLICIT]
     chosen = [e for e in every if arguments.all or arguments.only or e.group != "ResNet-50" or e.name in SUBSET]
-    chosen = [e for e in chosen if arguments.only is None or arguments.only in f"{e.group}: {e.name}"]
-    if not chosen:
-        raise SystemExit(f"--only {arguments.only}: none of {', '.join(f'{e.group}: {e.name}' for e in every)}")
+    chosen = command.chosen({f"{e.group}: {e.name}": e for e in chosen}, arguments.only)
     console, facts, records = Console(), machine.facts(arguments.device), []
     console.print(f"{machine.label(facts)}; backends: {wa.backends()}", highlight=False)
     torch.manual_seed(0)
-    with Progress(console=console) as progress:
+    with command.progress(console) as progress:
         task = progress.add_task("", total=len(chosen) * len(BATCHES))
         for layer, batch in itertools.product(chosen, BATCHES):
             progress.update(task, description=f"{layer.name}, batch {batch}")
             records += [{**r, **facts} for r in measure(layer, batch, arguments.device, limits)]
             progress.advance(task)
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    (path := arguments.out / "conv_layers.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    command.write(records, path := arguments.out / "conv_layers.jsonl")
     print_report(console, records)
     console.print(f"wrote {path}", highlight=False)
 

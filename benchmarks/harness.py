@@ -8,6 +8,7 @@ the cap on sets allows it (`sets` and `bytes_rotated` of a record say).
 import gc
 import itertools
 import math
+import os
 import pathlib
 import time
 from collections.abc import Callable, Sequence
@@ -18,7 +19,7 @@ import torch
 
 from .layers import Shape
 from .providers import DIRECTIONS, Direction, Inputs, Provider, Setting, make_inputs, short
-from .stats import Ratio, median_ratio, quantiles
+from .stats import Ratio, median_ratio, quantiles, spread
 
 MIN_ROUNDS = 10
 MAX_SETS = {"cpu": 8, "cuda": 200}
@@ -154,6 +155,28 @@ def count_launches(call: Call) -> int:
     return sum(event.device_type == torch.autograd.DeviceType.CUDA for event in profiler.events())
 
 
+def peak_bytes(call: Call, cuda: bool) -> int:
+    """The most that PyTorch's allocator holds during the call, over what it held before.
+
+    On the CPU it does not see the call free what was there before: leave it nothing of that kind.
+    """
+    from torch.profiler import ProfilerActivity, profile
+
+    if cuda:
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        call()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # each start and stop is a line on stderr else
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        call()
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    events.sort(key=lambda event: event.start_ns())
+    return max(itertools.accumulate((event.nbytes() for event in events), initial=0))
+
+
 def cache_bytes(device: str) -> int:
     """The cache to be larger than: L2 of the GPU, the largest one of the CPU (32 MiB if it does not say)."""
     if device == "cuda":
@@ -218,14 +241,14 @@ def measure(
 
 def summary(name: str, samples: dict[str, list[float]], bytes_min: int, copy: float | None) -> dict[str, Any]:
     """Quantiles, rates and, for ours, speedups of one provider."""
-    p20, p50, p80 = quantiles(samples[name])
-    rate = bytes_min / p50
+    times = spread(samples[name])
+    rate = bytes_min / times["p50"]
     speedups: dict[str, Ratio] = {}
     if name.startswith("ours"):
         speedups = {rival: median_ratio(each, samples[name]) for rival, each in samples.items() if rival != name}
     return {
-        "p20": p20, "p50": p50, "p80": p80, "samples": len(samples[name]), "GB/s": rate / 1e9,
-        "fraction_of_flat": quantiles(samples["flat"])[1] / p50 if "flat" in samples else None,
+        **times, "GB/s": rate / 1e9,
+        "fraction_of_flat": quantiles(samples["flat"])[1] / times["p50"] if "flat" in samples else None,
         "fraction_of_copy": rate / copy if copy else None,
         "speedups": {rival: ratio.to_json() for rival, ratio in speedups.items()},
     }  # fmt: skip

@@ -1,4 +1,4 @@
-"""Tables and the plot of benchmarks.align, from its records."""
+"""Tables from records, and the plot of benchmarks.align."""
 
 import pathlib
 from collections.abc import Sequence
@@ -12,6 +12,7 @@ from .stats import geometric_mean
 
 RIVALS = ("eager", "timm", "compile", "multiply", "cast", "flat")
 PLOTTED = ("eager", "timm", "compile")
+UNITS = {"us": 1e6, "ms": 1e3, "MB": 1e-6}
 Record = dict[str, Any]
 
 
@@ -32,19 +33,21 @@ def ratio_text(speedup: dict[str, float]) -> str:
     return f"[yellow]{text}[/yellow]" if speedup["low"] <= 1 else text
 
 
-def table(title: str, first: str, rows: Sequence[tuple[str, Record]]) -> Table:
-    """One line a record of ours: its time, and how many times longer each rival takes."""
-    rivals = present([record for _, record in rows])
-    result = Table(first, "ours us", *rivals, title=title, title_justify="left")
+def table(
+    title: str, first: str, rows: Sequence[tuple[str, Record]], among: Sequence[str] = RIVALS, unit: str = "us"
+) -> Table:
+    """One line a record of ours: what it takes, and how many times more each rival does."""
+    rivals = present([record for _, record in rows], among)
+    result = Table(first, f"ours {unit}", *rivals, title=title, title_justify="left", box=None, padding=(0, 1, 0, 0))
     result.columns[0].no_wrap = True
     for column in result.columns[1:]:
         column.justify = "right"
     for name, record in rows:
-        time = record["p50"] * 1e6
+        value, speedups = record["p50"] * UNITS[unit], record["speedups"]
         result.add_row(
             name,
-            f"{time:.1f}" if time < 1000 else f"{time:.0f}",
-            *(ratio_text(record["speedups"][rival]) for rival in rivals),
+            f"{value:.1f}" if value < 1000 else f"{value:.0f}",
+            *(ratio_text(speedups[rival]) if rival in speedups else "" for rival in rivals),
         )
     return result
 

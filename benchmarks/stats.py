@@ -24,6 +24,12 @@ def quantiles(samples: Sequence[float]) -> tuple[float, float, float]:
     return float(p20), float(p50), float(p80)
 
 
+def spread(samples: Sequence[float]) -> dict[str, float]:
+    """The samples as fields of a record."""
+    p20, p50, p80 = quantiles(samples)
+    return {"p20": p20, "p50": p50, "p80": p80, "samples": len(samples)}
+
+
 def median_ratio(numerator: Sequence[float], denominator: Sequence[float], resamples: int = 2000) -> Ratio:
     """median(numerator) / median(denominator). The two were sampled in turn, so rounds are resampled as pairs."""
     above, below = np.asarray(numerator), np.asarray(denominator)

@@ -36,6 +36,7 @@ NEEDS = {
     "test_layout.py": ["hypothesis"],
     "test_prepare.py": ["hypothesis"],
     "test_readme.py": ["torchvision"],
+    "test_step_benchmark.py": ["numpy", "rich", "timm", "torchvision"],
     "test_timm.py": ["timm", "torchvision"],
     "test_timm_models.py": ["timm", "torchvision"],
     "test_triton_compiled.py": ["triton"],

@@ -1,0 +1,229 @@
+"""python -m benchmarks.step: what a training step costs with aligned weights, against the same model without.
+
+ResNet-50 (torchvision), an NFNet and a BiT model (timm), random images, cross-entropy, SGD with momentum; float32 on
+the CPU, autocast to bfloat16 in channels_last on CUDA. plain: the same model without alignment, timm's standardised
+layers replaced by torch's; eager: the formula in PyTorch; timm: F.batch_norm of the weight, in its models their own
+layers; compile: torch.compile of the formula over all weights at once; ours: wa.convert, foreach or per layer.
+
+Peak memory is what PyTorch has allocated for a model, of one step by itself: parameters, buffers, momentum and, at its
+height, all that the step adds. On the CPU the profiler's record of allocations is summed up (what a library takes from
+malloc by itself is not in it), and a step under autocast is measured, too, for its memory alone.
+Writes step.jsonl, a record a line.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from torch import Tensor, nn
+
+import weightalign_cuda as wa
+
+from . import command, harness, machine, report
+from .harness import Limits, WrongResultError
+from .providers import Setting, short, why_no_compile
+from .stats import median_ratio, spread
+from .step_models import NETWORKS, RESNET, Network, variants
+
+# Largest relative difference of the first loss, and of the second, which sees the first's gradients: those of a batch
+# norm over one image differ by a few per cent between any two ways to round.
+TOLERANCES = {torch.float32: (2e-5, 1e-3), torch.bfloat16: (1e-2, 5e-2)}
+LEARNING_RATE = 1e-5
+PROVIDERS = ("plain", "eager", "timm", "compile", "ours per layer")
+Record = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A network on images of a size. `timed`: else only its memory is measured."""
+
+    network: Network
+    batch: int
+    size: int
+    setting: Setting
+    timed: bool = True
+
+    @property
+    def name(self) -> str:
+        return f"{self.network.name} batch {self.batch}" + ("" if self.timed else " autocast")
+
+    @property
+    def with_compile(self) -> bool:
+        """In one case, for a model's list of weights takes long to compile."""
+        return self.timed and self.network is RESNET and self.batch == 1
+
+    @property
+    def cost(self) -> int:
+        """In seconds or so on two cores, for the time left."""
+        return 20 + 10 * self.batch if self.timed else 10
+
+
+def cases(device: str, size: int) -> list[Case]:
+    """On a GPU, where a batch of one is bound by its launches, a large one as well."""
+    half = Setting(device, torch.float32, torch.bfloat16, torch.channels_last)
+    if device == "cuda":
+        return [Case(n, batch, size, half) for n in NETWORKS for batch in (*n.batches, 64)]
+    timed = [Case(n, batch, size, Setting(device)) for n in NETWORKS for batch in n.batches]
+    return timed + [Case(n, 1, size, half, timed=False) for n in NETWORKS]
+
+
+class Training:
+    """A model and what its steps need."""
+
+    def __init__(self, model: nn.Module, images: Tensor, labels: Tensor, setting: Setting) -> None:
+        self.setting, self.labels = setting, labels
+        self.model = model.to(setting.device, memory_format=setting.out_layout).train()
+        self.images = images.to(memory_format=setting.out_layout)
+        self.optimizer = torch.optim.SGD(model.parameters(), lr=LEARNING_RATE, momentum=0.9, foreach=True)
+
+    def step(self) -> Tensor:
+        half = self.setting.out_dtype != self.setting.dtype
+        with torch.autocast(self.setting.device, self.setting.out_dtype, enabled=half):
+            loss = F.cross_entropy(self.model(self.images), self.labels)
+        loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return loss.detach()
+
+    def peak_bytes(self) -> int:
+        """After a first step, which makes the momentum."""
+        momentum = [each["momentum_buffer"] for each in self.optimizer.state.values()]
+        lasting = sum(t.nbytes for t in (*self.model.parameters(), *self.model.buffers(), *momentum))
+        return lasting + harness.peak_bytes(self.step, self.setting.device == "cuda")
+
+
+def trainings(case: Case, with_compile: bool) -> tuple[dict[str, Training], list[str]]:
+    """Each provider's, from the same weights and on the same images, and what was left out and why."""
+    torch.manual_seed(0)
+    images = torch.randn(case.batch, 3, case.size, case.size, device=case.setting.device)
+    labels = torch.randint(10, (case.batch,), device=case.setting.device)
+    found, left_out = {}, []
+    for name, variant in variants(case.network, case.setting, with_compile).items():
+        torch.manual_seed(0)
+        try:
+            model = variant(case.network.build())
+        except NotImplementedError as reason:
+            left_out.append(f"{name}: {reason}")
+        else:
+            found[name] = Training(model, images, labels, case.setting)
+    return found, left_out
+
+
+def check(entrants: dict[str, Training]) -> dict[str, float | None]:
+    """Relative difference of the first loss from timm's; None for plain, another function; WrongResultError if that or
+    the second loss is beyond the tolerance."""
+    losses = {name: torch.stack([entrant.step() for _ in range(2)]) for name, entrant in entrants.items()}
+    errors: dict[str, float | None] = {}
+    for name, found in losses.items():
+        error = ((found - losses["timm"]) / losses["timm"]).abs().cpu()
+        close = error <= torch.tensor(TOLERANCES[entrants[name].setting.out_dtype])
+        if not (found.isfinite() if name == "plain" else close).all():  # NaN is wrong too
+            raise WrongResultError(f"{name}: losses {found.tolist()}, timm's {losses['timm'].tolist()}")
+        errors[name] = None if name == "plain" else float(error[0])
+    return errors
+
+
+def sample(entrants: dict[str, Training], cuda: bool, limits: Limits) -> dict[str, dict[str, list[float]]]:
+    """Seconds of each provider's steps, for each clock."""
+    timers = {"wall": {name: harness.wall_timer([each.step], cuda)[0] for name, each in entrants.items()}}
+    if cuda:
+        stream = torch.cuda.current_stream()
+        timers["graph"] = {name: harness.graph_timer([e.step], 1, stream)[0] for name, e in entrants.items()}
+    return {clock: harness.interleave(own, limits) for clock, own in timers.items()}
+
+
+def measure(case: Case, limits: Limits, with_compile: bool) -> tuple[list[Record], list[str]]:
+    """A record of each provider's memory, and one of its time for each clock; what was left out and why."""
+    cuda = case.setting.device == "cuda"
+    with torch.cuda.stream(torch.cuda.Stream() if cuda else None):  # graphs are captured on no default stream
+        entrants, left_out = trainings(case, with_compile)
+        errors = check(entrants)
+        # As samples of one round: their ratios have no width.
+        measured = {"memory": {name: [entrant.peak_bytes()] for name, entrant in entrants.items()}}
+        if case.timed:
+            measured |= sample(entrants, cuda, limits)
+    with torch.device("meta"):
+        n_layers = len(case.network.layers(case.network.build()))
+    records = []
+    for clock, samples in measured.items():
+        for name, own in samples.items():
+            rivals = [rival for rival in samples if rival != name] if name.startswith("ours") else []
+            records.append({
+                "suite": "step memory" if clock == "memory" else "step", "case": case.network.name, "provider": name,
+                "direction": "both", "clock": clock, "dtype": short(case.setting.dtype),
+                "out_dtype": short(case.setting.out_dtype), "layout": short(case.setting.out_layout),
+                "out_layout": short(case.setting.out_layout), "shape": [case.batch, 3, case.size, case.size],
+                "n_layers": n_layers, "batch": case.batch,
+                "max_error": errors[name], **spread(own),
+                "speedups": {rival: median_ratio(samples[rival], own).to_json() for rival in rivals},
+                "overhead": median_ratio(own, samples["plain"]).to_json(),
+            })  # fmt: skip
+    return records, left_out
+
+
+def goals(record: Record) -> list[tuple[str, float]]:
+    """(rival, the largest share of what it takes) that a record of ours is to keep to."""
+    if record["clock"] == "memory":
+        return [("plain", 1.05)] if record["out_dtype"] == "bfloat16" else []
+    if record["case"] != RESNET.name:
+        return [("timm", 1.0)]
+    if record["device"] == "cuda":
+        return [("plain", 1.02 if record["batch"] < 64 else 1.01)]
+    return [("plain", 1.05)] if record["batch"] == 1 else []
+
+
+def goal_lines(records: Sequence[Record]) -> list[str]:
+    """Each goal beside what was measured, missed or not."""
+    lines = []
+    for record in records:
+        for rival, goal in goals(record) if record["provider"].startswith("ours") else []:
+            low, ratio, high = (1 / record["speedups"][rival][key] for key in ("high", "ratio", "low"))
+            what = f"{record['case']} batch {record['batch']}, {record['clock']}: {record['provider']} / {rival}"
+            verdict = "met" if ratio <= goal else "[red]missed[/red]"
+            verdict += ", within noise" if low <= goal < high else ""
+            lines.append(f"{what:62} {ratio:.3f} ({low:.3f} to {high:.3f}), goal {goal:.2f}: {verdict}")
+    return lines
+
+
+def print_report(console: Console, records: Sequence[Record], left_out: Sequence[str]) -> None:
+    """Times and memory, losses included, then the goals."""
+    kinds = dict.fromkeys((r["clock"], r["out_dtype"]) for r in records)
+    for clock, dtype in sorted(kinds):
+        some = [r for r in report.pick(records, clock=clock, out_dtype=dtype) if r["provider"].startswith("ours")]
+        rows = [(f"{r['case']}, {r['batch']}, {r['provider'].removeprefix('ours ')}", r) for r in some]
+        what, unit = ("peak memory", "MB") if clock == "memory" else (f"{clock} time", "ms")
+        console.print(report.table(f"Training step, {dtype}, {what}", "network, batch, ours", rows, PROVIDERS, unit))
+    console.print("\n".join(goal_lines(records)), highlight=False, soft_wrap=True)
+    for line in dict.fromkeys(left_out):
+        console.print(f"[yellow]left out: {line}[/yellow]", highlight=False)
+    console.print("Tables: median of the rival / of ours; yellow: the 95 % interval holds 1; red: ours takes more.")
+
+
+def main() -> None:
+    parser = command.parser(__doc__, 20.0, f"networks and batches such as '{RESNET.name} batch 1'")
+    parser.add_argument("--size", type=int, default=224, help="height and width of the images")
+    arguments = parser.parse_args()
+    limits = Limits(arguments.rounds, arguments.seconds)
+    chosen = command.chosen({case.name: case for case in cases(arguments.device, arguments.size)}, arguments.only)
+    console, facts, records, left_out = Console(), machine.facts(arguments.device), [], []
+    console.print(f"{machine.label(facts)}; backends: {wa.backends()}", highlight=False)
+    with command.progress(console) as progress:
+        task = progress.add_task("torch.compile, first try", total=sum(case.cost for case in chosen))
+        reasons = {case: why_no_compile(case.setting) for case in chosen if case.with_compile}
+        left_out += [f"compile: {reason}" for case, reason in reasons.items() if reason]
+        for case in chosen:
+            progress.update(task, description=case.name)
+            found, without = measure(case, limits, with_compile=reasons.get(case, "not asked") is None)
+            records += [{**record, **facts} for record in found]
+            left_out += without
+            progress.advance(task, case.cost)
+    command.write(records, path := arguments.out / "step.jsonl")
+    print_report(console, records, left_out)
+    console.print(f"wrote {path}", highlight=False)
+
+
+if __name__ == "__main__":
+    main()
