@@ -333,6 +333,28 @@ def test_a_model_in_a_model_and_recursion(native, device):
     assert_same(found, step(wa.convert(model))[0], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_a_backward_in_the_forward(device, reentrant):
+    """What it runs again is not of the forward around it."""
+
+    def run(block, x):
+        (grad,) = torch.autograd.grad(checkpointed(False)(block, x).sum(), x, create_graph=True)
+        inner = checkpoint(model.last, x, use_reentrant=reentrant).sum()
+        inner.backward(retain_graph=True)  # all gradients leave one node
+        return block(x) + grad.mean()
+
+    found = []
+    for foreach in (True, False):
+        model = wa.convert(Model(run), foreach=foreach).to(device)
+        with torch.no_grad():
+            model.last.weight.mul_(0.5)
+        model.first.requires_grad_(False)
+        result = model(image(device).requires_grad_())
+        result.square().sum().backward(inputs=[p for n, p in model.named_parameters() if n.startswith("middle")])
+        found.append([p.grad for p in model.parameters()])
+    assert_same(*found, rtol=1e-5, atol=1e-5)
+
+
 def test_two_models_in_turns(device):
     models = [wa.convert(Model(), foreach=True).to(device) for _ in range(2)]
     with torch.no_grad():
@@ -390,6 +412,7 @@ def test_copies(native, device, copied):
         assert forward["align_forward"] == backward["align_backward"] == 1
         assert all(p.grad is None for p in model.parameters())
         assert_same(found, step(wa.convert(other))[0])  # without it now; the original still has it
+        assert not other._forward_pre_hooks and not other._forward_hooks
         assert step(model)[1]["align_forward"] == 1
         model.zero_grad()
 

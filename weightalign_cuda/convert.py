@@ -68,7 +68,7 @@ def convert(
     if not isinstance(foreach, int) or (not isinstance(foreach, bool) and foreach < 1):
         raise ValueError(f"foreach: expected True, False or a number of launches from 1 on, got {foreach!r}")
     if foreach:
-        check_whole(model)
+        check_whole(list(model.modules()))
     chosen, left = select(model, include, exclude)
     gains: dict[object, nn.Parameter] = {}
     new: dict[nn.Module, nn.Module] = {layer: _converted(layer, gain, gains) for layer in chosen}
