@@ -12,7 +12,7 @@ import pytest
 import torch
 from test_foreach import CountOps
 from torch import nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import CheckpointError, checkpoint
 from truth import BF16, F64, name, normal
 
 import weightalign_cuda as wa
@@ -163,6 +163,20 @@ def test_checkpoints_of_several_forwards(device):
     del result
     gc.collect()
     assert kept(model) == 0
+
+
+def test_kinds_of_checkpointing_in_each_other(device):
+    """Right; but torch refuses a block that runs again both as part of the model and as part of a reentrant run, in
+    which it aligns itself. (Its gradients would be lost in the other one's filters.)"""
+
+    def nested(block, x):
+        return checkpoint(lambda x: checkpoint(block, x, use_reentrant=False), x, use_reentrant=True)
+
+    model = wa.convert(Model(nested), foreach=True).to(device)
+    assert_same(step(model)[0], alone(device))
+    model.run = lambda block, x: nested(block, x) + checkpoint(block, x, use_reentrant=False)
+    with pytest.raises(CheckpointError):
+        step(model)
 
 
 def test_weight_changed_before_its_second_run(device):
