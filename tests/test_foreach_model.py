@@ -12,7 +12,7 @@ import pytest
 import torch
 from test_foreach import CountOps
 from torch import nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import CheckpointError, checkpoint
 from truth import BF16, F64, name, normal
 
 import weightalign_cuda as wa
@@ -163,6 +163,20 @@ def test_checkpoints_of_several_forwards(device):
     del result
     gc.collect()
     assert kept(model) == 0
+
+
+def test_kinds_of_checkpointing_in_each_other(device):
+    """Right; but torch refuses a block that runs again both as part of the model and as part of a reentrant run, in
+    which it aligns itself. (Its gradients would be lost in the other one's filters.)"""
+
+    def nested(block, x):
+        return checkpoint(lambda x: checkpoint(block, x, use_reentrant=False), x, use_reentrant=True)
+
+    model = wa.convert(Model(nested), foreach=True).to(device)
+    assert_same(step(model)[0], alone(device))
+    model.run = lambda block, x: nested(block, x) + checkpoint(block, x, use_reentrant=False)
+    with pytest.raises(CheckpointError):
+        step(model)
 
 
 def test_weight_changed_before_its_second_run(device):
@@ -333,6 +347,28 @@ def test_a_model_in_a_model_and_recursion(native, device):
     assert_same(found, step(wa.convert(model))[0], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_a_backward_in_the_forward(device, reentrant):
+    """What it runs again is not of the forward around it."""
+
+    def run(block, x):
+        (grad,) = torch.autograd.grad(checkpointed(False)(block, x).sum(), x, create_graph=True)
+        inner = checkpoint(model.last, x, use_reentrant=reentrant).sum()
+        inner.backward(retain_graph=True)  # all gradients leave one node
+        return block(x) + grad.mean()
+
+    found = []
+    for foreach in (True, False):
+        model = wa.convert(Model(run), foreach=foreach).to(device)
+        with torch.no_grad():
+            model.last.weight.mul_(0.5)
+        model.first.requires_grad_(False)
+        result = model(image(device).requires_grad_())
+        result.square().sum().backward(inputs=[p for n, p in model.named_parameters() if n.startswith("middle")])
+        found.append([p.grad for p in model.parameters()])
+    assert_same(*found, rtol=1e-5, atol=1e-5)
+
+
 def test_two_models_in_turns(device):
     models = [wa.convert(Model(), foreach=True).to(device) for _ in range(2)]
     with torch.no_grad():
@@ -390,6 +426,7 @@ def test_copies(native, device, copied):
         assert forward["align_forward"] == backward["align_backward"] == 1
         assert all(p.grad is None for p in model.parameters())
         assert_same(found, step(wa.convert(other))[0])  # without it now; the original still has it
+        assert not other._forward_pre_hooks and not other._forward_hooks
         assert step(model)[1]["align_forward"] == 1
         model.zero_grad()
 

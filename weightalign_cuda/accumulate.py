@@ -12,8 +12,9 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from ._backend import serving
 from ._checks import result_dtype
+from ._held import is_trained, is_whole_parameter, state_of
 from .autograd import in_their_places, of_used
-from .foreach import check_whole, is_trained, is_whole_parameter, state_of
+from .foreach import check_whole
 from .layers import Aligned
 
 
@@ -52,7 +53,11 @@ def accumulate(model: nn.Module) -> Iterator[nn.Module]:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
-    check_whole(model, "wa.accumulate: the layers cannot be aligned for all micro-batches", "accumulate without it")
+    check_whole(
+        list(model.modules()),
+        "wa.accumulate: the layers cannot be aligned for all micro-batches",
+        "accumulate without it",
+    )
     layers = [layer for layer in model.modules() if isinstance(layer, Aligned) and is_whole_parameter(layer)]
     shared = _Accumulation(model, layers)
     before = [layer.aligned_by for layer in layers]

@@ -43,10 +43,11 @@ def convert(
             its weight less the mean of each filter: to fine-tune a trained model.
         foreach: True aligns all layers in one launch at the start of the model's forward, and has one launch in its
             backward; a number aligns them in that many, so that DistributedDataParallel sends the first gradients while
-            the backward goes on. Converting again switches it on or off. It serves calls of `model` itself: a layer
-            called outside of them aligns itself, and so does one whose weight changes in the midst, or whose dtype an
-            autocast inside the forward decides. As all gradients leave one node, a second backward of the same forward
-            needs retain_graph=True even if its loss depends on other layers.
+            the backward goes on. Converting again switches it on or off. It serves calls of `model` itself. A layer
+            called outside of them aligns itself; so does one whose weight changes in the midst, or is made at each use
+            (parametrizations, pruning), or whose dtype an autocast inside the forward decides, and one in a second run
+            of reentrant checkpointing or in a part compiled by itself. As all gradients leave one node, a second
+            backward of one forward needs retain_graph=True even if it is for other layers.
         include: only these layers: a pattern for their names as in `model.named_modules()` ("layer1.*", by fnmatch), a
             list of patterns, or a function (name, module) -> bool. What it matches is converted, be it the classifier:
             a Linear becomes a WALinear.
@@ -68,7 +69,7 @@ def convert(
     if not isinstance(foreach, int) or (not isinstance(foreach, bool) and foreach < 1):
         raise ValueError(f"foreach: expected True, False or a number of launches from 1 on, got {foreach!r}")
     if foreach:
-        check_whole(model)
+        check_whole(list(model.modules()))
     chosen, left = select(model, include, exclude)
     gains: dict[object, nn.Parameter] = {}
     new: dict[nn.Module, nn.Module] = {layer: _converted(layer, gain, gains) for layer in chosen}

@@ -15,6 +15,7 @@ from ._checks import (
     check_memory_format,
     check_number,
     check_weight,
+    device_type,
     per_weight,
     result_dtype,
 )
@@ -60,9 +61,9 @@ def align(
     if (type(weight) not in PLAIN or (gain is not None and type(gain) not in PLAIN)) and is_sharded((weight, gain)):
         options = {"eps": eps, "scale": scale, "dtype": dtype, "memory_format": memory_format}
         return align_shards(align_foreach, [weight], [gain], [None], **options)[0]  # type: ignore[arg-type]
-    device_type = "cpu" if weight.is_cpu else weight.device.type  # the string costs 4 us in a training loop
-    dtype = result_dtype("weight", weight, device_type, dtype)
-    return run("align_forward", device_type, [weight], [gain], [eps], [scale], dtype, memory_format)[0][0]
+    kind = device_type(weight)
+    dtype = result_dtype("weight", weight, kind, dtype)
+    return run("align_forward", kind, [weight], [gain], [eps], [scale], dtype, memory_format)[0][0]
 
 
 def align_foreach(

@@ -1,0 +1,154 @@
+"""Aligned filters that outlive the alignment: what they must fulfil to be used, and who gives them to a layer, in a
+forward of the whole model and when its backward runs the layer again."""
+
+import threading
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ._checks import device_type, result_dtype
+from ._sharded import PLAIN
+from .layers import Aligned
+
+
+def is_whole_parameter(layer: Aligned) -> bool:
+    """Not a weight or gain that something makes at each use (parametrizations, pruning), nor one of another class than
+    torch's own, nor an inference tensor, whose changes torch does not count."""
+    if "weight" not in layer._parameters or "gain" not in layer._parameters:
+        return False
+    tensors = [t for t in (layer._parameters["weight"], layer._parameters["gain"]) if t is not None]
+    return torch.compiler.is_compiling() or all(type(t) in PLAIN and not t.is_inference() for t in tensors)
+
+
+def is_trained(layer: Aligned) -> bool:
+    return any(t is not None and t.requires_grad for t in (layer._parameters["weight"], layer._parameters["gain"]))
+
+
+def state_of(layer: Aligned) -> tuple[Any, ...]:
+    """What the filters are made from; they are right as long as it is the same."""
+    weight, gain = layer._parameters.get("weight"), layer._parameters.get("gain")
+    if weight is None:  # parametrized meanwhile
+        return ()
+    state = id(weight), weight._version, weight.data_ptr(), weight.requires_grad, layer.eps, layer.scale
+    return state if gain is None else (*state, id(gain), gain._version, gain.data_ptr(), gain.requires_grad)
+
+
+class Held:
+    """Aligned filters of one layer."""
+
+    def __init__(self, filters: Tensor, state: tuple[Any, ...]) -> None:
+        self.filters = filters
+        self.state = state
+        self.is_kept = False
+
+    def is_right(self, layer: Aligned) -> bool:
+        if self.state != state_of(layer):
+            return False
+        filters = self.filters
+        if torch.is_grad_enabled() and not filters.requires_grad and is_trained(layer):
+            return False
+        # The dtype that an autocast asks for now.
+        return filters.dtype is result_dtype("weight", layer.weight, device_type(filters), None)
+
+
+class Forward:
+    """A forward of a root that runs on this thread. A backward may run inside it, and a forward inside that."""
+
+    def __init__(self, root: nn.Module) -> None:
+        self.root = root
+        self.backward = torch._C._current_graph_task_id()
+        self.hook = _saving_hook()
+        self.held: dict[Together, Held] = {}
+
+
+class _Running(threading.local):
+    def __init__(self) -> None:
+        self.forwards: list[Forward] = []
+
+
+class _Traced(threading.local):
+    """The same for one layer in forwards that torch.compile traced, which can look at little else: whether a weight
+    changes in their midst, it cannot."""
+
+    def __init__(self) -> None:
+        self.filters: Tensor | None = None
+
+
+running = _Running()
+
+
+def _saving_hook() -> Any:
+    """What torch calls now on each tensor saved for the backward."""
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
+    return None if hooks is None else hooks[0]
+
+
+def _is_checkpoint(hook: Any, name: str) -> bool:
+    return hook is not None and getattr(hook, "__qualname__", "").startswith(name)
+
+
+class Together:
+    """Gives one layer its filters: those that a forward of the whole model holds, if they are right; else the layer
+    aligns itself.
+
+    Activation checkpointing (the kind that is not reentrant) runs a layer again in the backward, to save the same
+    tensors again; the graph of that run is dropped. So it gets the same filters, as a leaf. They are kept until their
+    gradient is there or their graph is gone. In the reentrant kind gradients go through the second run, where the layer
+    aligns itself.
+    """
+
+    def __init__(self, layer: Aligned) -> None:
+        self.layer = layer
+        self.kept: set[Held] = set()
+        self.traced = _Traced()
+
+    def __call__(self) -> Tensor:
+        if torch.compiler.is_compiling():
+            filters = self.traced.filters
+        else:
+            held = self.held()
+            filters = self.kept_filters() if held is None else held.filters
+        return self.layer.align_filters() if filters is None else filters
+
+    def held(self) -> Held | None:
+        """By a forward that runs here, in the same backward if it is in one. (torch.func looks at each layer's formula
+        in PyTorch's own operations, which no launch can join.)"""
+        if torch._C._are_functorch_transforms_active():
+            return None
+        backward = torch._C._current_graph_task_id()
+        for forward in reversed(running.forwards):
+            held = forward.held.get(self)
+            if held is not None and forward.backward == backward and held.is_right(self.layer):
+                hook = _saving_hook()
+                if _is_checkpoint(hook, "_checkpoint_hook") and hook is not forward.hook:
+                    self.keep(held)
+                return held
+        return None
+
+    def kept_filters(self) -> Tensor | None:
+        if self.kept and _is_checkpoint(_saving_hook(), "_recomputation_hook"):
+            return next((kept.filters for kept in list(self.kept) if kept.is_right(self.layer)), None)
+        return None
+
+    def keep(self, held: Held) -> None:
+        if held.filters.requires_grad and not held.is_kept:
+            held.is_kept = True
+            kept = Held(held.filters.detach().requires_grad_(), held.state)
+            self.kept.add(kept)
+            held.filters.register_hook(_Release(self.kept, kept))
+
+
+class _Release:
+    """A hook of aligned filters, alive as long as their graph is."""
+
+    def __init__(self, all_kept: set[Held], kept: Held) -> None:
+        self.all_kept = all_kept
+        self.kept = kept
+
+    def __call__(self, _: Tensor) -> None:
+        if not torch._C._autograd._get_current_graph_task_keep_graph():
+            self.all_kept.discard(self.kept)
+
+    def __del__(self) -> None:
+        self.all_kept.discard(self.kept)
