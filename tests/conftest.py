@@ -34,6 +34,7 @@ NEEDS = {
     "test_conv_layers_benchmark.py": ["numpy", "rich", "torchvision"],
     "test_cubin.py": [] if shutil.which("cuobjdump") else ["triton"],  # Triton brings a cuobjdump
     "test_layout.py": ["hypothesis"],
+    "test_onnx.py": ["onnx", "onnxscript"],
     "test_prepare.py": ["hypothesis"],
     "test_readme.py": ["torchvision"],
     "test_step_benchmark.py": ["numpy", "rich", "timm", "torchvision"],

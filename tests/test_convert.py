@@ -367,3 +367,38 @@ def test_a_converted_model_trains(device):
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < 0.8 * losses[0]
+
+
+class Constants(dict):
+    """As configurations that refuse all changes."""
+
+    def _refuse(self, *_):
+        raise TypeError("constant")
+
+    __setitem__ = update = _refuse
+
+
+def test_what_holds_no_layer_is_not_touched():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3))
+    model.config, model.itself = Constants(depth=2), {"again": {}}
+    model.itself["again"]["once more"] = model.itself
+    wa.convert(model)
+    assert all(isinstance(layer, wa.WAConv2d) for layer in model)
+
+
+def test_layers_in_a_tuple_of_a_converted_layer():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3))
+    model[0].peers = (model[1], "and a name")
+    wa.convert(model)
+    assert model[0].peers == (model[1], "and a name")
+
+
+def test_a_model_that_is_refused_is_as_before():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3))
+    seen = []
+    model[0].register_load_state_dict_pre_hook(lambda module, *_: seen.append(module))
+    model[1].weight = nn.Parameter(torch.ones(4, 4, 3, 3, dtype=torch.complex64))
+    with pytest.raises(TypeError, match=r"weight of '1' to be float32, .*, got torch.complex64; exclude it"):
+        wa.convert(model)
+    model[0].load_state_dict(model[0].state_dict())
+    assert seen == [model[0]] and type(model[0]) is nn.Conv2d

@@ -35,6 +35,10 @@ ALIGN = {
     "eps is 0": ((W,), {"eps": 0}, ValueError, "eps: expected a finite number greater than 0, got 0"),
     "negative eps": ((W,), {"eps": -1e-5}, ValueError, "eps: expected a finite number greater than 0, got -1e-05"),
     "infinite eps": ((W,), {"eps": math.inf}, ValueError, "eps: expected a finite number greater than 0, got inf"),
+    "eps beyond floats": (
+        (W,), {"eps": 10**400}, ValueError, "eps: expected a finite number greater than 0, got 1...0"),
+    "nested weight": (
+        (torch.nested.nested_tensor([W, W]),), {}, TypeError, "weight: expected a strided tensor, got a nested one"),
     "eps is NaN": ((W,), {"eps": math.nan}, ValueError, "eps: expected a finite number greater than 0, got nan"),
     "scale is no number": ((W,), {"scale": None}, TypeError, "scale: expected a number, got NoneType"),
     "scale is NaN": ((W,), {"scale": math.nan}, ValueError, "scale: expected a finite number, got nan"),
@@ -58,6 +62,8 @@ ALIGN = {
 }  # fmt: skip
 
 FOREACH = {
+    "integer weights": (([W.long()],), {}, TypeError, f"weights[0]: {FLOATS}torch.int64"),
+    "complex weights": (([W.cfloat(), W.cfloat()],), {}, TypeError, f"weights[0]: {FLOATS}torch.complex64"),
     "a tensor for a list": ((W,), {}, TypeError, "weights: expected a list or tuple, got Tensor"),
     "a generator for a list": ((iter([W]),), {}, TypeError, "weights: expected a list or tuple, got list_iterator"),
     "a bad weight": (([W, 1],), {}, TypeError, "weights[1]: expected a Tensor, got int"),
@@ -125,7 +131,7 @@ PREPARE = {
     "padding of three": ((X, IMAGE), {"padding": ((1, 2, 3), 1)}, TypeError, f"{NUMBERS}(1, 2, 3)"),
     "padding of a bool": ((X, IMAGE), {"padding": (True, 1)}, TypeError, f"{NUMBERS}True"),
     "negative padding": (
-        (X, IMAGE), {"padding": (0, (1, -1))}, ValueError, "padding: expected numbers of at least 0, got (1, -1)"),
+        (X, IMAGE), {"padding": (0, (1, -1))}, ValueError, "padding: expected numbers from 0 to 2^31 - 1, got (1, -1)"),
     "reflects too much": (
         (TINY, IMAGE), {"padding": 2, "padding_mode": "reflect"}, ValueError,
         "padding: reflect pads a dimension of 2 by at most 1, got (2, 2)"),
@@ -150,7 +156,8 @@ CONV = {
         (X, IMAGE), {"padding": "same_tf", "stride": 0}, ValueError,
         "stride: expected a positive int or 2 of them, got 0"),
     "no input": ((None, IMAGE), {"padding": "same"}, TypeError, "input: expected a Tensor, got NoneType"),
-    "negative padding": ((X, IMAGE), {"padding": -1}, ValueError, "padding: expected numbers of at least 0, got -1"),
+    "negative padding": (
+        (X, IMAGE), {"padding": -1}, ValueError, "padding: expected numbers from 0 to 2^31 - 1, got -1"),
 }  # fmt: skip
 
 

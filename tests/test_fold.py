@@ -1,11 +1,11 @@
 """wa.fold and wa.frozen: the aligned weight once, for deployment and for inference between steps of training."""
 
 import copy
-import importlib.util
 import pickle
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 from truth import BF16, F64, formula, normal
@@ -145,14 +145,6 @@ def test_export_of_a_model_with_dynamic_sizes():
     assert not [op for op in ops_of(program) if "weightalign" in op]
     for size in ((2, 3, 9, 8), (3, 3, 12, 15)):
         torch.testing.assert_close(program.module()(normal(*size)), model(normal(*size)))
-
-
-@pytest.mark.skipif(
-    not all(map(importlib.util.find_spec, ("onnx", "onnxscript"))), reason="onnx and onnxscript are not installed"
-)
-def test_onnx():
-    program = torch.onnx.export(wa.fold(network()), (normal(2, 3, 9, 8),), dynamo=True)
-    assert {node.domain for node in program.model.graph} <= {"", "ai.onnx"}
 
 
 class Tripled(wa.WAConv2d):
@@ -308,3 +300,43 @@ def test_frozen_and_compiled(device):
         layer.weight.copy_(normal(4, 3, 3, 3))
         torch.testing.assert_close(compiled(image), layer(image))
     torch.testing.assert_close(compiled(image), layer(image))
+
+
+@pytest.mark.parametrize("options", [{"fused": True}, {"foreach": True}], ids=str)
+def test_frozen_notices_an_optimizer_step(options):
+    """Fused ones do not count their changes."""
+    layer, image = wa.WAConv2d(3, 4, 3), normal(1, 3, 5, 5)
+    layer(image).square().sum().backward()
+    optimizer = torch.optim.AdamW(layer.parameters(), lr=0.1, **options)
+    with torch.no_grad(), wa.frozen(layer):
+        before = layer(image)
+        optimizer.step()
+        after = layer(image)
+    assert torch.equal(after, layer(image)) and not torch.equal(after, before)
+
+
+def test_frozen_notices_other_strides():
+    layer, image = wa.WAConv2d(3, 4, 3), normal(1, 3, 5, 5)
+    with torch.no_grad(), wa.frozen(layer):
+        layer(image)
+        layer.weight.data = layer.weight.data.transpose(2, 3)
+        assert torch.equal(layer(image), F.conv2d(image, wa.align(layer.weight, layer.gain), layer.bias))
+
+
+def test_frozen_under_transforms():
+    """Of images the kept weights serve; transformed parameters are aligned at each call."""
+    layer, images = wa.WAConv2d(3, 4, 3).eval(), normal(2, 3, 5, 5)
+    parameters = dict(layer.named_parameters())
+    stacked = {name: torch.stack([p, p + 1]) for name, p in parameters.items()}
+    with wa.frozen(layer):
+        each = torch.func.vmap(layer)(images)
+        grads = torch.func.grad(lambda p: torch.func.functional_call(layer, p, (images,)).sum())(parameters)
+        ensemble = torch.func.vmap(lambda p: torch.func.functional_call(layer, p, (images,)))(stacked)
+    torch.testing.assert_close(each, layer(images))
+    torch.testing.assert_close(ensemble[0], layer(images))
+    assert grads["weight"].abs().max() > 0
+
+
+def test_output_size_of_a_folded_layer():
+    layer, image = wa.WAConvTranspose2d(3, 4, 3, stride=2, activation="relu"), normal(1, 3, 4, 4)
+    assert torch.equal(wa.fold(layer)(image, output_size=[10, 10]), layer(image, output_size=[10, 10]))

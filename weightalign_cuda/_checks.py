@@ -4,7 +4,7 @@ A check is one expression that holds for every good argument, cheap enough for a
 is wrong is found out only when it does not hold.
 """
 
-import math
+import sys
 from typing import Any
 
 import torch
@@ -53,20 +53,22 @@ def check_gain(name: str, gain: Any, weight: Tensor, index: int | None = None) -
 
 
 def _check_tensor(name: str, value: Any, expected: str, index: int | None = None) -> None:
-    if isinstance(value, Tensor) and value.dtype in DTYPES and value.layout is torch.strided:
+    if isinstance(value, Tensor) and value.dtype in DTYPES and value.layout is torch.strided and not value.is_nested:
         return
     name = at(name, index)
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected {expected}, got {type(value).__name__}")
     if value.dtype not in DTYPES:
         raise TypeError(f"{name}: expected {_FLOATS}, got {value.dtype}")
-    raise TypeError(f"{name}: expected a strided tensor, got layout {value.layout}")
+    kind = "a nested one" if value.is_nested else f"layout {value.layout}"
+    raise TypeError(f"{name}: expected a strided tensor, got {kind}")
 
 
 def check_number(name: str, value: Any, positive: bool = False, index: int | None = None) -> None:
     if isinstance(value, bool) or not isinstance(value, (float, int)):
         raise TypeError(f"{at(name, index)}: expected a number, got {type(value).__name__}")
-    if not abs(value) < math.inf or (positive and value <= 0):  # not isfinite: torch.compile passes symbols
+    # Not isfinite: torch.compile passes symbols. No integer beyond a float's range, either.
+    if not abs(value) <= sys.float_info.max or (positive and value <= 0):
         wanted = "a finite number greater than 0" if positive else "a finite number"
         raise ValueError(f"{at(name, index)}: expected {wanted}, got {value}")
 

@@ -29,8 +29,8 @@ def _pair(entry: Any) -> tuple[int, int]:
     pair = (entry, entry) if _is_int(entry) else entry
     if not (isinstance(pair, (list, tuple)) and len(pair) == 2 and all(map(_is_int, pair))):
         raise TypeError(f"padding: expected ints or (before, after) pairs of ints, got {entry!r}")
-    if min(pair) < 0:
-        raise ValueError(f"padding: expected numbers of at least 0, got {entry!r}")
+    if min(pair) < 0 or max(pair) >= 2**31:
+        raise ValueError(f"padding: expected numbers from 0 to 2^31 - 1, got {entry!r}")
     return pair[0], pair[1]
 
 
@@ -43,14 +43,17 @@ def check_mode(padding_mode: Any) -> int:
 
 def check_size(pairs: Pairs, padding_mode: str, spatial: Sequence[int]) -> None:
     """torch's limits: reflect pads less than the size, circular at most the size, replicate what has a size."""
-    if padding_mode == "zeros":
-        return
     for pair, size in zip(pairs, spatial, strict=True):
-        most = {"reflect": size - 1, "circular": size, "replicate": max(pair) if size else 0}[padding_mode]
-        if max(pair) > max(most, 0):
-            raise ValueError(
-                f"padding: {padding_mode} pads a dimension of {size} by at most {max(most, 0)}, got {pair}"
-            )
+        most = at_most(padding_mode, size, max(pair))
+        if max(pair) > most:
+            raise ValueError(f"padding: {padding_mode} pads a dimension of {size} by at most {most}, got {pair}")
+
+
+def at_most(padding_mode: str, size: int, wanted: int) -> int:
+    """How many of `wanted` places a dimension of `size` can be padded by."""
+    return {"zeros": wanted, "reflect": max(size - 1, 0), "circular": size, "replicate": wanted if size else 0}[
+        padding_mode
+    ]
 
 
 def is_left_to_convolution(pairs: Pairs, padding_mode: str) -> bool:

@@ -7,6 +7,8 @@ import torch
 import torch.nn.utils.parametrize
 from torch import nn
 
+from ._checks import DTYPES
+
 Layer = TypeVar("Layer", bound=nn.Module)
 # What keeps lists of the parameters, or a function of the layer, that it found.
 _WRAPPERS = {"DistributedDataParallel", "FullyShardedDataParallel", "OptimizedModule"}
@@ -39,6 +41,11 @@ def check_plain(name: str, layer: nn.Module) -> None:
     makers = [hook.__name__ for hook in hooks if hook.__module__.startswith("torch.nn.utils.")]
     if torch.nn.utils.parametrize.is_parametrized(layer):
         got = "a layer parametrized by torch.nn.utils.parametrize"
+    elif layer.weight.dtype not in DTYPES:
+        raise TypeError(
+            f"model: expected the weight of {name!r} to be float32, float16, bfloat16 or float64, "
+            f"got {layer.weight.dtype}; exclude it"
+        )
     elif type(layer._parameters.get("weight")) is not nn.Parameter:
         got = f"one that {', '.join(makers)} makes" if makers else f"a {torch.typename(layer.weight)}"
     elif layer._compiled_call_impl is not None:
@@ -57,29 +64,37 @@ def rebuilt(layer: nn.Module, cls: type[Layer]) -> Layer:
     new = cls.__new__(cls)
     new.__dict__.update(layer.__dict__)
     new._parameters = layer._parameters.copy()
-    for hook in new._load_state_dict_pre_hooks.values():
-        if getattr(hook, "with_module", False):  # these refer to their layer
-            hook.module = weakref.ref(new)  # type: ignore[attr-defined]
     return new
 
 
 def put_in_place(model: nn.Module, new: dict[nn.Module, nn.Module]) -> nn.Module:
     """`model` with each layer that is a key of `new` replaced, wherever it stands: as a submodule, and in what modules
     hold beside them (a forward may go through a plain list of its layers)."""
-    for module in list(model.modules()):
-        for name, value in vars(module).items():
-            vars(module)[name] = _replaced(value, new)
+    seen: set[int] = set()
+    for module in [*model.modules(), *new.values()]:
+        for name, value in list(vars(module).items()):
+            replaced = _replaced(value, new, seen)
+            if replaced is not value:
+                vars(module)[name] = replaced
+    for layer in new.values():
+        for hook in layer._load_state_dict_pre_hooks.values():
+            if getattr(hook, "with_module", False):  # these refer to their layer
+                hook.module = weakref.ref(layer)  # type: ignore[attr-defined]
     return new.get(model, model)
 
 
-def _replaced(value: Any, new: dict[nn.Module, nn.Module]) -> Any:
-    """Lists and dicts are changed in place, for others may hold them, too."""
+def _replaced(value: Any, new: dict[nn.Module, nn.Module], seen: set[int]) -> Any:
+    """Lists and dicts are changed in place, for others may hold them, too; those that hold no layer are left alone.
+    seen: ids of them, which may hold themselves."""
     if isinstance(value, nn.Module):
         return new.get(value, value)
-    if isinstance(value, list):
-        value[:] = [_replaced(each, new) for each in value]
-    elif isinstance(value, dict):
-        value.update({key: _replaced(each, new) for key, each in value.items()})
+    if isinstance(value, (list, dict)) and id(value) not in seen:
+        seen.add(id(value))
+        for key, each in list(value.items() if isinstance(value, dict) else enumerate(value)):
+            replaced = _replaced(each, new, seen)
+            if replaced is not each:
+                value[key] = replaced
     elif type(value) is tuple:
-        return tuple(_replaced(each, new) for each in value)
+        all_replaced = tuple(_replaced(each, new, seen) for each in value)
+        return all_replaced if any(a is not b for a, b in zip(all_replaced, value, strict=True)) else value
     return value

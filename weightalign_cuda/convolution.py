@@ -179,7 +179,8 @@ def convolve(
 
 def _per_dimension(name: str, value: Any, count: int) -> Sequence[int]:
     values = [value] * count if isinstance(value, int) else value
-    if not isinstance(values, (list, tuple)) or len(values) not in (1, count) or not all(v > 0 for v in values):
+    are_ints = isinstance(values, (list, tuple)) and all(isinstance(v, int) and v > 0 for v in values)
+    if not are_ints or len(values) not in (1, count):
         raise ValueError(f"{name}: expected a positive int or {count} of them, got {value!r}")
     return list(values) * (count // len(values))
 

@@ -14,14 +14,14 @@ class Folded(nn.Module):
     activation: str | None
     pads_same: bool
 
-    def forward(self, input: Tensor, *args: Any) -> Tensor:
+    def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         input = activate(input, self.activation)
         if self.pads_same:
             kernel: Any = self.kernel_size
             sizes: Any = kernel, self.stride, self.dilation
             pairs = same_tf(input.shape[-len(kernel) :], *sizes)
             input = pad(input, [n for pair in pairs for n in pair], self.padding_mode)  # type: ignore[arg-type]
-        return super().forward(input, *args)
+        return super().forward(input, *args, **kwargs)
 
     def extra_repr(self) -> str:
         padding = ", padding=same_tf" if self.pads_same else ""

@@ -6,6 +6,7 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from ._checks import autocast_dtype
 from .layers import Aligned
@@ -16,11 +17,13 @@ def frozen(model: nn.Module) -> Iterator[nn.Module]:
     """Context in which each layer of the model aligns its weight at its first forward and keeps the result.
 
     For validation between epochs, where `fold` would be a detour. Parameters may change inside (load_state_dict, an
-    averaged copy, `model.half()`): a layer aligns again when its weight or gain has changed. Only what is written
-    through `.data`, which torch does not count, goes unnoticed. Under autocast weights are kept in its dtype.
+    averaged copy, `model.half()`, an optimizer's step): a layer aligns again when its weight or gain has changed. Only
+    writes that torch does not count go unnoticed: in place through `.data`, NumPy or another view of the memory. Under
+    autocast weights are kept in its dtype.
 
     No gradient reaches weight and gain: in eval mode they are constants (gradients of inputs are right); of a layer in
-    training mode the backward raises. Inside torch.compile nothing is kept: the graph aligns at each call.
+    training mode the backward raises. Inside torch.compile, and of parameters that torch.func transforms, nothing is
+    kept: each call aligns.
 
     Args:
         model: any module.
@@ -37,11 +40,20 @@ def frozen(model: nn.Module) -> Iterator[nn.Module]:
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
     layers = [layer for layer in model.modules() if isinstance(layer, Aligned)]
     before = [layer.aligned_by for layer in layers]
-    for layer in layers:
-        layer.aligned_by = _Kept(layer)
+    kept = [_Kept(layer) for layer in layers]
+
+    def forget(*_: Any) -> None:
+        for each in kept:
+            each.made_from = ()
+
+    # Fused optimizers change parameters without counting it.
+    handle = register_optimizer_step_post_hook(forget)
+    for layer, each in zip(layers, kept, strict=True):
+        layer.aligned_by = each
     try:
         yield model
     finally:
+        handle.remove()
         for layer, one_before in zip(layers, before, strict=True):
             layer.aligned_by = one_before
 
@@ -57,10 +69,10 @@ class _Kept:
 
     def __call__(self) -> Tensor:
         layer = self.layer
-        if torch.compiler.is_compiling():
-            return layer.align_filters()
         sources = [t for t in (layer.weight, layer.gain) if t is not None]
-        state = [(id(t), t._version, t.data_ptr(), t.dtype, t.requires_grad) for t in sources]
+        if torch.compiler.is_compiling() or any(map(torch._C._functorch.is_functorch_wrapped_tensor, sources)):
+            return layer.align_filters()
+        state = [(id(t), t._version, t.data_ptr(), t.stride(), t.dtype, t.requires_grad) for t in sources]
         made_from = *state, layer.eps, layer.scale, layer.training, autocast_dtype(layer.weight.device.type)
         if made_from != self.made_from:
             # Not an inference tensor: it may be used after an inference_mode inside.

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ._backend import NATIVE, choose, run
 from ._checks import (
+    DTYPES,
     check_gain,
     check_list,
     check_memory_format,
@@ -127,8 +128,12 @@ def _is_for_one_op(weights: list[Any], gains: list[Any]) -> bool:
     """Whether a native op can take, or else refuses, the whole list: it looks at each tensor in less than the 1 us that
     Python takes."""
     try:
-        devices = {*map(_device, weights), *map(_device, [g for g in gains if g is not None])}
-        return len(devices) == len({*map(_dtype, weights)}) == 1 and choose(devices.pop().type) in NATIVE
+        devices, dtypes = (
+            {*map(_device, weights), *map(_device, [g for g in gains if g is not None])},
+            {*map(_dtype, weights)},
+        )
+        is_one = len(devices) == len(dtypes) == 1 and dtypes.pop() in DTYPES
+        return is_one and choose(devices.pop().type) in NATIVE
     except AttributeError:  # not a tensor
         return False
 

@@ -9,6 +9,8 @@ from torch import Tensor
 
 from . import triton_kernels
 from ._layout import empty_in, empty_permuted, empty_result, is_dense, memory_order, padded_shape
+from ._padding import at_most
+from .reference_input import PADDING_MODES
 from .triton_align_kernels import WIDTHS
 from .triton_input_kernels import FIELDS, TILE
 from .triton_launch import TYPES, InputWork, Launch, check, check_dtypes
@@ -194,9 +196,8 @@ def _check_padding(shape: Sequence[int], padding: Sequence[int], padding_mode: i
     check(0 <= padding_mode <= 3, f"padding_mode: want 0 to 3, got {padding_mode}")
     check(0 <= activation <= 3, f"activation: want 0 to 3, got {activation}")
     for size, *ends in zip(shape[2:], padding[::2], padding[1::2], strict=True):
-        # zeros, reflect, replicate (any number of what is there), circular
-        most = (max(ends), size - 1, max(ends) if size else 0, size)[padding_mode]
-        check(max(ends) <= max(most, 0), f"padding: too much for a dimension of {size} in this mode: {ends}")
+        most = at_most(PADDING_MODES[padding_mode], size, max(ends))
+        check(max(ends) <= most, f"padding: too much for a dimension of {size} in this mode: {ends}")
 
 
 def _input_work(
