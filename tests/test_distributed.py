@@ -79,7 +79,7 @@ def align_sharded(rank):
     with CommDebugMode() as communication, CountOps() as ops:
         together = wa.align_foreach(*zip(*placed, strict=True), scale=0.5)
         alone = [wa.align(*pair, scale=0.5) for pair in placed]
-    assert ops.calls["align_forward"] == 1 + len(placed)
+    assert ops.calls["align_forward"] == 1 + len(placed) and communication.get_total_counts() == 0
     for pair, one, other, truth in zip(placed, together, alone, expected, strict=True):
         outside = normal(*truth.shape, seed=9, dtype=F64)
         grads = []
@@ -92,6 +92,7 @@ def align_sharded(rank):
             leaves = [t for t in pair if t is not None]
             with communication:
                 grads.append(torch.autograd.grad(result, leaves, grad, retain_graph=True))
+            assert communication.get_total_counts() == 0  # each `with` counts anew
             assert all(
                 getattr(g, "placements", 0) == getattr(t, "placements", 0)
                 for g, t in zip(grads[-1], leaves, strict=True)
@@ -103,7 +104,6 @@ def align_sharded(rank):
         for found in grads:
             for a, b in zip(found, true, strict=True):
                 torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-13)
-    assert communication.get_total_counts() == 0
     weight, gain = placed[0]
     for bad, message in (
         (Shard(1), r"weight: expected a DTensor placed by Shard\(0\).* got S(hard\(dim=)?\(?1"),
