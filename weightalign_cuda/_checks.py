@@ -8,7 +8,7 @@ import sys
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ._layout import CHANNELS_LAST_RANK
 from .reference_input import ACTIVATIONS
@@ -103,6 +103,11 @@ def check_memory_format(memory_format: Any, rank: int | None = None) -> None:
     wanted = CHANNELS_LAST_RANK.get(memory_format)
     if rank is not None and wanted is not None and rank != wanted:
         raise ValueError(f"memory_format: {memory_format} is for rank {wanted}, got a weight of rank {rank}")
+
+
+def check_module(model: Any) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
 
 
 def device_type(t: Tensor) -> str:

@@ -7,7 +7,7 @@ import torch
 import torch.nn.utils.parametrize
 from torch import nn
 
-from ._checks import DTYPES
+from ._checks import DTYPES, check_module
 
 Layer = TypeVar("Layer", bound=nn.Module)
 # What keeps lists of the parameters, or a function of the layer, that it found.
@@ -20,8 +20,7 @@ def check_model(model: Any) -> None:
     Raises:
         TypeError: for what is no module, and for scripted and wrapped ones.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    check_module(model)
     for name, module in model.named_modules():
         kind = type(module).__name__
         if isinstance(module, torch.jit.ScriptModule) or kind in _WRAPPERS:

@@ -11,11 +11,11 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from ._backend import serving
-from ._checks import result_dtype
+from ._checks import check_module, result_dtype
 from ._held import is_trained, is_whole_parameter, state_of
 from .autograd import in_their_places, of_used
 from .foreach import check_whole
-from .layers import Aligned
+from .layers import Aligned, aligned_by
 
 
 @contextlib.contextmanager
@@ -51,8 +51,7 @@ def accumulate(model: nn.Module) -> Iterator[nn.Module]:
             them; for micro-batches of DistributedDataParallel of which not exactly the last one synchronises, and for
             its options find_unused_parameters and static_graph, which would count weights and gains as unused.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    check_module(model)
     check_whole(
         list(model.modules()),
         "wa.accumulate: the layers cannot be aligned for all micro-batches",
@@ -60,15 +59,9 @@ def accumulate(model: nn.Module) -> Iterator[nn.Module]:
     )
     layers = [layer for layer in model.modules() if isinstance(layer, Aligned) and is_whole_parameter(layer)]
     shared = _Accumulation(model, layers)
-    before = [layer.aligned_by for layer in layers]
-    with _without_steps(model), _with_one_synchronisation(model):
-        for layer in layers:
-            layer.aligned_by = _Accumulated(shared, layer)
-        try:
-            yield model
-        finally:
-            for layer, one_before in zip(layers, before, strict=True):
-                layer.aligned_by = one_before
+    functions = {layer: _Accumulated(shared, layer) for layer in layers}
+    with _without_steps(model), _with_one_synchronisation(model), aligned_by(functions):
+        yield model
     shared.deliver()
 
 

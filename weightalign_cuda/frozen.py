@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from ._checks import autocast_dtype
-from .layers import Aligned
+from ._checks import autocast_dtype, check_module
+from .layers import Aligned, aligned_by
 
 
 @contextlib.contextmanager
@@ -36,26 +36,20 @@ def frozen(model: nn.Module) -> Iterator[nn.Module]:
         RuntimeError: in a backward that would train an aligned layer; at a forward, for parameters made under
             torch.inference_mode, whose changes torch does not count.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
-    layers = [layer for layer in model.modules() if isinstance(layer, Aligned)]
-    before = [layer.aligned_by for layer in layers]
-    kept = [_Kept(layer) for layer in layers]
+    check_module(model)
+    kept = {layer: _Kept(layer) for layer in model.modules() if isinstance(layer, Aligned)}
 
     def forget(*_: Any) -> None:
-        for each in kept:
+        for each in kept.values():
             each.made_from = ()
 
     # Fused optimizers change parameters without counting it.
     handle = register_optimizer_step_post_hook(forget)
-    for layer, each in zip(layers, kept, strict=True):
-        layer.aligned_by = each
     try:
-        yield model
+        with aligned_by(kept):
+            yield model
     finally:
         handle.remove()
-        for layer, one_before in zip(layers, before, strict=True):
-            layer.aligned_by = one_before
 
 
 class _Kept:

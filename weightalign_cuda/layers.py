@@ -1,6 +1,7 @@
 """Layers of torch.nn that work with aligned weights (arXiv 2010.07160, eq. 10)."""
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -83,6 +84,19 @@ class Aligned(nn.Module):
             elif gain is not None and gain.dim() > 1 and gain.shape == own.shape + (1,) * (gain.dim() - 1):
                 state_dict[key] = gain.flatten()
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+@contextlib.contextmanager
+def aligned_by(functions: Mapping[Aligned, Callable[[], Tensor]]) -> Iterator[None]:
+    """Context in which these functions give the layers their filters; after it whoever did so before."""
+    before = {layer: layer.aligned_by for layer in functions}
+    for layer, function in functions.items():
+        layer.aligned_by = function
+    try:
+        yield
+    finally:
+        for layer, function_before in before.items():
+            layer.aligned_by = function_before
 
 
 def gain_parameters(model: nn.Module) -> list[nn.Parameter]:
