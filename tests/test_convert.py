@@ -195,8 +195,19 @@ def test_layers_in_lists_are_swapped_as_well(device):
     torch.testing.assert_close(wa.fold(model)(image), expected, rtol=1e-11, atol=1e-11)
 
 
+class Wrapped(nn.Module):
+    """For torch.compile, before 2.14, found nothing to compile in torch's own modules."""
+
+    def __init__(self, inside):
+        super().__init__()
+        self.inside = inside
+
+    def forward(self, x):
+        return self.inside(x)
+
+
 def test_a_compiled_model_notices(device):
-    model = network().to(device).eval()
+    model = Wrapped(network()).to(device).eval()
     model.compile(backend="aot_eager", fullgraph=True)
     image = normal(2, 3, 8, 8, device=device)
     before = model(image)
