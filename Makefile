@@ -39,11 +39,13 @@ test: $(INSTALLED)
 demo: $(INSTALLED)
 	$(PY) -m benchmarks.demo
 
-# On a GPU: build, the tests on the device, the benchmark.
+# On a GPU: build, the tests on the device, the benchmarks.
 gpu-report: $(INSTALLED)
 	$(PY) -m weightalign_cuda
 	$(PY) -m pytest
 	$(PY) -m benchmarks.align --device cuda
+	$(PY) -m benchmarks.conv_layers --device cuda
+	$(PY) -m benchmarks.step --device cuda
 
 lint: $(INSTALLED)
 	$(PY) -m ruff check
