@@ -64,10 +64,11 @@ class Case:
 def cases(device: str, size: int) -> list[Case]:
     """On a GPU, where a batch of one is bound by its launches, a large one as well."""
     half = Setting(device, torch.float32, torch.bfloat16, torch.channels_last)
+    networks = [network for network in NETWORKS if network.is_installed]
     if device == "cuda":
-        return [Case(n, batch, size, half) for n in NETWORKS for batch in (*n.batches, 64)]
-    timed = [Case(n, batch, size, Setting(device)) for n in NETWORKS for batch in n.batches]
-    return timed + [Case(n, 1, size, half, timed=False) for n in NETWORKS]
+        return [Case(n, batch, size, half) for n in networks for batch in (*n.batches, 64)]
+    timed = [Case(n, batch, size, Setting(device)) for n in networks for batch in n.batches]
+    return timed + [Case(n, 1, size, half, timed=False) for n in networks]
 
 
 class Training:
@@ -95,21 +96,16 @@ class Training:
         return lasting + harness.peak_bytes(self.step, self.setting.device == "cuda")
 
 
-def trainings(case: Case, with_compile: bool) -> tuple[dict[str, Training], list[str]]:
-    """Each provider's, from the same weights and on the same images, and what was left out and why."""
+def trainings(case: Case, with_compile: bool) -> dict[str, Training]:
+    """Each provider's, from the same weights and on the same images."""
     torch.manual_seed(0)
     images = torch.randn(case.batch, 3, case.size, case.size, device=case.setting.device)
     labels = torch.randint(10, (case.batch,), device=case.setting.device)
-    found, left_out = {}, []
+    found = {}
     for name, variant in variants(case.network, case.setting, with_compile).items():
         torch.manual_seed(0)
-        try:
-            model = variant(case.network.build())
-        except NotImplementedError as reason:
-            left_out.append(f"{name}: {reason}")
-        else:
-            found[name] = Training(model, images, labels, case.setting)
-    return found, left_out
+        found[name] = Training(variant(case.network.build()), images, labels, case.setting)
+    return found
 
 
 def check(entrants: dict[str, Training]) -> dict[str, float | None]:
@@ -135,11 +131,11 @@ def sample(entrants: dict[str, Training], cuda: bool, limits: Limits) -> dict[st
     return {clock: harness.interleave(own, limits) for clock, own in timers.items()}
 
 
-def measure(case: Case, limits: Limits, with_compile: bool) -> tuple[list[Record], list[str]]:
-    """A record of each provider's memory, and one of its time for each clock; what was left out and why."""
+def measure(case: Case, limits: Limits, with_compile: bool) -> list[Record]:
+    """A record of each provider's memory, and one of its time for each clock."""
     cuda = case.setting.device == "cuda"
     with torch.cuda.stream(torch.cuda.Stream() if cuda else None):  # graphs are captured on no default stream
-        entrants, left_out = trainings(case, with_compile)
+        entrants = trainings(case, with_compile)
         errors = check(entrants)
         # As samples of one round: their ratios have no width.
         measured = {"memory": {name: [entrant.peak_bytes()] for name, entrant in entrants.items()}}
@@ -161,7 +157,7 @@ def measure(case: Case, limits: Limits, with_compile: bool) -> tuple[list[Record
                 "speedups": {rival: median_ratio(samples[rival], own).to_json() for rival in rivals},
                 "overhead": median_ratio(own, samples["plain"]).to_json(),
             })  # fmt: skip
-    return records, left_out
+    return records
 
 
 def goals(record: Record) -> list[tuple[str, float]]:
@@ -207,8 +203,10 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=224, help="height and width of the images")
     arguments = parser.parse_args()
     limits = Limits(arguments.rounds, arguments.seconds)
-    chosen = command.chosen({case.name: case for case in cases(arguments.device, arguments.size)}, arguments.only)
-    console, facts, records, left_out = Console(), machine.facts(arguments.device), [], []
+    console, facts, records = Console(), machine.facts(arguments.device), []
+    left_out = [f"{n.name}: {n.package} is not installed" for n in NETWORKS if not n.is_installed]
+    possible = {case.name: case for case in cases(arguments.device, arguments.size)}
+    chosen = command.chosen(possible, arguments.only) if possible else []
     console.print(f"{machine.label(facts)}; backends: {wa.backends()}", highlight=False)
     with command.progress(console) as progress:
         task = progress.add_task("torch.compile, first try", total=sum(case.cost for case in chosen))
@@ -216,9 +214,8 @@ def main() -> None:
         left_out += [f"compile: {reason}" for case, reason in reasons.items() if reason]
         for case in chosen:
             progress.update(task, description=case.name)
-            found, without = measure(case, limits, with_compile=reasons.get(case, "not asked") is None)
+            found = measure(case, limits, with_compile=reasons.get(case, "not asked") is None)
             records += [{**record, **facts} for record in found]
-            left_out += without
             progress.advance(task, case.cost)
     command.write(records, path := arguments.out / "step.jsonl")
     print_report(console, records, left_out)

@@ -1,6 +1,7 @@
 """The networks of benchmarks.step, each with plain weights, with weights aligned by a rival, and by us."""
 
 import functools
+import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -17,15 +18,20 @@ Variant = Callable[[nn.Module], nn.Module]
 
 @dataclass(frozen=True)
 class Network:
-    """A network, and the name of the class of its layers whose weights are aligned."""
+    """A network, the package that has it, and the name of the class of its layers whose weights are aligned."""
 
     name: str
+    package: str
     build: Callable[[], nn.Module]
     layer: str
     batches: tuple[int, ...] = (1,)
 
     def layers(self, model: nn.Module) -> list[nn.Module]:
         return [module for module in model.modules() if type(module).__name__ == self.layer]
+
+    @property
+    def is_installed(self) -> bool:
+        return importlib.util.find_spec(self.package) is not None
 
     @property
     def aligns_itself(self) -> bool:
@@ -39,7 +45,7 @@ def torchvision_network(name: str, batches: tuple[int, ...]) -> Network:
 
         return getattr(torchvision.models, name)()
 
-    return Network(name, build, "Conv2d", batches)
+    return Network(name, "torchvision", build, "Conv2d", batches)
 
 
 def timm_network(name: str, layer: str) -> Network:
@@ -48,7 +54,7 @@ def timm_network(name: str, layer: str) -> Network:
 
         return timm.create_model(name)
 
-    return Network(name, build, layer)
+    return Network(name, "timm", build, layer)
 
 
 RESNET = torchvision_network("resnet50", (1, 2, 8))

@@ -29,7 +29,7 @@ def tiny_model():
     return nn.Sequential(*layers, nn.Flatten())
 
 
-TINY = step_models.Network("tiny", tiny_model, "Conv2d")
+TINY = step_models.Network("tiny", "torch", tiny_model, "Conv2d")
 
 
 def case(setting=CPU, timed=True):
@@ -47,7 +47,7 @@ def test_networks_have_the_layers_that_convert_takes(network):
 
 
 def test_records_and_report(capsys):
-    records, left_out = step.measure(case(), QUICK, with_compile=False)
+    records = step.measure(case(), QUICK, with_compile=False)
     assert {r["suite"] for r in records} == {"step", "step memory"}
     for record in map(json.loads, map(json.dumps, records)):
         assert record.keys() >= FIELDS
@@ -57,21 +57,21 @@ def test_records_and_report(capsys):
         assert (record["max_error"] is None) == (record["provider"] == "plain")
         ours = record["provider"].startswith("ours")
         assert record["speedups"].keys() >= {"plain", "eager", "timm"} if ours else not record["speedups"]
-    step.print_report(step.Console(), [{**r, "device": "cpu"} for r in records], left_out)
+    step.print_report(step.Console(), [{**r, "device": "cpu"} for r in records], ["a network: no package"])
     printed = capsys.readouterr().out
     assert "tiny, 2, per layer" in printed
     assert "ours per layer / timm" in printed
-    assert any(r["provider"] == "ours foreach" for r in records) == ("left out: ours foreach" not in printed)
+    assert "left out: a network: no package" in printed
 
 
 def test_an_untimed_case_is_measured_for_memory_alone():
-    records, _ = step.measure(case(HALF, timed=False), QUICK, with_compile=False)
+    records = step.measure(case(HALF, timed=False), QUICK, with_compile=False)
     assert {(r["suite"], r["out_dtype"]) for r in records} == {("step memory", "bfloat16")}
 
 
 def test_providers_of_a_model_that_aligns_itself():
     network = step_models.timm_network("test_nfnet", "ScaledStdConv2d")
-    entrants, _ = step.trainings(step.Case(network, 1, 32, CPU), with_compile=False)
+    entrants = step.trainings(step.Case(network, 1, 32, CPU), with_compile=False)
     assert step.check(entrants).keys() >= {"ours per layer", "plain", "timm"}
     parameters = {name: sum(p.numel() for p in each.model.parameters()) for name, each in entrants.items()}
     assert parameters["ours per layer"] == parameters["timm"] > parameters["plain"]
@@ -92,7 +92,7 @@ def test_weights_given_as_a_list_do_not_outlive_the_forward():
 
 @pytest.mark.parametrize("provider", ["ours per layer", "plain"])
 def test_a_wrong_loss_is_an_error(provider):
-    entrants, _ = step.trainings(case(), with_compile=False)
+    entrants = step.trainings(case(), with_compile=False)
     with torch.no_grad():
         entrants[provider].model[3].bias[0] += float("nan") if provider == "plain" else 0.1
     with pytest.raises(harness.WrongResultError, match=provider):
@@ -100,7 +100,7 @@ def test_a_wrong_loss_is_an_error(provider):
 
 
 def test_a_wrong_gradient_is_an_error():
-    entrants, _ = step.trainings(case(), with_compile=False)
+    entrants = step.trainings(case(), with_compile=False)
     for parameter in entrants["ours per layer"].model.parameters():
         parameter.register_hook(lambda grad: 1000 * grad)
     with pytest.raises(harness.WrongResultError, match="ours per layer"):
@@ -124,6 +124,13 @@ def test_goals_are_judged_by_what_was_measured():
     missed, met = step.goal_lines(measured)
     assert "1.111 (1.000 to 1.250), goal 1.05: [red]missed[/red], within noise" in missed
     assert "1.000 (1.000 to 1.250), goal 1.05: met, within noise" in met
+
+
+def test_networks_of_packages_that_are_not_installed_are_named(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(step_models.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(sys, "argv", ["step", "--device", "cpu", "--out", str(tmp_path)])
+    step.main()
+    assert "left out: resnetv2_50x1_bit: timm is not installed" in capsys.readouterr().out
 
 
 def test_main_writes_records(tmp_path, monkeypatch, capsys):
