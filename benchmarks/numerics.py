@@ -1,11 +1,13 @@
 """python -m benchmarks.numerics: how far from float64 each backend and its rivals are, on weights hard to align.
 
 Writes benchmarks/results/numerics.md. Truth and bounds are those of tests/truth.py; tests/test_numerics.py holds every
-backend to the same cases. Without a GPU the CUDA kernels run on the tests' emulator, if pybind11 is there to build it.
+backend to the same cases. Without a GPU the CUDA kernels run on the tests' emulator, if pybind11 is there to build it,
+and Triton's are interpreted.
 """
 
 import importlib.util
 import math
+import os
 import pathlib
 import sys
 from collections.abc import Callable
@@ -15,9 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import weightalign_cuda as wa
+ON_GPU = torch.cuda.is_available()
+if not ON_GPU:
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported, which torch's compiler does
 
-from . import machine, providers
+import weightalign_cuda as wa  # noqa: E402
+
+from . import machine, providers  # noqa: E402
 
 sys.path[:0] = [str(machine.ROOT / "tests" / "simt"), str(machine.ROOT / "tests")]
 import truth  # noqa: E402
@@ -98,7 +104,7 @@ def ours(backend: str) -> Column:
         with wa.use_backend(backend):
             return wa.align(weight, gain)
 
-    return by_autograd(align, "cpu" if backend in ("cpu", "reference") else "cuda")
+    return by_autograd(align, "cuda" if backend == "cuda" or (backend == "triton" and ON_GPU) else "cpu")
 
 
 def rival(function: Callable[..., Tensor]) -> Column:
@@ -120,12 +126,19 @@ def emulated(emulator: Any) -> Column:
 
 def columns() -> dict[str, Column]:
     """Every backend that is available, and the rivals."""
-    own = {name: ours(name) for name, state in wa.backends().items() if state == "available"}
-    if "cuda" not in own and importlib.util.find_spec("pybind11"):
+    found = {}
+    if not ON_GPU and importlib.util.find_spec("pybind11"):
         import emulator as simt
 
-        own = {"cuda (emulated)": emulated(simt.Emulator(simt.load(simt.build(), "simt_check"))), **own}
-    return {**own, "eager": rival(providers.formula), "timm": rival(providers.timm_trick)}
+        found["cuda (emulated)"] = emulated(simt.Emulator(simt.load(simt.build(), "simt_check")))
+    for name in ("cuda", "triton", "cpu", "reference"):
+        if wa.backends()[name] == "available":
+            found["triton (interpreted)" if name == "triton" and not ON_GPU else name] = ours(name)
+    if "triton (interpreted)" in found:
+        import triton_interpreter
+
+        triton_interpreter.mend()
+    return {**found, "eager": rival(providers.formula), "timm": rival(providers.timm_trick)}
 
 
 def cell(result: Tensor, true: Tensor, size: Tensor, bound: Tensor) -> str:
