@@ -91,7 +91,8 @@ public:
         task.aligned_dtype = dtype_of(aligned_dtype);
         if (gain) {
             gains_.push_back(gain->is_contiguous() ? *gain : torch::stable::contiguous(*gain));
-            STD_TORCH_CHECK(gain->dim() == 1 && gains_.back().numel() == filters && gain->get_device_index() == first_.get_device_index(),
+            STD_TORCH_CHECK(gain->dim() == 1 && gains_.back().numel() == filters &&
+                                gain->get_device_index() == first_.get_device_index(),
                             "gains: want shape (", filters, ",) on the weight's device");
             task.gain = gains_.back().const_data_ptr();
             task.gain_dtype = dtype_of(gain->scalar_type());
