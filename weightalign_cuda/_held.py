@@ -25,13 +25,18 @@ def is_trained(layer: Aligned) -> bool:
     return any(t is not None and t.requires_grad for t in (layer._parameters["weight"], layer._parameters["gain"]))
 
 
+def state_of_tensor(t: Tensor) -> tuple[Any, ...]:
+    """The same as long as t holds the same, but for what torch does not count."""
+    return id(t), t._version, t.data_ptr(), t.stride(), t.dtype, t.requires_grad
+
+
 def state_of(layer: Aligned) -> tuple[Any, ...]:
     """What the filters are made from; they are right as long as it is the same."""
     weight, gain = layer._parameters.get("weight"), layer._parameters.get("gain")
     if weight is None:  # parametrized meanwhile
         return ()
-    state = id(weight), weight._version, weight.data_ptr(), weight.requires_grad, layer.eps, layer.scale
-    return state if gain is None else (*state, id(gain), gain._version, gain.data_ptr(), gain.requires_grad)
+    state = *state_of_tensor(weight), layer.eps, layer.scale
+    return state if gain is None else (*state, *state_of_tensor(gain))
 
 
 class Held:

@@ -10,17 +10,17 @@ from torch import Tensor, nn
 from ._checks import at
 from ._layout import empty_result
 
-PLAIN = {Tensor, nn.Parameter}
+PLAIN = {Tensor, nn.Parameter, type(None)}  # None: a gain of 1
 
 
 def is_sharded(tensors: Any) -> bool:
     """Whether some of them are DTensors. Lazily imported by torch, and not looked for among plain tensors."""
-    kinds = {*map(type, tensors)}
-    if kinds <= PLAIN or "torch.distributed.tensor" not in sys.modules:
+    others = [t for t in tensors if type(t) not in PLAIN]
+    if not others or "torch.distributed.tensor" not in sys.modules:
         return False
     from torch.distributed.tensor import DTensor
 
-    return any(issubclass(kind, DTensor) for kind in kinds)
+    return any(isinstance(t, DTensor) for t in others)
 
 
 def align_shards(

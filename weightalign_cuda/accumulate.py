@@ -15,7 +15,7 @@ from ._checks import check_module, result_dtype
 from ._held import is_trained, is_whole_parameter, state_of
 from .autograd import in_their_places, of_used
 from .foreach import check_whole
-from .layers import Aligned, aligned_by
+from .layers import Aligned, aligned_by, aligned_layers
 
 
 @contextlib.contextmanager
@@ -57,7 +57,7 @@ def accumulate(model: nn.Module) -> Iterator[nn.Module]:
         "wa.accumulate: the layers cannot be aligned for all micro-batches",
         "accumulate without it",
     )
-    layers = [layer for layer in model.modules() if isinstance(layer, Aligned) and is_whole_parameter(layer)]
+    layers = [layer for layer in aligned_layers(model.modules()) if is_whole_parameter(layer)]
     shared = _Accumulation(model, layers)
     functions = {layer: _Accumulated(shared, layer) for layer in layers}
     with _without_steps(model), _with_one_synchronisation(model), aligned_by(functions):

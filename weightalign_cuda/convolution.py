@@ -17,6 +17,7 @@ from ._checks import (
     check_memory_format,
     check_number,
     check_weight,
+    device_type,
     result_dtype,
 )
 from ._layout import CHANNELS_LAST_RANK, looks_channels_last
@@ -92,22 +93,22 @@ def prepare_convolution(
     mode = _padding.check_mode(padding_mode)
     check_activation(activation)
     _padding.check_size(pairs, padding_mode, input.shape[2 - weight.dim() :])
-    device_type = "cpu" if weight.is_cpu else weight.device.type
-    dtype = _common_dtype(input, weight, device_type, dtype)
+    kind = device_type(weight)
+    dtype = _common_dtype(input, weight, kind, dtype)
     if memory_format is torch.preserve_format:
         memory_format = _chosen_format(input, weight)
     is_batched = input.dim() == weight.dim()
     is_left = _padding.is_left_to_convolution(pairs, padding_mode)
     left = [before if is_left else 0 for before, _ in pairs]
     explicit = [0 if is_left else n for pair in pairs for n in pair]
-    weights = [weight], [gain], [eps], [scale], dtype, memory_format
-    if is_aligned:  # nothing to align: the ops take a weight of no filter
-        weights = [weight.detach()[:0]], [None], [eps], [scale], dtype, memory_format
+    # Where nothing is to be aligned the ops take a weight of no filter.
+    raw, raw_gain = (weight.detach()[:0], None) if is_aligned else (weight, gain)
+    weights = [raw], [raw_gain], [eps], [scale], dtype, memory_format
     batch = input if is_batched else input.unsqueeze(0)
     if activation is None and not any(explicit) and input.dtype is dtype and _lies_in(batch, memory_format):
-        return input, weight if is_aligned else run("align_forward", device_type, *weights)[0][0], left
+        return input, weight if is_aligned else run("align_forward", kind, *weights)[0][0], left
     options = explicit, mode, ACTIVATIONS.index(activation)
-    prepared, aligned, _ = run("prepare_forward", device_type, batch, *weights, *options)
+    prepared, aligned, _ = run("prepare_forward", kind, batch, *weights, *options)
     return prepared if is_batched else prepared.squeeze(0), weight if is_aligned else aligned[0], left
 
 

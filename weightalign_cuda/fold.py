@@ -11,7 +11,7 @@ from ._swap import check_model, check_plain, put_in_place, rebuilt
 from .folded import FOLDED, Folded
 from .foreach import switch_off_all
 from .functional import align
-from .layers import Aligned
+from .layers import Aligned, aligned_layers
 
 
 def fold(model: nn.Module, *, inplace: bool = False) -> nn.Module:
@@ -47,8 +47,7 @@ def fold(model: nn.Module, *, inplace: bool = False) -> nn.Module:
         model = copy.deepcopy(model)
     switch_off_all(model)
     weights: dict[Any, nn.Parameter] = {}
-    layers = [layer for layer in model.modules() if isinstance(layer, Aligned)]
-    return put_in_place(model, {layer: _folded(layer, weights) for layer in layers})
+    return put_in_place(model, {layer: _folded(layer, weights) for layer in aligned_layers(model.modules())})
 
 
 def _folded(layer: Aligned, weights: dict[Any, nn.Parameter]) -> nn.Module:

@@ -12,7 +12,7 @@ from torch._dynamo.decorators import skip_code  # type: ignore[attr-defined]
 
 from ._held import Forward, Held, Together, is_trained, is_whole_parameter, running, state_of
 from .functional import align_foreach
-from .layers import Aligned
+from .layers import Aligned, aligned_layers
 
 _REASONS = {
     "FSDPModule": "FSDP2 gathers a layer's parameters only around that layer's own forward and backward",
@@ -28,9 +28,8 @@ def switch(root: nn.Module, foreach: bool | int) -> None:
         before.remove(root)
     if foreach:
         root._foreach = Foreach(root, int(foreach))  # type: ignore[assignment]
-        for layer in root.modules():
-            if isinstance(layer, Aligned):
-                _takes_part(layer)  # now, not in the midst of torch.compile's first trace
+        for layer in aligned_layers(root.modules()):
+            _takes_part(layer)  # now, not in the midst of torch.compile's first trace
 
 
 def switch_off_all(model: nn.Module) -> None:
@@ -52,8 +51,8 @@ class Foreach:
     def remove(self, root: nn.Module) -> None:
         for handle in self.handles:
             handle.remove()
-        for layer in root.modules():
-            if isinstance(layer, Aligned) and isinstance(layer.aligned_by, Together):
+        for layer in aligned_layers(root.modules()):
+            if isinstance(layer.aligned_by, Together):
                 layer.aligned_by = None
 
     def before(self, root: nn.Module, _: Any) -> None:
@@ -68,8 +67,8 @@ class Foreach:
         if not torch.compiler.is_compiling():
             self.finish(root)
             return
-        for layer in root.modules():
-            if isinstance(layer, Aligned) and isinstance(layer.aligned_by, Together):
+        for layer in aligned_layers(root.modules()):
+            if isinstance(layer.aligned_by, Together):
                 layer.aligned_by.traced.filters = None
 
     @torch.compiler.disable
@@ -98,7 +97,7 @@ class Foreach:
 
     def align(self, modules: Sequence[nn.Module]) -> list[tuple[Any, Tensor, Any]]:
         """Of each layer that takes part, who gives it its filters, these, and what they were made from."""
-        layers = [layer for layer in modules if isinstance(layer, Aligned) and _takes_part(layer)]
+        layers = [layer for layer in aligned_layers(modules) if _takes_part(layer)]
         results: list[tuple[Any, Tensor, Any]] = []
         for bucket in _buckets(layers, self.buckets):
             states = [None if torch.compiler.is_compiling() else state_of(layer) for layer in bucket]

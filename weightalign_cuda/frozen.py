@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from ._checks import autocast_dtype, check_module
-from .layers import Aligned, aligned_by
+from ._checks import autocast_dtype, check_module, device_type
+from ._held import state_of_tensor
+from .layers import Aligned, aligned_by, aligned_layers
 
 
 @contextlib.contextmanager
@@ -37,7 +38,7 @@ def frozen(model: nn.Module) -> Iterator[nn.Module]:
             torch.inference_mode, whose changes torch does not count.
     """
     check_module(model)
-    kept = {layer: _Kept(layer) for layer in model.modules() if isinstance(layer, Aligned)}
+    kept = {layer: _Kept(layer) for layer in aligned_layers(model.modules())}
 
     def forget(*_: Any) -> None:
         for each in kept.values():
@@ -66,8 +67,13 @@ class _Kept:
         sources = [t for t in (layer.weight, layer.gain) if t is not None]
         if torch.compiler.is_compiling() or any(map(torch._C._functorch.is_functorch_wrapped_tensor, sources)):
             return layer.align_filters()
-        state = [(id(t), t._version, t.data_ptr(), t.stride(), t.dtype, t.requires_grad) for t in sources]
-        made_from = *state, layer.eps, layer.scale, layer.training, autocast_dtype(layer.weight.device.type)
+        made_from = (
+            *map(state_of_tensor, sources),
+            layer.eps,
+            layer.scale,
+            layer.training,
+            autocast_dtype(device_type(layer.weight)),
+        )
         if made_from != self.made_from:
             # Not an inference tensor: it may be used after an inference_mode inside.
             with torch.inference_mode(False), torch.no_grad():

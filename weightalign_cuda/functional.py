@@ -20,7 +20,7 @@ from ._checks import (
     per_weight,
     result_dtype,
 )
-from ._sharded import PLAIN, align_shards, is_sharded
+from ._sharded import align_shards, is_sharded
 
 
 def align(
@@ -59,7 +59,7 @@ def align(
         check_gain("gain", gain, weight)
     check_number("eps", eps, positive=True)
     check_number("scale", scale)
-    if (type(weight) not in PLAIN or (gain is not None and type(gain) not in PLAIN)) and is_sharded((weight, gain)):
+    if is_sharded((weight, gain)):
         options = {"eps": eps, "scale": scale, "dtype": dtype, "memory_format": memory_format}
         return align_shards(align_foreach, [weight], [gain], [None], **options)[0]  # type: ignore[arg-type]
     kind = device_type(weight)
@@ -102,7 +102,7 @@ def align_foreach(
         options = {"eps": all_eps, "scale": scales, "dtype": dtype, "memory_format": memory_format}
         return align_shards(align_foreach, weights, gains, list(range(count)), **options)  # type: ignore[arg-type]
     if not torch.compiler.is_compiling() and _is_for_one_op(weights, gains):
-        kind = result_dtype("weights", weights[0], weights[0].device.type, dtype, 0)
+        kind = result_dtype("weights", weights[0], device_type(weights[0]), dtype, 0)
         with contextlib.suppress(RuntimeError):  # of a list that the op refuses: what is wrong is found out below
             return list(_aligned(weights, gains, all_eps, scales, kind, memory_format))
     groups: dict[tuple[torch.device, torch.dtype], list[int]] = {}
@@ -112,7 +112,7 @@ def align_foreach(
             check_gain("gains", gain, weight, i)
         groups.setdefault((weight.device, weight.dtype), []).append(i)
     # All checked before the first one runs.
-    kinds = [result_dtype("weights", weights[i], weights[i].device.type, dtype, i) for i, *_ in groups.values()]
+    kinds = [result_dtype("weights", weights[i], device_type(weights[i]), dtype, i) for i, *_ in groups.values()]
     results: list[Any] = [None] * count
     for members, kind in zip(groups.values(), kinds, strict=True):
         each = ([values[i] for i in members] for values in (weights, gains, all_eps, scales))
@@ -139,4 +139,4 @@ def _is_for_one_op(weights: list[Any], gains: list[Any]) -> bool:
 
 
 def _aligned(weights: Any, *arguments: Any) -> Sequence[Tensor]:
-    return run("align_forward", weights[0].device.type, weights, *arguments)[0]
+    return run("align_forward", device_type(weights[0]), weights, *arguments)[0]

@@ -1,7 +1,7 @@
 """Layers of torch.nn that work with aligned weights (arXiv 2010.07160, eq. 10)."""
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -86,6 +86,11 @@ class Aligned(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
+def aligned_layers(modules: Iterable[nn.Module]) -> list[Aligned]:
+    """Those that are layers of this package."""
+    return [module for module in modules if isinstance(module, Aligned)]
+
+
 @contextlib.contextmanager
 def aligned_by(functions: Mapping[Aligned, Callable[[], Tensor]]) -> Iterator[None]:
     """Context in which these functions give the layers their filters; after it whoever did so before."""
@@ -101,7 +106,7 @@ def aligned_by(functions: Mapping[Aligned, Callable[[], Tensor]]) -> Iterator[No
 
 def gain_parameters(model: nn.Module) -> list[nn.Parameter]:
     """The gains of all layers of the model, each once, in the order of `model.modules()`: for optimizer groups."""
-    layers = (module for module in model.modules() if isinstance(module, Aligned))
+    layers = aligned_layers(model.modules())
     return list(dict.fromkeys(gain for layer in layers if isinstance(gain := layer.gain, nn.Parameter)))
 
 

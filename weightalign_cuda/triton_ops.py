@@ -12,10 +12,8 @@ from ._layout import empty_in, empty_permuted, empty_result, is_dense, memory_or
 from ._padding import at_most
 from .reference_input import PADDING_MODES
 from .triton_align_kernels import WIDTHS
-from .triton_input_kernels import FIELDS, TILE
+from .triton_input_kernels import FIELDS, RELU, TILE
 from .triton_launch import TYPES, InputWork, Launch, check, check_dtypes
-
-RELU = 1  # the op's number
 
 
 def align_forward(
@@ -82,7 +80,7 @@ def prepare_backward(
     check(sorted(input_order) == list(range(len(shape))), "input_order: want each dimension once")
     check((saved is None) == (activation == 0), "saved: want a tensor exactly if there is an activation")
     if saved is not None:
-        wanted = list(grad_prepared.shape) if activation == RELU else shape
+        wanted = list(grad_prepared.shape) if activation == RELU.value else shape
         check(list(saved.shape) == wanted, "saved: want the prepared input for relu, the input for other activations")
         check(saved.device == grad_prepared.device, "saved: want the gradient's device")
         check_dtypes(saved.dtype, input_dtype)
