@@ -57,6 +57,23 @@ def test_gain_in_every_other_place_of_a_tensor(backend, device):
     check_align(he(16, 8, 3, 3, device=device), normal(1, device=device).expand(16))
 
 
+@pytest.mark.parametrize("gain_dtype", [F32, BF16], ids=name)
+def test_gain_of_timm(backend, device, gain_dtype):
+    """(K, 1, 1, 1), as its gradient is."""
+    weights = [he(16, 8, 3, 3, device=device).requires_grad_(), he(5, 7, device=device, seed=1).requires_grad_()]
+    gains = [normal(*shape, seed=2, device=device, dtype=gain_dtype) for shape in ((16, 1, 1, 1), (5, 1))]
+    gains = [gain.requires_grad_() for gain in gains]
+    together = wa.align_foreach(weights, gains, eps=[0.1, 2.0], scale=[1.7, 0.4])
+    grads = torch.autograd.grad([aligned.sin().sum() for aligned in together], gains)
+    for weight, gain, aligned, grad, eps, scale in zip(
+        weights, gains, together, grads, (0.1, 2.0), (1.7, 0.4), strict=True
+    ):
+        flat = gain.detach().flatten().requires_grad_()
+        alone = wa.align(weight, flat, eps=eps, scale=scale)
+        assert torch.equal(aligned, alone) and grad.shape == gain.shape and grad.dtype == gain_dtype
+        assert torch.equal(grad.flatten(), torch.autograd.grad(alone.sin().sum(), flat)[0])
+
+
 @pytest.mark.parametrize("eps", [1e-12, 1e-3, 0.5, 100])
 @pytest.mark.parametrize("scale", [0.3, -2, 36**0.5, 0.0])
 @pytest.mark.parametrize("dtype", [F32, F64], ids=name)

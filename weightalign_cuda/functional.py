@@ -40,7 +40,8 @@ def align(
     Args:
         weight: (K, ...), rank 2 or more; float32, float16, bfloat16 or float64. Any strides. A DTensor placed by
             Shard(0) or Replicate() is aligned where it lies, without communication; the result is placed likewise.
-        gain: (K,), any floating dtype, on the weight's device, placed as the weight; None for 1.
+        gain: (K,) or, as timm's, (K, 1, ...); any floating dtype, on the weight's device, placed as the weight; None
+            for 1.
         eps: added to n/2 * var; greater than 0. A constant filter gives exactly 0.
         scale: a constant factor.
         dtype: of the result. Default: autocast's where autocast is on for the device and the weight is not float64,
