@@ -32,9 +32,9 @@ NEEDS = {
     "test_abi_audit.py": ["torch_abi_audit"],
     "test_benchmarks.py": ["matplotlib", "numpy", "rich", "torchvision"],
     "test_conv_layers_benchmark.py": ["numpy", "rich", "torchvision"],
+    "test_export.py": ["onnx", "onnxruntime", "onnxscript"],
     "test_cubin.py": [] if shutil.which("cuobjdump") else ["triton"],  # Triton brings a cuobjdump
     "test_layout.py": ["hypothesis"],
-    "test_onnx.py": ["onnx", "onnxscript"],
     "test_prepare.py": ["hypothesis"],
     "test_readme.py": ["torchvision"],
     "test_step_benchmark.py": ["numpy", "rich", "timm", "torchvision"],

@@ -74,6 +74,31 @@ def fresh_compiler():
     torch.compiler.reset()
 
 
+def test_batched_gradients(any_backend, device, model):
+    """Several at once, by the older vmap of torch.autograd."""
+    exact, parameters = Model(device, F64), list(model.parameters())
+    exact.load_state_dict(model.state_dict())
+    x, true_x = images(device).requires_grad_(), images(device, dtype=F64).requires_grad_()
+    result, true = model(x), exact.true(true_x)
+    grads = normal(3, *result.shape, seed=4, device=device)
+    found = torch.autograd.grad(result, [x, *parameters], grads, is_grads_batched=True)
+    truths = [torch.autograd.grad(true, [true_x, *exact.parameters()], g.double(), retain_graph=True) for g in grads]
+    for ours, truth in zip(found, map(torch.stack, zip(*truths, strict=True)), strict=True):
+        assert (ours.double() - truth).abs().max() <= 30 * torch.finfo(F32).eps * truth.abs().max()
+
+
+@pytest.mark.parametrize("mode", ["zeros", "reflect", "replicate", "circular"])
+def test_batched_gradients_of_every_padding(backend, device, mode):
+    w = normal(4, 3, 3, 3, dtype=F64, device=device).requires_grad_()
+    x = normal(1, 3, 4, 5, dtype=F64, device=device).requires_grad_()
+
+    def prepared(x, w):
+        options = {"padding": ((1, 2), 1), "padding_mode": mode, "eps": 0.3, "scale": 1.7}
+        return wa.prepare(x, w, activation="silu", memory_format=torch.channels_last, **options)
+
+    assert torch.autograd.gradcheck(prepared, (x, w), check_batched_grad=True)
+
+
 def test_eager(any_backend, device, model):
     assert_true(with_gradients(model, model, images(device)), model, images(device))
 

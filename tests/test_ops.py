@@ -239,6 +239,39 @@ def test_weight_changed_in_place_before_backward_is_noticed(native, device):
         aligned.sum().backward()
 
 
+def test_weight_of_a_list_changed_in_place_whose_result_is_not_used(native, device):
+    """It takes no part in the backward, so it spoils nothing; torch's saved tensors are checked all or none."""
+    weights = [normal(4, 9, seed=i, device=device).requires_grad_() for i in range(2)]
+    first, second = wa.align_foreach(weights, scale=[1.5, 0.5])
+    expected = torch.autograd.grad(first.sin().sum(), weights[0], retain_graph=True)[0]
+    with torch.no_grad():
+        weights[1].mul_(2)
+    assert torch.equal(torch.autograd.grad(first.sin().sum(), weights[0], retain_graph=True)[0], expected)
+    with pytest.raises(RuntimeError, match=r"inplace operation: weights\[1\] is at version 1; expected version 0"):
+        second.sum().backward()
+
+
+WRONG = {  # arguments of align_backward in place of the right ones
+    "short statistics": {3: lambda s: s[:3]},
+    "statistics of one number": {3: lambda s: s[:, :1]},
+    "flat statistics": {3: torch.flatten},
+    "statistics of another dtype": {3: lambda s: s.double()},
+    "gradient of another shape": {0: lambda grads: [grads[0].view(9, 4)]},
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG.values(), ids=WRONG)
+def test_backward_of_what_does_not_fit(ops, device, wrong):
+    """For whoever calls the op: nothing outside of a tensor is ever read."""
+    weights = [normal(4, 9, device=device)]
+    aligned, statistics = ops.align_forward(weights, [None], [0.1], [1.5], F32, PRESERVE)
+    arguments = [aligned, weights, [None], statistics, [1.5]]
+    for place, replace in wrong.items():
+        arguments[place] = replace(arguments[place])
+    with pytest.raises(RuntimeError, match=r"grads: want|statistics: want"):
+        ops.align_backward(*arguments)
+
+
 def test_backward_twice_over_one_graph(backend, device):
     weight = normal(4, 9, device=device).requires_grad_()
     aligned = wa.align(weight)

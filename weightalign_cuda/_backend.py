@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from . import autograd, ops, reference
+from ._export import is_onnx_program
 from .ops import library
 
 NAMES = ("cuda", "cpu", "triton", "reference")
@@ -137,8 +138,10 @@ def serving(device_type: str) -> Any:
 
 def run(op: str, device_type: str, *arguments: Any) -> Any:
     """The forward op of this name on the backend that serves the device."""
+    if torch.compiler.is_compiling():
+        return getattr(reference if is_onnx_program() else serving(device_type), op)(*arguments)
     served = serving(device_type)
-    if served is reference or torch.compiler.is_compiling():
-        return getattr(served, op)(*arguments)
+    if served is reference:
+        return getattr(reference, op)(*arguments)
     # Eager code calls what is registered at the Autograd key, which spares it a way through the dispatcher.
     return getattr(autograd, op)(served, *arguments)

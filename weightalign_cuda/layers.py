@@ -74,15 +74,16 @@ class Aligned(nn.Module):
         return state
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        """A checkpoint of the plain layer has no gain, which is 1 then; other libraries' gains are (C_out, 1, 1, 1)."""
+        """A checkpoint of the plain layer has no gain, which is 1 then. Gains are (C_out,) here, or (C_out, 1, 1, 1) as
+        timm's: either loads into the other."""
         key = prefix + "gain"
         gain, weight = state_dict.get(key), state_dict.get(prefix + "weight")
         if self._parameters.get("gain") is not None:
             own: Tensor = self._parameters["gain"]  # type: ignore[assignment]
             if gain is None and weight is not None:
                 state_dict[key] = torch.ones(own.shape, dtype=own.dtype, device=weight.device)
-            elif gain is not None and gain.dim() > 1 and gain.shape == own.shape + (1,) * (gain.dim() - 1):
-                state_dict[key] = gain.flatten()
+            elif gain is not None and gain.shape[:1] == own.shape[:1] and gain.numel() == own.numel():
+                state_dict[key] = gain.reshape(own.shape)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
@@ -189,8 +190,9 @@ class _TransposedConvolution(Aligned, _ConvTransposeNd):
             filters = self.aligned_filters()
         else:
             raw, gain, is_aligned = self.to_prepare()
-            options = self.activation, self.eps, self.scale
-            input, filters, _ = prepare_convolution(input, raw, gain, 0, "zeros", *options, is_aligned=is_aligned)
+            pairs = [(0, 0)] * len(self.kernel_size)
+            options = pairs, "zeros", self.activation, self.eps, self.scale
+            input, filters, _ = prepare_convolution(input, raw, gain, *options, is_aligned=is_aligned)
         stride, padding, dilation = self.stride, self.padding, self.dilation
         size = output_size, stride, padding, self.kernel_size, len(self.kernel_size), dilation
         output_padding = self._output_padding(input, *size)  # type: ignore[arg-type]
@@ -219,8 +221,8 @@ class WAConv2d(_Convolution, nn.Conv2d):
 
     Attributes:
         weight: (C_out, C_in / groups, kernel...), not aligned.
-        gain: (C_out,), starts at 1. It may be None, for 1: `layer.register_parameter("gain", None)`. A checkpoint
-            without it loads as 1, one with (C_out, 1, 1, 1) as well.
+        gain: (C_out,), starts at 1; (C_out, 1, 1, 1) in layers converted from timm's. It may be None, for 1:
+            `layer.register_parameter("gain", None)`. A checkpoint without it loads as 1, one of either shape as well.
         bias: (C_out,) or None.
 
     Raises:
