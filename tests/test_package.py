@@ -36,7 +36,7 @@ import torch, weightalign_cuda as wa
 model = wa.convert(torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.Conv2d(4, 4, 3)), foreach=True)
 image = torch.ones(1, 3, 8, 8)
 with wa.accumulate(model):
-    model(image).sum().backward()
+    model(image)  # torch's own backward asks
 with torch.no_grad(), wa.frozen(model):
     model(image)
 if {interpreted}:

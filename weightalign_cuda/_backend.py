@@ -32,7 +32,11 @@ def backends() -> dict[str, str]:
 def state(name: str) -> str:
     """Of one backend: what serves CPU tensors is chosen without a question about CUDA, which would initialise it (after
     that no fork can use it)."""
-    return {"cuda": _cuda, "cpu": _cpu, "triton": _triton, "reference": lambda: "available"}[name]()
+    return {"cuda": _cuda, "cpu": _cpu, "triton": _triton, "reference": _reference}[name]()
+
+
+def _reference() -> str:
+    return "available"
 
 
 def _cpu() -> str:
