@@ -29,11 +29,13 @@ if "triton" in set(ALL_BACKENDS) - set(BACKENDS):
 NEEDS = {
     "simt": ["pybind11"],
     "simt/test_launch_plan.py": ["numpy", "rich"],
+    "test_accelerate.py": ["accelerate"],
     "test_abi_audit.py": ["torch_abi_audit"],
     "test_benchmarks.py": ["matplotlib", "numpy", "rich", "torchvision"],
     "test_conv_layers_benchmark.py": ["numpy", "rich", "torchvision"],
     "test_export.py": ["onnx", "onnxruntime", "onnxscript"],
     "test_cubin.py": [] if shutil.which("cuobjdump") else ["triton"],  # Triton brings a cuobjdump
+    "test_fx.py": ["timm", "torchvision"],
     "test_layout.py": ["hypothesis"],
     "test_prepare.py": ["hypothesis"],
     "test_readme.py": ["torchvision"],

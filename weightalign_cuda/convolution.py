@@ -6,6 +6,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function
 
 from . import _padding
 from ._backend import run
@@ -63,6 +64,10 @@ def prepare(
     Raises:
         TypeError, ValueError: naming the argument, what came and what is wanted, before anything runs.
     """
+    if has_torch_function((input, weight, gain)):
+        options: dict[str, Any] = {"padding": padding, "padding_mode": padding_mode, "activation": activation}
+        options |= {"eps": eps, "scale": scale, "dtype": dtype, "memory_format": memory_format}
+        return handle_torch_function(prepare, (input, weight, gain), input, weight, gain, **options)
     check_weight("weight", weight)
     pairs = _padding.parse(padding, weight.dim() - 2)
     prepared, aligned, _ = prepare_convolution(
@@ -162,6 +167,11 @@ def convolve(
     is_aligned: bool = False,
 ) -> Tensor:
     """`convolution` of torch, of that many spatial dimensions, after `prepare_convolution`."""
+    if not is_aligned and has_torch_function(tensors := (input, weight, bias, gain)):
+        public, sizes = (conv1d, conv2d, conv3d)[spatial - 1], (stride, padding, dilation, groups)
+        options: dict[str, Any] = {"gain": gain, "padding_mode": padding_mode, "activation": activation}
+        options |= {"eps": eps, "scale": scale}
+        return handle_torch_function(public, tensors, input, weight, bias, *sizes, **options)
     check_weight("weight", weight)
     if weight.dim() != spatial + 2:
         raise ValueError(f"weight: expected rank {spatial + 2} for conv{spatial}d, got shape {tuple(weight.shape)}")

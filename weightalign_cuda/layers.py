@@ -1,7 +1,9 @@
 """Layers of torch.nn that work with aligned weights (arXiv 2010.07160, eq. 10)."""
 
 import contextlib
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from types import FrameType
 from typing import Any
 
 import torch
@@ -10,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from ._checks import check_activation, check_number
+from ._fx import Proxy, call_module
 from .convolution import convolve, prepare_convolution
 from .functional import align
 from .reference_input import activate
@@ -69,9 +72,8 @@ class Aligned(nn.Module):
         return f"{super().extra_repr()}, eps={self.eps:g}{scale}{activation}"
 
     def __getstate__(self) -> dict[str, Any]:
-        state = super().__getstate__()  # type: ignore[no-untyped-call]
-        state.pop("aligned_by", None)
-        return state
+        _refuse_fusion(sys._getframe(1).f_back)
+        return {name: value for name, value in self.__dict__.items() if name != "aligned_by"}
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """A checkpoint of the plain layer has no gain, which is 1 then. Gains are (C_out,) here, or (C_out, 1, 1, 1) as
@@ -85,6 +87,15 @@ class Aligned(nn.Module):
             elif gain is not None and gain.shape[:1] == own.shape[:1] and gain.numel() == own.numel():
                 state_dict[key] = gain.reshape(own.shape)
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def _refuse_fusion(copying: FrameType | None) -> None:
+    """torch.nn.utils.fusion copies a layer (in that frame), and then multiplies its weight, which is not aligned."""
+    if copying is not None and copying.f_globals.get("__name__") == "torch.nn.utils.fusion":
+        raise RuntimeError(
+            f"{copying.f_code.co_name}: expected a layer of torch.nn, got one of weightalign_cuda, whose weight is not "
+            "aligned yet: fuse what wa.fold returns"
+        )
 
 
 def aligned_layers(modules: Iterable[nn.Module]) -> list[Aligned]:
@@ -141,6 +152,8 @@ class _Convolution(Aligned, _ConvNd):
             self.padding = padding
 
     def forward(self, input: Tensor) -> Tensor:
+        if isinstance(input, Proxy):
+            return call_module(self, input)
         if self.activation is None and self.padding_mode == "zeros" and not isinstance(self.padding, str):
             return self._conv_forward(input, self.aligned_filters(), self.bias)
         filters, gain, is_aligned = self.to_prepare()
@@ -186,6 +199,8 @@ class _TransposedConvolution(Aligned, _ConvTransposeNd):
         return grouped.transpose(1, 2).flatten(0, 1)
 
     def forward(self, input: Tensor, output_size: Sequence[int] | None = None) -> Tensor:
+        if isinstance(input, Proxy):
+            return call_module(self, input, output_size)
         if self.activation is None:
             filters = self.aligned_filters()
         else:
@@ -278,4 +293,6 @@ class WALinear(Aligned, nn.Linear):
         super().__init__(in_features, out_features, bias, device, dtype, eps=eps, scale=scale, activation=activation)
 
     def forward(self, input: Tensor) -> Tensor:
+        if isinstance(input, Proxy):
+            return call_module(self, input)
         return F.linear(activate(input, self.activation), self.aligned_filters(), self.bias)
