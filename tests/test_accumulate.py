@@ -138,6 +138,15 @@ def test_autocast_for_some_micro_batches(device):
     assert_near(found, plainly(model, run), rtol=2e-2)
 
 
+def test_one_launch_for_each_dtype(native, device):
+    model = converted(Model(lambda block, x: block(x.double()).float())).to(device)
+    model.middle.double()
+    with CountOps() as ops:
+        found = accumulated(model)
+    assert ops.calls["align_forward"] == ops.calls["align_backward"] == 2
+    assert_near(found, plainly(model))
+
+
 def test_layers_shared_and_frozen(device):
     model = converted(Model()).to(device, F64)
     model.first.requires_grad_(False)
