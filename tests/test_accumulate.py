@@ -157,6 +157,7 @@ def test_layers_shared_and_frozen(device):
 
     def run(m):
         micro_batches(m, dtype=F64)
+        assert [layer.aligned_filters().requires_grad for layer in (m.first, m.last)] == [False, True]
 
     assert_near(accumulated(model, run), plainly(model, run), 1e-6)  # losses are of float32
     assert model.first.weight.grad is None and model.last.gain.grad is None

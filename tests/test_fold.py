@@ -126,29 +126,27 @@ def test_a_model(device, inplace):
     other.load_state_dict(folded.state_dict())
 
 
-def transposed(out_channels, groups):
-    layer = wa.WAConvTranspose2d(4, out_channels, 3, groups=groups)
-    layer.register_parameter("gain", None)
+def small(cls=wa.WAConv2d, out_channels=4, gain=0.6, **options):
+    layer = cls(4, out_channels, 3, **options)
+    layer.gain = None if gain is None else nn.Parameter(torch.full((out_channels,), gain))
     return layer
 
 
-DIFFERENT = {  # two layers each, to share their weight and, but for "gain", their gain
-    "eps": lambda: (wa.WAConv2d(4, 4, 3, eps=0.2), wa.WAConv2d(4, 4, 3, eps=2.0)),
-    "scale": lambda: (wa.WAConv2d(4, 4, 3, scale=0.5), wa.WAConv2d(4, 4, 3, scale=1.7)),
-    "gain": lambda: (wa.WAConv2d(4, 4, 3), wa.WAConv2d(4, 4, 3)),
-    "class": lambda: (wa.WAConv2d(4, 4, 3), wa.WAConvTranspose2d(4, 4, 3)),
-    "groups": lambda: (transposed(4, 1), transposed(8, 2)),
+DIFFERENT = {  # two layers each, to share weight and gain but for what differs
+    "eps": lambda: (small(eps=0.2), small(eps=2.0)),
+    "scale": lambda: (small(scale=0.5), small(scale=1.7)),
+    "weight": lambda: (small(), small()),
+    "gain": lambda: (small(), small(gain=1.4)),
+    "class": lambda: (small(), small(wa.WAConvTranspose2d)),
+    "groups": lambda: [small(wa.WAConvTranspose2d, 4 * groups, None, groups=groups) for groups in (1, 2)],
 }
 
 
 @pytest.mark.parametrize("different", DIFFERENT)
 def test_what_differs_is_not_shared(device, different):
     first, second = DIFFERENT[different]()
-    second.weight = first.weight
-    if different == "gain":
-        nn.init.constant_(second.gain, 1.7)
-    else:
-        second.gain = first.gain
+    for name in {"weight", "gain"} - {different}:
+        setattr(second, name, getattr(first, name))
     layers = nn.ModuleList([first, second]).to(device)
     image = normal(2, 4, 6, 6, device=device)
     for layer, folded in zip(layers, wa.fold(layers), strict=True):
