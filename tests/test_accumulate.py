@@ -184,14 +184,12 @@ def test_exception(device):
 def test_optimizer_step_inside(device):
     model, other = (converted(Model()).to(device) for _ in range(2))
     optimizers = [torch.optim.SGD(m.parameters(), lr=0.1) for m in (model, other)]
-    with (
-        pytest.raises(RuntimeError, match=r"optimizer step inside wa\.accumulate.*step after it"),
-        wa.accumulate(model),
-    ):
+    with wa.accumulate(model):
         micro_batches(model)
         micro_batches(other)
         optimizers[1].step()  # another model's
-        optimizers[0].step()
+        with pytest.raises(RuntimeError, match=r"optimizer step inside wa\.accumulate.*step after it"):
+            optimizers[0].step()
     optimizers[0].step()
 
 
@@ -264,6 +262,39 @@ def test_validation_before_the_first_micro_batch(device, context):
     assert_near(accumulated(model, run), plainly(model))
 
 
+def test_parameters_made_under_inference_mode(device):
+    with torch.inference_mode():
+        model = converted(Model()).to(device)
+        expected = model(image(device))
+        with wa.accumulate(model):
+            assert torch.equal(model(image(device)), expected)
+
+
+def test_the_backend_of_the_forward_serves_the_backward(device):
+    layer, calls = vary(wa.WALinear(5, 4, device=device)), []
+    for inside, outside in ((device, "reference"), ("reference", device)):
+        with CountOps() as ops, wa.use_backend(outside), wa.accumulate(layer), wa.use_backend(inside):
+            layer(normal(2, 5, device=device)).sum().backward()
+        calls.append(ops.calls["align_backward"])
+    assert calls == [1, 0]
+
+
+def test_functions_of_the_parameters(device):
+    """Their gradients are theirs, not part of the sums."""
+    model, x = converted(Model()).to(device, F64), image(device, dtype=F64)
+
+    def function(parameters):
+        return torch.func.functional_call(model, parameters, (x,)).square().sum()
+
+    def run(m):
+        micro_batches(m, dtype=F64)
+        inside.append(torch.func.grad(function)(dict(model.named_parameters())))
+
+    inside = []
+    assert_near(accumulated(model, run), plainly(model, run), 1e-6)
+    assert_near(inside[0].values(), inside[1].values(), 1e-12)
+
+
 def test_nested_frozen_copied(device):
     model = converted(Model(), foreach=True).to(device)
     expected = plainly(model)
@@ -293,15 +324,39 @@ def test_threads(device):
     assert_near(found[3:], gradients(model)[3:], 1e-5)
 
 
+def meet(both):
+    """Waits for the other thread, so that what may happen at once does; not again once one has waited in vain."""
+    with contextlib.suppress(threading.BrokenBarrierError):
+        both.wait(0.2)
+
+
+def test_threads_that_begin_at_once(native, device):
+    """Aligned once."""
+    both = threading.Barrier(2)
+
+    class Waiting(wa.WALinear):
+        def filters(self):
+            meet(both)
+            return super().filters()
+
+    layer = Waiting(5, 4, device=device)
+
+    def run(seed):
+        with wa.use_backend(native), CountOps() as ops:
+            layer(normal(2, 5, seed=seed, device=device)).sum().backward()
+        return ops.calls["align_forward"]
+
+    with wa.accumulate(layer), ThreadPoolExecutor(2) as pool:
+        assert sum(pool.map(run, (1, 2))) == 1
+
+
 def test_threads_that_add_at_once(device):
-    """Each operation on one of these gradients waits for one of the other: if the additions may overlap, they do."""
     both = threading.Barrier(2)
 
     class Waiting(torch.Tensor):
         @classmethod
         def __torch_function__(cls, func, types, args=(), kwargs=None):
-            with contextlib.suppress(threading.BrokenBarrierError):  # as soon as one has waited in vain
-                both.wait(0.2)
+            meet(both)
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **(kwargs or {}))
 
