@@ -195,14 +195,18 @@ def test_why_cuda_is_not_available(cuda_machine, monkeypatch):
     assert cuda_machine() == f"torch {torch.__version__} is a CPU-only build"
 
 
-@pytest.mark.parametrize("absent", [{"architectures": ()}, {"driver": 12040}], ids=["no nvcc", "old driver"])
-def test_triton_serves_cuda_tensors_where_the_kernels_are_absent(cuda_machine, monkeypatch, absent):
+@pytest.mark.parametrize(
+    ("library", "serving"),
+    [({"architectures": ()}, "triton"), ({"driver": 12040}, "triton"), ({"architectures": (70, 90)}, "cuda")],
+    ids=["no nvcc", "old driver", "kernels"],
+)
+def test_triton_serves_cuda_tensors_where_the_kernels_are_absent(cuda_machine, monkeypatch, library, serving):
     pytest.importorskip("triton")
-    reason = cuda_machine(**absent)
+    reason = cuda_machine(**library)
     monkeypatch.setattr(_backend, "_known", {})
     monkeypatch.setattr(_backend, "state", _backend.state.__wrapped__)
-    assert wa.backends()["cuda"] == reason
-    assert (_backend.choose("cuda"), _backend.choose("cpu")) == ("triton", "cpu")
+    assert wa.backends()["cuda"] == reason and wa.backends()["triton"] == "available"
+    assert (_backend.choose("cuda"), _backend.choose("cpu")) == (serving, "cpu")
 
 
 def test_forced_triton(monkeypatch, plant):
