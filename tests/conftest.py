@@ -33,6 +33,7 @@ NEEDS = {
     "test_benchmarks.py": ["matplotlib", "numpy", "rich", "torchvision"],
     "test_conv_layers_benchmark.py": ["numpy", "rich", "torchvision"],
     "test_cubin.py": [] if shutil.which("cuobjdump") else ["triton"],  # Triton brings a cuobjdump
+    "test_head_libraries.py": ["segmentation_models_pytorch", "torchvision", "transformers"],
     "test_layout.py": ["hypothesis"],
     "test_onnx.py": ["onnx", "onnxscript"],
     "test_prepare.py": ["hypothesis"],

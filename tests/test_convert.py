@@ -239,27 +239,6 @@ def test_include_and_exclude(rules, expected):
     assert names_of_aligned(wa.convert(model, **rules)) == expected
 
 
-def test_classifier_convolutions(log):
-    class Model(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.stem = nn.Conv2d(3, 4, 3)
-            self.classifier = nn.Sequential(nn.Conv2d(4, 4, 3), nn.ReLU(), nn.Conv2d(4, 2, 1))
-
-    class Named(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.body, self.head = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 2, 1)
-            self.pretrained_cfg = {"classifier": ("head", "head_of_another")}
-
-    assert names_of_aligned(wa.convert(Model())) == ["stem", "classifier.0"]
-    assert names_of_aligned(wa.convert(nn.Sequential(Named()))) == ["0.body"]
-    messages = [r.getMessage() for r in log.records]
-    assert messages == [f"convert leaves as they are: {n} (classifier)" for n in ("classifier.2", "0.head")]
-    assert names_of_aligned(wa.convert(Model(), include="classifier*")) == ["classifier.0", "classifier.2"]
-    assert names_of_aligned(wa.convert(Named(), include=["head"])) == ["head"]
-
-
 class Doubled(nn.Conv2d):
     def forward(self, x):
         return 2 * super().forward(x)
@@ -285,8 +264,8 @@ def test_what_is_left_is_named_in_one_line(log):
     (record,) = log.records
     assert record.name == "weightalign_cuda" and record.levelname == "INFO"
     assert record.getMessage() == (
-        "convert leaves as they are: 0 (filters of one value, which would be constant 0), 1 (not initialised yet), "
-        "2 (test_convert.Doubled has its own forward), 4 (torch.nn.modules.conv.Conv2d has its own forward)"
+        "convert leaves as they are: 0 (filters of one value, which would be constant 0); 1 (not initialised yet); "
+        "2 (test_convert.Doubled has its own forward); 4 (torch.nn.modules.conv.Conv2d has its own forward)"
     )
 
 

@@ -1,13 +1,14 @@
 """Which layers of a model are converted, which stay as they are and why, which cannot be converted."""
 
 import fnmatch
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
 from torch import nn
 from torch.nn.modules.lazy import LazyModuleMixin
 
+from ._heads import predicting
 from ._swap import check_plain
 from .layers import (
     Aligned,
@@ -56,8 +57,8 @@ def filter_length(layer: nn.Module) -> int:
     return layer.weight.numel() // max(filters, 1)  # type: ignore[operator]
 
 
-def select(model: nn.Module, include: Rule, exclude: Rule) -> tuple[list[nn.Module], list[str]]:
-    """The layers to convert, each once, and a line about each that is not, but might be expected to be.
+def select(model: nn.Module, include: Rule, exclude: Rule) -> tuple[list[nn.Module], dict[str, list[str]]]:
+    """The layers to convert, each once, and by reason the names of those that are not, but might be expected to be.
 
     Raises:
         TypeError, ValueError: for rules that are none or match nothing, and for layers that cannot be converted.
@@ -68,7 +69,8 @@ def select(model: nn.Module, include: Rule, exclude: Rule) -> tuple[list[nn.Modu
     if isinstance(include, (str, list, tuple)):
         _check_patterns(include, names)
     not_asked = _not_by_default(model, names) if include is None else {}
-    chosen, left = [], []
+    chosen: list[nn.Module] = []
+    left: dict[str, list[str]] = {}
     for module, own in names.items():
         if isinstance(module, Aligned) or not _matches(include, module, own) or _matches(exclude, module, own, False):
             continue
@@ -78,7 +80,7 @@ def select(model: nn.Module, include: Rule, exclude: Rule) -> tuple[list[nn.Modu
             check_plain(own[0], module)
             chosen.append(module)
         elif reason:
-            left.append(f"{own[0]} ({reason})")
+            left.setdefault(reason, []).append(own[0])
     return chosen, left
 
 
@@ -129,28 +131,7 @@ def _not_by_default(model: nn.Module, names: dict[nn.Module, list[str]]) -> dict
     if any(map(is_standardised, names)) or any(others):
         plain = "plain in a model that standardises weights"
         return {m: plain for m in names if not is_standardised(m)} | reasons
-    by_name = {name: module for module, own in names.items() for name in own}
-    classifiers = [*_timm_classifiers(model), *_last_of_classifiers(by_name)]
-    return {by_name[name]: "classifier" for name in classifiers if name in by_name} | reasons
-
-
-def _timm_classifiers(model: nn.Module) -> Iterator[str]:
-    for prefix, module in model.named_modules():
-        config = getattr(module, "pretrained_cfg", None)
-        classifier = config.get("classifier") if isinstance(config, dict) else None
-        for name in [classifier] if isinstance(classifier, str) else classifier or ():
-            yield f"{prefix}.{name}" if prefix else name
-
-
-def _last_of_classifiers(by_name: dict[str, nn.Module]) -> list[str]:
-    """torchvision's: the last layer in `classifier`, `aux_classifier` and the like."""
-    last = {}
-    for name in by_name:
-        parts = name.split(".")
-        for i, part in enumerate(parts):
-            if part.endswith("classifier"):
-                last[".".join(parts[: i + 1])] = name
-    return list(last.values())
+    return dict.fromkeys(predicting(model, names), "predictions") | reasons
 
 
 def _reason_to_leave(module: nn.Module, parent: nn.Module) -> str | None:

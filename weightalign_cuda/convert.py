@@ -74,10 +74,14 @@ def convert(
     gains: dict[object, nn.Parameter] = {}
     new: dict[nn.Module, nn.Module] = {layer: _converted(layer, gain, gains) for layer in chosen}
     if left:
-        logger.info("convert leaves as they are: %s", ", ".join(left))
+        logger.info("convert leaves as they are: %s", _list(left))
     model = put_in_place(model, new)
     switch(model, foreach)
     return model
+
+
+def _list(left: dict[str, list[str]]) -> str:
+    return "; ".join(f"{', '.join(names)} ({reason})" for reason, names in left.items())
 
 
 def _converted(layer: nn.Module, gain: str, gains: dict[object, nn.Parameter]) -> Aligned:
