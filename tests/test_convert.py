@@ -275,6 +275,55 @@ def test_layers_whose_weight_is_used_without_them_are_left(log):
     assert names_of_aligned(model) == [] and "used by MultiheadAttention itself" in log.records[0].getMessage()
 
 
+def frozen(layer, weight=None):
+    if weight is not None:
+        layer.weight.data.copy_(weight)
+    return layer.requires_grad_(False)
+
+
+BINOMIAL = torch.tensor([1.0, 2.0, 1.0]).outer(torch.tensor([1.0, 2.0, 1.0])) / 16
+CONSTANTS = {
+    "expectation": (nn.Conv2d(16, 1, 1, bias=False), torch.arange(16.0).view(1, 16, 1, 1)),
+    "blur": (nn.Conv2d(4, 4, 3, groups=4, bias=False), BINOMIAL),
+    "transposed": (nn.ConvTranspose2d(4, 4, 3, groups=2), BINOMIAL * torch.tensor([1.0, 2, 1, 2]).view(4, 1, 1, 1)),
+}
+
+
+@pytest.mark.parametrize(("layer", "weight"), CONSTANTS.values(), ids=CONSTANTS)
+def test_constants_are_left(log, layer, weight):
+    layer = frozen(copy.deepcopy(layer), weight)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), layer, nn.BatchNorm2d(4))
+    assert names_of_aligned(wa.convert(model, include="*")) == ["0"]
+    (record,) = log.records
+    assert record.getMessage() == "convert leaves as they are: 1 (frozen filters that are all the same, a constant)"
+    trained = copy.deepcopy(layer).requires_grad_()
+    other = frozen(copy.deepcopy(layer), normal(*layer.weight.shape))
+    unknown = copy.deepcopy(layer).to("meta")
+    expected = ["0"] if layer.out_channels == 1 else ["0", "1", "2"]  # one filter is a constant at any value
+    assert names_of_aligned(wa.convert(nn.Sequential(trained, other, unknown))) == expected
+
+
+def test_frozen_layers_among_trained_ones_are_named(log):
+    """They cannot adapt to their gains of 1."""
+
+    def model():
+        return nn.Sequential(frozen(nn.Conv2d(3, 4, 3)), nn.Conv2d(4, 4, 3), frozen(nn.Conv2d(4, 4, 3)))
+
+    wa.convert(model())
+    (record,) = log.records
+    assert record.levelname == "WARNING" and record.getMessage() == (
+        "convert: 0, 2 are frozen and cannot adapt to a gain of 1, while the rest of the model is trained: "
+        'use gain="preserve", or exclude= them'
+    )
+    log.clear()
+    wa.convert(model(), gain="preserve")
+    wa.convert(model(), exclude=["0", "2"])
+    wa.convert(frozen(model()))
+    assert not log.records
+    wa.convert(nn.Sequential(*frozen(model()), nn.Flatten(), nn.Linear(4, 2)))
+    assert log.records[0].getMessage().startswith("convert: 0, 1, 2 are frozen")
+
+
 REFUSED = {
     "weight_norm": (parametrizations.weight_norm, "parametrized by torch.nn.utils.parametrize"),
     "spectral_norm": (parametrizations.spectral_norm, "parametrized by torch.nn.utils.parametrize"),

@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.modules.lazy import LazyModuleMixin
 
 from ._heads import predicting
-from ._swap import check_plain
+from ._swap import check_plain, rebuilt
 from .layers import (
     Aligned,
     WAConv1d,
@@ -57,8 +57,9 @@ def filter_length(layer: nn.Module) -> int:
     return layer.weight.numel() // max(filters, 1)  # type: ignore[operator]
 
 
-def select(model: nn.Module, include: Rule, exclude: Rule) -> tuple[list[nn.Module], dict[str, list[str]]]:
-    """The layers to convert, each once, and by reason the names of those that are not, but might be expected to be.
+def select(model: nn.Module, include: Rule, exclude: Rule) -> tuple[dict[nn.Module, str], dict[str, list[str]]]:
+    """The layers to convert with their names, and by reason the names of those that are not, but might be expected to
+    be.
 
     Raises:
         TypeError, ValueError: for rules that are none or match nothing, and for layers that cannot be converted.
@@ -69,7 +70,7 @@ def select(model: nn.Module, include: Rule, exclude: Rule) -> tuple[list[nn.Modu
     if isinstance(include, (str, list, tuple)):
         _check_patterns(include, names)
     not_asked = _not_by_default(model, names) if include is None else {}
-    chosen: list[nn.Module] = []
+    chosen: dict[nn.Module, str] = {}
     left: dict[str, list[str]] = {}
     for module, own in names.items():
         if isinstance(module, Aligned) or not _matches(include, module, own) or _matches(exclude, module, own, False):
@@ -78,7 +79,7 @@ def select(model: nn.Module, include: Rule, exclude: Rule) -> tuple[list[nn.Modu
         reason = not_asked[module] if module in not_asked else _reason_to_leave(module, parent)
         if reason is None:
             check_plain(own[0], module)
-            chosen.append(module)
+            chosen[module] = own[0]
         elif reason:
             left.setdefault(reason, []).append(own[0])
     return chosen, left
@@ -139,7 +140,11 @@ def _reason_to_leave(module: nn.Module, parent: nn.Module) -> str | None:
         return "not initialised yet"
     if filter_length(module) == 1:
         return "filters of one value, which would be constant 0"
-    if is_standardised(module) or class_name(module) == SAME:
+    if is_standardised(module):
+        return None
+    if _is_constant(module):
+        return "frozen filters that are all the same, a constant"
+    if class_name(module) == SAME:
         return None
     if isinstance(parent, (nn.MultiheadAttention, nn.TransformerEncoderLayer)):
         return f"its weight is used by {type(parent).__name__} itself"
@@ -147,6 +152,15 @@ def _reason_to_leave(module: nn.Module, parent: nn.Module) -> str | None:
         return None  # refused with a reason of its own
     own = own_behaviour(module, torch_class(module))
     return f"{class_name(module)} has its own {', '.join(sorted(own))}" if own else None
+
+
+def _is_constant(module: nn.Module) -> bool:
+    """As YOLO's expectation over bins, one filter of 0, 1, 2, ..., and blurs, one filter for all channels."""
+    weight = module._parameters.get("weight")
+    if isinstance(module, nn.Linear) or type(weight) is not nn.Parameter or weight.requires_grad:
+        return False
+    filters = rebuilt(module, CLASSES[torch_class(module)]).filters()
+    return len(filters) == 1 or (not weight.is_meta and bool((filters == filters[:1]).all()))
 
 
 def own_behaviour(module: nn.Module, base: type[nn.Module]) -> set[str]:

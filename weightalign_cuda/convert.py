@@ -75,6 +75,8 @@ def convert(
     new: dict[nn.Module, nn.Module] = {layer: _converted(layer, gain, gains) for layer in chosen}
     if left:
         logger.info("convert leaves as they are: %s", _list(left))
+    if gain == "ones":
+        _warn_of_frozen(model, chosen)
     model = put_in_place(model, new)
     switch(model, foreach)
     return model
@@ -82,6 +84,16 @@ def convert(
 
 def _list(left: dict[str, list[str]]) -> str:
     return "; ".join(f"{', '.join(names)} ({reason})" for reason, names in left.items())
+
+
+def _warn_of_frozen(model: nn.Module, chosen: dict[nn.Module, str]) -> None:
+    frozen = [name for layer, name in chosen.items() if not (is_standardised(layer) or layer.weight.requires_grad)]
+    if frozen and any(parameter.requires_grad for parameter in model.parameters()):
+        logger.warning(
+            "convert: %s are frozen and cannot adapt to a gain of 1, while the rest of the model is trained: "
+            'use gain="preserve", or exclude= them',
+            ", ".join(frozen),
+        )
 
 
 def _converted(layer: nn.Module, gain: str, gains: dict[object, nn.Parameter]) -> Aligned:
