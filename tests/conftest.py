@@ -41,6 +41,7 @@ NEEDS = {
     "test_step_benchmark.py": ["numpy", "rich", "timm", "torchvision"],
     "test_timm.py": ["timm", "torchvision"],
     "test_timm_models.py": ["timm", "torchvision"],
+    "test_transformers.py": ["transformers"],
     "test_triton_compiled.py": ["triton"],
     "test_triton_kernels.py": ["hypothesis", "triton"],
 }

@@ -255,18 +255,30 @@ class Preset(nn.Conv2d):
         return 1
 
 
-def test_what_is_left_is_named_in_one_line(log):
+def test_what_is_left_is_named(log):
+    """In a warning, if it is not known what it computes: then the model is converted in part only."""
     patched = nn.Conv2d(3, 3, 3)
     patched.forward = lambda x: x
     model = nn.Sequential(nn.Conv2d(4, 4, 1, groups=4), nn.LazyConv2d(4, 3), Doubled(3, 3, 3), Preset(3), patched)
     wa.convert(model)
     assert names_of_aligned(model) == ["3"] and type(model[3]) is wa.WAConv2d
-    (record,) = log.records
-    assert record.name == "weightalign_cuda" and record.levelname == "INFO"
-    assert record.getMessage() == (
-        "convert leaves as they are: 0 (filters of one value, which would be constant 0); 1 (not initialised yet); "
-        "2 (test_convert.Doubled has its own forward); 4 (torch.nn.modules.conv.Conv2d has its own forward)"
-    )
+    assert [(r.name, r.levelname, r.getMessage()) for r in log.records] == [
+        (
+            "weightalign_cuda",
+            "INFO",
+            "convert leaves as they are: 0 (filters of one value, which would be constant 0); 1 (not initialised yet)",
+        ),
+        (
+            "weightalign_cuda",
+            "WARNING",
+            "convert leaves as they are, for it does not know what they compute: 2 (test_convert.Doubled has its own "
+            "forward); 4 (a forward set on the object, as accelerate does); the rest of the model is converted, "
+            "as include= and exclude= choose",
+        ),
+    ]
+    log.clear()
+    wa.convert(nn.Sequential(Doubled(3, 3, 3), Preset(3)), exclude="0")
+    assert not log.records
 
 
 def test_layers_whose_weight_is_used_without_them_are_left(log):

@@ -2,13 +2,13 @@
 
 import fnmatch
 from collections.abc import Callable, Sequence
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
-import torch
 from torch import nn
 from torch.nn.modules.lazy import LazyModuleMixin
 
 from ._heads import predicting
+from ._standardised import SAME, class_name, is_standardised, original
 from ._swap import check_plain, rebuilt
 from .layers import (
     Aligned,
@@ -32,19 +32,6 @@ CLASSES: dict[type[nn.Module], type[Aligned]] = {
     nn.ConvTranspose3d: WAConvTranspose3d,
     nn.Linear: WALinear,
 }
-# timm's, known by name: whoever has one has imported timm.
-STANDARDISED = {
-    f"timm.layers.std_conv.{name}" for name in ("StdConv2d", "StdConv2dSame", "ScaledStdConv2d", "ScaledStdConv2dSame")
-}
-SAME = "timm.layers.conv2d_same.Conv2dSame"
-
-
-def class_name(module: nn.Module) -> str:
-    return f"{type(module).__module__}.{type(module).__qualname__}"
-
-
-def is_standardised(module: nn.Module) -> bool:
-    return class_name(module) in STANDARDISED
 
 
 def torch_class(module: nn.Module) -> type[nn.Module]:
@@ -57,9 +44,14 @@ def filter_length(layer: nn.Module) -> int:
     return layer.weight.numel() // max(filters, 1)  # type: ignore[operator]
 
 
-def select(model: nn.Module, include: Rule, exclude: Rule) -> tuple[dict[nn.Module, str], dict[str, list[str]]]:
-    """The layers to convert with their names, and by reason the names of those that are not, but might be expected to
-    be.
+class Selection(NamedTuple):
+    chosen: dict[nn.Module, str]  # the layers to convert, with their names
+    left: dict[str, list[str]]  # by reason the names of those that are not, but might be expected to be
+    unknown: dict[str, list[str]]  # the same, of those of which it is not known what they compute
+
+
+def select(model: nn.Module, include: Rule, exclude: Rule) -> Selection:
+    """What becomes of each layer of the model.
 
     Raises:
         TypeError, ValueError: for rules that are none or match nothing, and for layers that cannot be converted.
@@ -70,19 +62,20 @@ def select(model: nn.Module, include: Rule, exclude: Rule) -> tuple[dict[nn.Modu
     if isinstance(include, (str, list, tuple)):
         _check_patterns(include, names)
     not_asked = _not_by_default(model, names) if include is None else {}
-    chosen: dict[nn.Module, str] = {}
-    left: dict[str, list[str]] = {}
+    selection = Selection({}, {}, {})
     for module, own in names.items():
         if isinstance(module, Aligned) or not _matches(include, module, own) or _matches(exclude, module, own, False):
             continue
         parent = model.get_submodule(own[0].rpartition(".")[0])
         reason = not_asked[module] if module in not_asked else _reason_to_leave(module, parent)
-        if reason is None:
-            check_plain(own[0], module)
-            chosen[module] = own[0]
-        elif reason:
-            left.setdefault(reason, []).append(own[0])
-    return chosen, left
+        if reason:
+            selection.left.setdefault(reason, []).append(own[0])
+        elif reason is None and (what := _own_forward(module)):
+            selection.unknown.setdefault(what, []).append(own[0])
+        elif reason is None:
+            check_plain(own[0], original(module))
+            selection.chosen[module] = own[0]
+    return selection
 
 
 def _names(model: nn.Module) -> dict[nn.Module, list[str]]:
@@ -140,18 +133,20 @@ def _reason_to_leave(module: nn.Module, parent: nn.Module) -> str | None:
         return "not initialised yet"
     if filter_length(module) == 1:
         return "filters of one value, which would be constant 0"
-    if is_standardised(module):
-        return None
-    if _is_constant(module):
+    if not is_standardised(module) and _is_constant(module):
         return "frozen filters that are all the same, a constant"
-    if class_name(module) == SAME:
-        return None
     if isinstance(parent, (nn.MultiheadAttention, nn.TransformerEncoderLayer)):
         return f"its weight is used by {type(parent).__name__} itself"
-    if torch.nn.utils.parametrize.is_parametrized(module):
-        return None  # refused with a reason of its own
+    return None
+
+
+def _own_forward(module: nn.Module) -> str:
+    if "forward" in module.__dict__:
+        return "a forward set on the object, as accelerate does"
+    if is_standardised(module) or class_name(module) == SAME:
+        return ""
     own = own_behaviour(module, torch_class(module))
-    return f"{class_name(module)} has its own {', '.join(sorted(own))}" if own else None
+    return f"{class_name(module)} has its own {', '.join(sorted(own))}" if own else ""
 
 
 def _is_constant(module: nn.Module) -> bool:
