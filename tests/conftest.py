@@ -29,19 +29,21 @@ if "triton" in set(ALL_BACKENDS) - set(BACKENDS):
 NEEDS = {
     "simt": ["pybind11"],
     "simt/test_launch_plan.py": ["numpy", "rich"],
-    "test_accelerate.py": ["accelerate"],
+    "test_accelerate.py": ["accelerate", "timm"],
     "test_abi_audit.py": ["torch_abi_audit"],
     "test_benchmarks.py": ["matplotlib", "numpy", "rich", "torchvision"],
     "test_conv_layers_benchmark.py": ["numpy", "rich", "torchvision"],
     "test_export.py": ["onnx", "onnxruntime", "onnxscript"],
     "test_cubin.py": [] if shutil.which("cuobjdump") else ["triton"],  # Triton brings a cuobjdump
     "test_fx.py": ["timm", "torchvision"],
+    "test_head_libraries.py": ["segmentation_models_pytorch", "torchvision", "transformers"],
     "test_layout.py": ["hypothesis"],
     "test_prepare.py": ["hypothesis"],
     "test_readme.py": ["torchvision"],
     "test_step_benchmark.py": ["numpy", "rich", "timm", "torchvision"],
     "test_timm.py": ["timm", "torchvision"],
     "test_timm_models.py": ["timm", "torchvision"],
+    "test_transformers.py": ["transformers"],
     "test_triton_compiled.py": ["triton"],
     "test_triton_kernels.py": ["hypothesis", "triton"],
 }

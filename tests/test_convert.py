@@ -2,6 +2,7 @@
 
 import copy
 import logging
+import re
 
 import pytest
 import torch
@@ -248,27 +249,6 @@ def test_a_layer_in_two_places_goes_by_both_names(as_rule):
             assert model[0] is model[1][0]
 
 
-def test_classifier_convolutions(log):
-    class Model(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.stem = nn.Conv2d(3, 4, 3)
-            self.classifier = nn.Sequential(nn.Conv2d(4, 4, 3), nn.ReLU(), nn.Conv2d(4, 2, 1))
-
-    class Named(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.body, self.head = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 2, 1)
-            self.pretrained_cfg = {"classifier": ("head", "head_of_another")}
-
-    assert names_of_aligned(wa.convert(Model())) == ["stem", "classifier.0"]
-    assert names_of_aligned(wa.convert(nn.Sequential(Named()))) == ["0.body"]
-    messages = [r.getMessage() for r in log.records]
-    assert messages == [f"convert leaves as they are: {n} (classifier)" for n in ("classifier.2", "0.head")]
-    assert names_of_aligned(wa.convert(Model(), include="classifier*")) == ["classifier.0", "classifier.2"]
-    assert names_of_aligned(wa.convert(Named(), include=["head"])) == ["head"]
-
-
 class Doubled(nn.Conv2d):
     def forward(self, x):
         return 2 * super().forward(x)
@@ -285,24 +265,107 @@ class Preset(nn.Conv2d):
         return 1
 
 
-def test_what_is_left_is_named_in_one_line(log):
+def test_what_is_left_is_named(log):
+    """In a warning, if it is not known what it computes: then the model is converted in part only."""
     patched = nn.Conv2d(3, 3, 3)
     patched.forward = lambda x: x
     model = nn.Sequential(nn.Conv2d(4, 4, 1, groups=4), nn.LazyConv2d(4, 3), Doubled(3, 3, 3), Preset(3), patched)
     wa.convert(model)
     assert names_of_aligned(model) == ["3"] and type(model[3]) is wa.WAConv2d
-    (record,) = log.records
-    assert record.name == "weightalign_cuda" and record.levelname == "INFO"
-    assert record.getMessage() == (
-        "convert leaves as they are: 0 (filters of one value, which would be constant 0), 1 (not initialised yet), "
-        "2 (test_convert.Doubled has its own forward), 4 (torch.nn.modules.conv.Conv2d has its own forward)"
-    )
+    assert [(r.name, r.levelname, r.getMessage()) for r in log.records] == [
+        (
+            "weightalign_cuda",
+            "INFO",
+            "convert leaves as they are: 0 (filters of one value, which would be constant 0); 1 (not initialised yet)",
+        ),
+        (
+            "weightalign_cuda",
+            "WARNING",
+            "convert leaves as they are, for it does not know what they compute: 2 (test_convert.Doubled has its own "
+            "forward); 4 (a forward set on the object, as accelerate's hooks are: convert before); the rest of "
+            "the model is converted, as include= and exclude= choose",
+        ),
+    ]
+    log.clear()
+    wa.convert(nn.Sequential(Doubled(3, 3, 3), Preset(3)), exclude="0")
+    assert not log.records
 
 
 def test_layers_whose_weight_is_used_without_them_are_left(log):
     model = nn.TransformerEncoderLayer(8, 2, 16)
     wa.convert(model, include="*")
     assert names_of_aligned(model) == [] and "used by MultiheadAttention itself" in log.records[0].getMessage()
+
+
+def frozen(layer, weight=None):
+    if weight is not None:
+        layer.weight.data.copy_(weight)
+    return layer.requires_grad_(False)
+
+
+BINOMIAL = torch.tensor([1.0, 2.0, 1.0]).outer(torch.tensor([1.0, 2.0, 1.0])) / 16
+CONSTANTS = {
+    "expectation": (nn.Conv2d(16, 1, 1, bias=False), torch.arange(16.0).view(1, 16, 1, 1)),
+    "blur": (nn.Conv2d(4, 4, 3, groups=4, bias=False), BINOMIAL),
+    "transposed": (nn.ConvTranspose2d(4, 4, 3, groups=2), BINOMIAL * torch.tensor([1.0, 2, 1, 2]).view(4, 1, 1, 1)),
+}
+
+
+@pytest.mark.parametrize(("layer", "weight"), CONSTANTS.values(), ids=CONSTANTS)
+def test_constants_are_left(log, layer, weight):
+    layer = frozen(copy.deepcopy(layer), weight)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), layer, nn.BatchNorm2d(4))
+    assert names_of_aligned(wa.convert(model, include="*")) == ["0"]
+    (record,) = log.records
+    assert record.getMessage() == "convert leaves as they are: 1 (frozen filters that are all the same, a constant)"
+    trained = copy.deepcopy(layer).requires_grad_()
+    other = frozen(copy.deepcopy(layer), normal(*layer.weight.shape))
+    unknown = copy.deepcopy(layer).to("meta")
+    expected = ["0"] if layer.out_channels == 1 else ["0", "1", "2"]  # one filter is a constant at any value
+    assert names_of_aligned(wa.convert(nn.Sequential(trained, other, unknown))) == expected
+
+
+def test_frozen_layers_among_trained_ones_are_named(log):
+    """They cannot adapt to their gains of 1."""
+
+    def model():
+        return nn.Sequential(frozen(nn.Conv2d(3, 4, 3)), nn.Conv2d(4, 4, 3), frozen(nn.Conv2d(4, 4, 3)))
+
+    wa.convert(model())
+    (record,) = log.records
+    assert record.levelname == "WARNING" and record.getMessage() == (
+        "convert: 0, 2 are frozen and cannot adapt to a gain of 1, while the rest of the model is trained: "
+        'use gain="preserve", or exclude= them'
+    )
+    log.clear()
+    wa.convert(model(), gain="preserve")
+    wa.convert(model(), exclude=["0", "2"])
+    wa.convert(frozen(model()))
+    assert not log.records
+    wa.convert(nn.Sequential(*frozen(model()), nn.Flatten(), nn.Linear(4, 2)))
+    assert log.records[0].getMessage().startswith("convert: 0, 1, 2 are frozen")
+
+
+NOTHING = {
+    "unknown": (
+        [Doubled(3, 3, 3), nn.Conv2d(3, 3, 1, groups=3)],
+        {},
+        r"1 \(filters of one .*; 0 \(test_convert.Doubled",
+    ),
+    "linear": ([nn.Linear(4, 4)], {}, "no convolution is among the layers that include= and exclude= leave"),
+    "rules": ([nn.Conv2d(3, 3, 3)], {"exclude": "*"}, "no convolution is among the layers"),
+}
+
+
+@pytest.mark.parametrize(("layers", "rules", "why"), NOTHING.values(), ids=NOTHING)
+def test_nothing_to_convert(log, layers, rules, why):
+    wa.convert(nn.Sequential(*layers), **rules)
+    (record,) = log.records
+    assert record.levelname == "WARNING"
+    assert re.match(f"convert changes nothing in this model: {why}", record.getMessage())
+    log.clear()
+    wa.convert(nn.Sequential(wa.WAConv2d(3, 3, 3), nn.Linear(4, 4)))
+    assert not log.records
 
 
 REFUSED = {

@@ -1,14 +1,15 @@
 """Which layers of a model are converted, which stay as they are and why, which cannot be converted."""
 
 import fnmatch
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, cast
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, cast
 
-import torch
 from torch import nn
 from torch.nn.modules.lazy import LazyModuleMixin
 
-from ._swap import check_plain
+from ._heads import predicting
+from ._standardised import SAME, class_name, is_standardised, original
+from ._swap import check_plain, has_forward_of_its_own, rebuilt
 from .layers import (
     Aligned,
     WAConv1d,
@@ -31,19 +32,6 @@ CLASSES: dict[type[nn.Module], type[Aligned]] = {
     nn.ConvTranspose3d: WAConvTranspose3d,
     nn.Linear: WALinear,
 }
-# timm's, known by name: whoever has one has imported timm.
-STANDARDISED = {
-    f"timm.layers.std_conv.{name}" for name in ("StdConv2d", "StdConv2dSame", "ScaledStdConv2d", "ScaledStdConv2dSame")
-}
-SAME = "timm.layers.conv2d_same.Conv2dSame"
-
-
-def class_name(module: nn.Module) -> str:
-    return f"{type(module).__module__}.{type(module).__qualname__}"
-
-
-def is_standardised(module: nn.Module) -> bool:
-    return class_name(module) in STANDARDISED
 
 
 def torch_class(module: nn.Module) -> type[nn.Module]:
@@ -56,8 +44,14 @@ def filter_length(layer: nn.Module) -> int:
     return layer.weight.numel() // max(filters, 1)  # type: ignore[operator]
 
 
-def select(model: nn.Module, include: Rule, exclude: Rule) -> tuple[list[nn.Module], list[str]]:
-    """The layers to convert, each once, and a line about each that is not, but might be expected to be.
+class Selection(NamedTuple):
+    chosen: dict[nn.Module, str]  # the layers to convert, with their names
+    left: dict[str, list[str]]  # by reason the names of those that are not, but might be expected to be
+    unknown: dict[str, list[str]]  # the same, of those of which it is not known what they compute
+
+
+def select(model: nn.Module, include: Rule, exclude: Rule) -> Selection:
+    """What becomes of each layer of the model.
 
     Raises:
         TypeError, ValueError: for rules that are none or match nothing, and for layers that cannot be converted.
@@ -68,18 +62,20 @@ def select(model: nn.Module, include: Rule, exclude: Rule) -> tuple[list[nn.Modu
     if isinstance(include, (str, list, tuple)):
         _check_patterns(include, names)
     not_asked = _not_by_default(model, names) if include is None else {}
-    chosen, left = [], []
+    selection = Selection({}, {}, {})
     for module, own in names.items():
         if isinstance(module, Aligned) or not _matches(include, module, own) or _matches(exclude, module, own, False):
             continue
         parent = model.get_submodule(own[0].rpartition(".")[0])
         reason = not_asked[module] if module in not_asked else _reason_to_leave(module, parent)
-        if reason is None:
-            check_plain(own[0], module)
-            chosen.append(module)
-        elif reason:
-            left.append(f"{own[0]} ({reason})")
-    return chosen, left
+        if reason:
+            selection.left.setdefault(reason, []).append(own[0])
+        elif reason is None and (what := _own_forward(module)):
+            selection.unknown.setdefault(what, []).append(own[0])
+        elif reason is None:
+            check_plain(own[0], original(module))
+            selection.chosen[module] = own[0]
+    return selection
 
 
 def _names(model: nn.Module) -> dict[nn.Module, list[str]]:
@@ -129,28 +125,7 @@ def _not_by_default(model: nn.Module, names: dict[nn.Module, list[str]]) -> dict
     if any(map(is_standardised, names)) or any(others):
         plain = "plain in a model that standardises weights"
         return {m: plain for m in names if not is_standardised(m)} | reasons
-    by_name = {name: module for module, own in names.items() for name in own}
-    classifiers = [*_timm_classifiers(model), *_last_of_classifiers(by_name)]
-    return {by_name[name]: "classifier" for name in classifiers if name in by_name} | reasons
-
-
-def _timm_classifiers(model: nn.Module) -> Iterator[str]:
-    for prefix, module in model.named_modules():
-        config = getattr(module, "pretrained_cfg", None)
-        classifier = config.get("classifier") if isinstance(config, dict) else None
-        for name in [classifier] if isinstance(classifier, str) else classifier or ():
-            yield f"{prefix}.{name}" if prefix else name
-
-
-def _last_of_classifiers(by_name: dict[str, nn.Module]) -> list[str]:
-    """torchvision's: the last layer in `classifier`, `aux_classifier` and the like."""
-    last = {}
-    for name in by_name:
-        parts = name.split(".")
-        for i, part in enumerate(parts):
-            if part.endswith("classifier"):
-                last[".".join(parts[: i + 1])] = name
-    return list(last.values())
+    return dict.fromkeys(predicting(model, names), "predictions") | reasons
 
 
 def _reason_to_leave(module: nn.Module, parent: nn.Module) -> str | None:
@@ -158,14 +133,29 @@ def _reason_to_leave(module: nn.Module, parent: nn.Module) -> str | None:
         return "not initialised yet"
     if filter_length(module) == 1:
         return "filters of one value, which would be constant 0"
-    if is_standardised(module) or class_name(module) == SAME:
-        return None
+    if not is_standardised(module) and _is_constant(module):
+        return "frozen filters that are all the same, a constant"
     if isinstance(parent, (nn.MultiheadAttention, nn.TransformerEncoderLayer)):
         return f"its weight is used by {type(parent).__name__} itself"
-    if torch.nn.utils.parametrize.is_parametrized(module):
-        return None  # refused with a reason of its own
+    return None
+
+
+def _own_forward(module: nn.Module) -> str:
+    if has_forward_of_its_own(module):
+        return "a forward set on the object, as accelerate's hooks are: convert before"
+    if is_standardised(module) or class_name(module) == SAME:
+        return ""
     own = own_behaviour(module, torch_class(module))
-    return f"{class_name(module)} has its own {', '.join(sorted(own))}" if own else None
+    return f"{class_name(module)} has its own {', '.join(sorted(own))}" if own else ""
+
+
+def _is_constant(module: nn.Module) -> bool:
+    """As YOLO's expectation over bins, one filter of 0, 1, 2, ..., and blurs, one filter for all channels."""
+    weight = module._parameters.get("weight")
+    if isinstance(module, nn.Linear) or type(weight) is not nn.Parameter or weight.requires_grad:
+        return False
+    filters = rebuilt(module, CLASSES[torch_class(module)]).filters()
+    return len(filters) == 1 or (not weight.is_meta and bool((filters == filters[:1]).all()))
 
 
 def own_behaviour(module: nn.Module, base: type[nn.Module]) -> set[str]:
@@ -176,4 +166,4 @@ def own_behaviour(module: nn.Module, base: type[nn.Module]) -> set[str]:
         "extra_repr",
         "reset_parameters",
     }
-    return own | ({"forward"} & module.__dict__.keys())
+    return own | ({"forward"} if has_forward_of_its_own(module) else set())

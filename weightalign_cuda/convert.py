@@ -6,10 +6,11 @@ import torch
 from torch import Tensor, nn
 
 from ._backend import run
-from ._select import CLASSES, SAME, Rule, class_name, filter_length, is_standardised, select, torch_class
+from ._select import CLASSES, Rule, Selection, select, torch_class
+from ._standardised import is_standardised, original, pads_same, take_over
 from ._swap import check_model, put_in_place, rebuilt
 from .foreach import check_whole, switch
-from .layers import Aligned
+from .layers import Aligned, aligned_layers
 
 logger = logging.getLogger("weightalign_cuda")
 
@@ -70,29 +71,53 @@ def convert(
         raise ValueError(f"foreach: expected True, False or a number of launches from 1 on, got {foreach!r}")
     if foreach:
         check_whole(list(model.modules()))
-    chosen, left = select(model, include, exclude)
+    selection = select(model, include, exclude)
     gains: dict[object, nn.Parameter] = {}
-    new: dict[nn.Module, nn.Module] = {layer: _converted(layer, gain, gains) for layer in chosen}
-    if left:
-        logger.info("convert leaves as they are: %s", ", ".join(left))
+    new: dict[nn.Module, nn.Module] = {layer: _converted(layer, gain, gains) for layer in selection.chosen}
+    _report(model, selection, gain)
     model = put_in_place(model, new)
     switch(model, foreach)
     return model
 
 
+def _report(model: nn.Module, selection: Selection, gain: str) -> None:
+    if not selection.chosen and not aligned_layers(model.modules()):
+        why = _listed(selection.left | selection.unknown) or (
+            "no convolution is among the layers that include= and exclude= leave (a Linear is one of them if include= "
+            "matches it)"
+        )
+        logger.warning("convert changes nothing in this model: %s", why)
+        return
+    if selection.left:
+        logger.info("convert leaves as they are: %s", _listed(selection.left))
+    if selection.unknown:
+        logger.warning(
+            "convert leaves as they are, for it does not know what they compute: %s; the rest of the model is "
+            "converted, as include= and exclude= choose",
+            _listed(selection.unknown),
+        )
+    plain = {layer: name for layer, name in selection.chosen.items() if not is_standardised(layer)}
+    frozen = [name for layer, name in plain.items() if not layer.weight.requires_grad]
+    if gain == "ones" and frozen and any(parameter.requires_grad for parameter in model.parameters()):
+        logger.warning(
+            "convert: %s are frozen and cannot adapt to a gain of 1, while the rest of the model is trained: "
+            'use gain="preserve", or exclude= them',
+            ", ".join(frozen),
+        )
+
+
+def _listed(names: dict[str, list[str]]) -> str:
+    return "; ".join(f"{', '.join(several)} ({reason})" for reason, several in names.items())
+
+
 def _converted(layer: nn.Module, gain: str, gains: dict[object, nn.Parameter]) -> Aligned:
     """gains: those made so far, by what they belong to: layers that share that share the gain, too."""
-    new = rebuilt(layer, CLASSES[torch_class(layer)])
+    new = rebuilt(original(layer), CLASSES[torch_class(layer)])
     new.activation, new.eps, new.scale = None, 1e-5, 1.0
-    if class_name(layer) == SAME or getattr(layer, "same_pad", False):
+    if pads_same(layer):
         new.padding = "same_tf"  # type: ignore[assignment]
     if is_standardised(layer):
-        # factor * (w - mean) / sqrt(var + eps), multiplied by sqrt(n/2) above and below
-        n = filter_length(layer)
-        new.scale = getattr(layer, "scale", 1.0) * (n / 2) ** 0.5
-        new.eps = n / 2 * layer.eps  # type: ignore[assignment, operator]
-        for name in ("same_pad", "gain_init"):
-            new.__dict__.pop(name, None)
+        take_over(new, layer)
         theirs: Tensor | None = layer._parameters.get("gain")
         if theirs is None:
             new.register_parameter("gain", None)
