@@ -1,5 +1,6 @@
 """The choice of backend: pure, per thread, kept for the backward; and its reasons."""
 
+import re
 import threading
 
 import pytest
@@ -104,7 +105,7 @@ def test_backward_keeps_the_choice_of_its_forward(device, forward_by_op):
 
 def test_forced_cuda_on_cpu_tensors():
     state = wa.backends()["cuda"]
-    reason = r"it does not serve tensors on 'cpu'" if state == "available" else state.replace("+", r"\+")
+    reason = "it does not serve tensors on 'cpu'" if state == "available" else re.escape(state)
     for run in (lambda: wa.align(normal(4, 9)), lambda: wa.align_foreach([normal(4, 9)])):
         with (
             wa.use_backend("cuda"),

@@ -177,8 +177,9 @@ def train_wrapped(rank, wrap, options):
 def by_fsdp2(model):
     from torch.distributed.fsdp import fully_shard
 
-    fully_shard(model[3])
-    return fully_shard(model)
+    mesh = dist.init_device_mesh("cpu", (2,))  # else of the machine's GPUs
+    fully_shard(model[3], mesh=mesh)
+    return fully_shard(model, mesh=mesh)
 
 
 @pytest.mark.parametrize(
