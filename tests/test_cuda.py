@@ -2,6 +2,9 @@
 
 import pytest
 import torch
+from test_foreach import CountOps
+from torch import nn
+from torch.utils.checkpoint import checkpoint
 from truth import BF16, check_align, formula, normal
 
 import weightalign_cuda as wa
@@ -69,3 +72,105 @@ def test_runs_on_the_current_stream(backend):
 @pytest.mark.parametrize("device", [f"cuda:{i}" for i in range(torch.cuda.device_count())])
 def test_each_device_whichever_is_current(backend, device):
     check_align(normal(4, 9, device=device), normal(4, seed=1, device=device))
+
+
+def network():
+    torch.manual_seed(0)
+    layers = [wa.WAConv2d(3, 8, 3, padding=1, eps=0.2, scale=1.3), nn.ReLU(), wa.WAConv2d(8, 8, 3, scale=0.7)]
+    return nn.Sequential(*layers).cuda()
+
+
+@pytest.mark.parametrize("is_warm", [True, False])
+def test_graph_captured_inside_of_frozen(backend, is_warm):
+    """Replayed after it, when its filters are gone and their memory is somebody else's; and eager forwards between."""
+    model, image = network().eval(), normal(2, 3, 8, 8, device="cuda")
+    with torch.no_grad():
+        expected = model(image)
+        with wa.frozen(model):
+            if is_warm:
+                model(image)
+            torch.cuda.synchronize()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                output = model(image)
+            torch.testing.assert_close(model(image), expected)
+        taken = [torch.full((n,), 7.0, device="cuda") for n in (216, 576) for _ in range(4)]
+        graph.replay()
+        torch.testing.assert_close(output, expected)
+        model[0].gain.mul_(2)
+        graph.replay()
+        torch.testing.assert_close(output, model(image))
+    del taken
+
+
+def test_graph_captured_inside_of_accumulate(backend):
+    """Of a part of it the sums would be added to once, whatever is replayed."""
+    model, image = network(), normal(2, 3, 8, 8, device="cuda")
+    with pytest.raises(RuntimeError, match="capture all of the context, or none of it"), wa.accumulate(model):
+        model(image).sum().backward()
+        torch.cuda.synchronize()
+        with torch.cuda.graph(torch.cuda.CUDAGraph()):
+            model(image)
+
+
+@pytest.fixture
+def late():
+    """Runs a model on a stream that waits for nothing but its filters, which are being made on the current one."""
+    side = torch.cuda.Stream()
+
+    def run(model, image):
+        torch.cuda.synchronize()
+        torch.cuda._sleep(50_000_000)
+        for layer in (model[0], model[2]):
+            layer.aligned_filters()
+        with torch.cuda.stream(side):
+            output = nn.Sequential.forward(model, image)
+        torch.cuda.current_stream().wait_stream(side)
+        return output
+
+    return run
+
+
+def test_filters_of_frozen_on_another_stream(backend, late):
+    model, image = network().eval(), normal(2, 3, 8, 8, device="cuda")
+    with torch.no_grad():
+        expected = model(image)
+        with wa.frozen(model):
+            torch.testing.assert_close(late(model, image), expected)
+
+
+@pytest.mark.parametrize("context", ["foreach", "accumulate"])
+def test_filters_and_gradients_on_another_stream(backend, late, context):
+    """Gradients of accumulate are added up on both."""
+    model, image = network(), normal(2, 3, 8, 8, device="cuda")
+    expected = torch.autograd.grad(model(image).square().sum(), list(model.parameters()))
+    if context == "accumulate":
+        with wa.accumulate(model):
+            for run in (late, nn.Sequential.forward, late):
+                run(model, image).square().sum().backward()
+    else:
+        wa.convert(model, foreach=True)
+        model.forward = lambda image: late(model, image)
+        model(image).square().sum().backward()
+    torch.cuda.synchronize()
+    for parameter, grad in zip(model.parameters(), expected, strict=True):
+        times = 3 if context == "accumulate" else 1
+        torch.testing.assert_close(parameter.grad, times * grad, rtol=1e-4, atol=1e-5)
+
+
+def test_backend_of_a_recomputation(backend):
+    """On the thread on which autograd runs the backward of CUDA tensors."""
+    weight = normal(4, 9, device="cuda").requires_grad_()
+    with CountOps() as ops:
+        checkpoint(lambda w: wa.align(w).sin(), weight, use_reentrant=False).sum().backward()
+    assert set(ops.calls) <= ({"align_forward", "align_backward"} if backend != "reference" else set())
+
+
+@pytest.mark.parametrize("place", [0, 3])
+def test_backward_of_tensors_elsewhere(ops, place):
+    weights = [normal(4, 9, device="cuda")]
+    aligned, statistics = ops.align_forward(weights, [None], [0.1], [1.5], torch.float32, torch.preserve_format)
+    arguments = [aligned, weights, [None], statistics, [1.5]]
+    arguments[place] = [aligned[0].cpu()] if place == 0 else statistics.cpu()
+    with pytest.raises(RuntimeError, match=r"(grads|statistics): want"):
+        ops.align_backward(*arguments)
