@@ -340,10 +340,11 @@ def test_frozen_and_gradients(device):
         layer(image).sum().backward()
         assert layer.weight.grad is None and layer.gain.grad is None and layer.bias.grad is not None
         layer.train()
-        with pytest.raises(RuntimeError, match=r"wa.frozen is for inference: gradients do not reach weight and gain"):
-            layer(image).sum().backward()
-        layer.weight.requires_grad_(False)
-        layer.gain.requires_grad_(False)
+        for parameter in (layer.weight, layer.gain):
+            message = "wa.frozen is for inference: gradients do not reach weight and gain"
+            with pytest.raises(RuntimeError, match=message):
+                layer(image).sum().backward()
+            parameter.requires_grad_(False)
         layer(image).sum().backward()
     layer.weight.requires_grad_(True)
     layer(image).sum().backward()
