@@ -295,6 +295,18 @@ def test_functions_of_the_parameters(device):
     assert_near(inside[0].values(), inside[1].values(), 1e-12)
 
 
+def test_gradient_penalty(device):
+    def run(m):
+        for seed in SEEDS:
+            x = image(device, seed, F64).requires_grad_()
+            loss = m(x).square().sum()
+            (grad,) = torch.autograd.grad(loss, x, create_graph=True)
+            (loss + grad.square().sum()).backward()
+
+    model = converted(Model()).to(device, F64)
+    assert_near(accumulated(model, run), plainly(model, run), 1e-10)
+
+
 def test_nested_frozen_copied(device):
     model = converted(Model(), foreach=True).to(device)
     expected = plainly(model)

@@ -116,13 +116,14 @@ def test_checkpoints_of_before_load():
     again.load_state_dict(model.state_dict())
 
 
-def test_what_is_kept(device):
+@pytest.mark.parametrize("gain", ["ones", "preserve"])
+def test_what_is_kept(device, gain):
     """dtype, memory layout, requires_grad, mode, gradients."""
     model = network().to(device, BF16, memory_format=torch.channels_last).eval()
     model[0].requires_grad_(False)
     model[3][0].weight.grad = torch.ones_like(model[3][0].weight)
     strides = [p.stride() for p in model.parameters()]
-    wa.convert(model)
+    wa.convert(model, gain=gain)
     gains = wa.gain_parameters(model)
     assert {(g.dtype, g.device.type) for g in gains} == {(BF16, device)} and not any(
         m.training for m in model.modules()

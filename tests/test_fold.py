@@ -247,6 +247,11 @@ def test_frozen_is_undone_after_an_error_and_may_be_nested(count):
             layer(normal(1, 3))
         layer(normal(1, 3))
     assert len(count) == 2 and layer.aligned_by is None
+    count.clear()
+    gone = weakref.ref(layer)
+    del layer
+    gc.collect()
+    assert gone() is None  # nothing waits for optimizers
 
 
 def alias(layer):
@@ -336,10 +341,11 @@ def test_frozen_and_gradients(device):
         layer(image).sum().backward()
         assert layer.weight.grad is None and layer.gain.grad is None and layer.bias.grad is not None
         layer.train()
-        with pytest.raises(RuntimeError, match=r"wa.frozen is for inference: gradients do not reach weight and gain"):
-            layer(image).sum().backward()
-        layer.weight.requires_grad_(False)
-        layer.gain.requires_grad_(False)
+        for parameter in (layer.weight, layer.gain):
+            message = "wa.frozen is for inference: gradients do not reach weight and gain"
+            with pytest.raises(RuntimeError, match=message):
+                layer(image).sum().backward()
+            parameter.requires_grad_(False)
         layer(image).sum().backward()
     layer.weight.requires_grad_(True)
     layer(image).sum().backward()
@@ -361,14 +367,16 @@ def test_frozen_and_compiled(device):
 @pytest.mark.parametrize("options", [{"fused": True}, {"foreach": True}], ids=str)
 def test_frozen_notices_an_optimizer_step(options):
     """Fused ones do not count their changes."""
-    layer, image = wa.WAConv2d(3, 4, 3), normal(1, 3, 5, 5)
-    layer(image).square().sum().backward()
-    optimizer = torch.optim.AdamW(layer.parameters(), lr=0.1, **options)
-    with torch.no_grad(), wa.frozen(layer):
-        before = layer(image)
-        optimizer.step()
-        after = layer(image)
-    assert torch.equal(after, layer(image)) and not torch.equal(after, before)
+    layers, image = [wa.WAConv2d(3, 3, 3), wa.WAConv2d(3, 4, 3)], normal(1, 3, 5, 5)
+    model = nn.Sequential(*layers)
+    model(image).square().sum().backward()
+    for layer in layers:
+        optimizer = torch.optim.AdamW(layer.parameters(), lr=0.1, **options)
+        with torch.no_grad(), wa.frozen(model):
+            before = model(image)
+            optimizer.step()
+            after = model(image)
+        assert torch.equal(after, model(image)) and not torch.equal(after, before)
 
 
 def test_frozen_notices_other_strides():
