@@ -29,6 +29,7 @@ if "triton" in set(ALL_BACKENDS) - set(BACKENDS):
 NEEDS = {
     "simt": ["pybind11"],
     "simt/test_launch_plan.py": ["numpy", "rich"],
+    "test_accelerate.py": ["accelerate", "timm"],
     "test_abi_audit.py": ["torch_abi_audit"],
     "test_benchmarks.py": ["matplotlib", "numpy", "rich", "torchvision"],
     "test_conv_layers_benchmark.py": ["numpy", "rich", "torchvision"],

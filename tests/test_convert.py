@@ -2,6 +2,7 @@
 
 import copy
 import logging
+import re
 
 import pytest
 import torch
@@ -272,8 +273,8 @@ def test_what_is_left_is_named(log):
             "weightalign_cuda",
             "WARNING",
             "convert leaves as they are, for it does not know what they compute: 2 (test_convert.Doubled has its own "
-            "forward); 4 (a forward set on the object, as accelerate does); the rest of the model is converted, "
-            "as include= and exclude= choose",
+            "forward); 4 (a forward set on the object, as accelerate's hooks are: convert before); the rest of "
+            "the model is converted, as include= and exclude= choose",
         ),
     ]
     log.clear()
@@ -334,6 +335,24 @@ def test_frozen_layers_among_trained_ones_are_named(log):
     assert not log.records
     wa.convert(nn.Sequential(*frozen(model()), nn.Flatten(), nn.Linear(4, 2)))
     assert log.records[0].getMessage().startswith("convert: 0, 1, 2 are frozen")
+
+
+NOTHING = {
+    "unknown": ([Doubled(3, 3, 3), nn.Conv2d(3, 3, 1)], {}, r"1 \(predictions\); 0 \(test_convert.Doubled has its own"),
+    "linear": ([nn.Linear(4, 4)], {}, "no convolution is among the layers that include= and exclude= leave"),
+    "rules": ([nn.Conv2d(3, 3, 3)], {"exclude": "*"}, "no convolution is among the layers"),
+}
+
+
+@pytest.mark.parametrize(("layers", "rules", "why"), NOTHING.values(), ids=NOTHING)
+def test_nothing_to_convert(log, layers, rules, why):
+    wa.convert(nn.Sequential(*layers), **rules)
+    (record,) = log.records
+    assert record.levelname == "WARNING"
+    assert re.match(f"convert changes nothing in this model: {why}", record.getMessage())
+    log.clear()
+    wa.convert(nn.Sequential(wa.WAConv2d(3, 3, 3), nn.Linear(4, 4)))
+    assert not log.records
 
 
 REFUSED = {

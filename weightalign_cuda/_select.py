@@ -9,7 +9,7 @@ from torch.nn.modules.lazy import LazyModuleMixin
 
 from ._heads import predicting
 from ._standardised import SAME, class_name, is_standardised, original
-from ._swap import check_plain, rebuilt
+from ._swap import check_plain, has_forward_of_its_own, rebuilt
 from .layers import (
     Aligned,
     WAConv1d,
@@ -141,8 +141,8 @@ def _reason_to_leave(module: nn.Module, parent: nn.Module) -> str | None:
 
 
 def _own_forward(module: nn.Module) -> str:
-    if "forward" in module.__dict__:
-        return "a forward set on the object, as accelerate does"
+    if has_forward_of_its_own(module):
+        return "a forward set on the object, as accelerate's hooks are: convert before"
     if is_standardised(module) or class_name(module) == SAME:
         return ""
     own = own_behaviour(module, torch_class(module))
@@ -166,4 +166,4 @@ def own_behaviour(module: nn.Module, base: type[nn.Module]) -> set[str]:
         "extra_repr",
         "reset_parameters",
     }
-    return own | ({"forward"} & module.__dict__.keys())
+    return own | ({"forward"} if has_forward_of_its_own(module) else set())

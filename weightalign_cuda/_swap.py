@@ -1,5 +1,6 @@
 """Another class for a layer: a new object that takes over what the old one holds, put in its place in the model."""
 
+import types
 import weakref
 from typing import Any, TypeVar
 
@@ -57,11 +58,18 @@ def check_plain(name: str, layer: nn.Module) -> None:
     )
 
 
+def has_forward_of_its_own(layer: nn.Module) -> bool:
+    """One set on the object. (accelerate's hooks, taken off, leave the method of the class there.)"""
+    forward = types.MethodType(type(layer).forward, layer)
+    return bool(vars(layer).get("forward", forward) != forward)
+
+
 def rebuilt(layer: nn.Module, cls: type[Layer]) -> Layer:
     """An object of class `cls` with all that `layer` holds: the same parameters, hooks (so that a handle still removes
-    its own), mode. No __init__ runs: no random numbers are drawn."""
+    its own), mode. No __init__ runs: no random numbers are drawn. A forward set on the object is not among it."""
     new = cls.__new__(cls)
     new.__dict__.update(layer.__dict__)
+    new.__dict__.pop("forward", None)
     new._parameters = layer._parameters.copy()
     return new
 

@@ -10,7 +10,7 @@ from ._select import CLASSES, Rule, Selection, select, torch_class
 from ._standardised import is_standardised, original, pads_same, take_over
 from ._swap import check_model, put_in_place, rebuilt
 from .foreach import check_whole, switch
-from .layers import Aligned
+from .layers import Aligned, aligned_layers
 
 logger = logging.getLogger("weightalign_cuda")
 
@@ -81,6 +81,13 @@ def convert(
 
 
 def _report(model: nn.Module, selection: Selection, gain: str) -> None:
+    if not selection.chosen and not aligned_layers(model.modules()):
+        why = _listed(selection.left | selection.unknown) or (
+            "no convolution is among the layers that include= and exclude= leave (a Linear is one of them if include= "
+            "matches it)"
+        )
+        logger.warning("convert changes nothing in this model: %s", why)
+        return
     if selection.left:
         logger.info("convert leaves as they are: %s", _listed(selection.left))
     if selection.unknown:
