@@ -37,6 +37,7 @@ NEEDS = {
     "test_head_libraries.py": ["segmentation_models_pytorch", "torchvision", "transformers"],
     "test_layout.py": ["hypothesis"],
     "test_onnx.py": ["onnx", "onnxscript"],
+    "test_peft.py": ["peft"],
     "test_prepare.py": ["hypothesis"],
     "test_readme.py": ["torchvision"],
     "test_step_benchmark.py": ["numpy", "rich", "timm", "torchvision"],

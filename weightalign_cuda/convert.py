@@ -5,6 +5,7 @@ import logging
 import torch
 from torch import Tensor, nn
 
+from ._adapters import forbid_merging, tuner_layers
 from ._backend import run
 from ._select import CLASSES, Rule, Selection, select, torch_class
 from ._standardised import is_standardised, original, pads_same, take_over
@@ -75,6 +76,7 @@ def convert(
     gains: dict[object, nn.Parameter] = {}
     new: dict[nn.Module, nn.Module] = {layer: _converted(layer, gain, gains) for layer in selection.chosen}
     _report(model, selection, gain)
+    forbid_merging(tuner for tuner in tuner_layers(model) if tuner.base_layer in new)
     model = put_in_place(model, new)
     switch(model, foreach)
     return model
