@@ -38,6 +38,7 @@ NEEDS = {
     "test_fx.py": ["timm", "torchvision"],
     "test_head_libraries.py": ["segmentation_models_pytorch", "torchvision", "transformers"],
     "test_layout.py": ["hypothesis"],
+    "test_peft.py": ["peft"],
     "test_prepare.py": ["hypothesis"],
     "test_readme.py": ["torchvision"],
     "test_step_benchmark.py": ["numpy", "rich", "timm", "torchvision"],

@@ -348,11 +348,7 @@ def test_frozen_layers_among_trained_ones_are_named(log):
 
 
 NOTHING = {
-    "unknown": (
-        [Doubled(3, 3, 3), nn.Conv2d(3, 3, 1, groups=3)],
-        {},
-        r"1 \(filters of one .*; 0 \(test_convert.Doubled",
-    ),
+    "unknown": ([Doubled(3, 3, 3), nn.Conv2d(3, 3, 1)], {}, r"1 \(predictions\); 0 \(test_convert.Doubled has its own"),
     "linear": ([nn.Linear(4, 4)], {}, "no convolution is among the layers that include= and exclude= leave"),
     "rules": ([nn.Conv2d(3, 3, 3)], {"exclude": "*"}, "no convolution is among the layers"),
 }

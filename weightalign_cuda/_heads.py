@@ -5,7 +5,7 @@ hidden ones of a head, its tower, do not.
 """
 
 import fnmatch
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator, Sequence
 
 from torch import nn
 
@@ -34,10 +34,11 @@ _CLASSES = {
 }
 
 
-def predicting(model: nn.Module, layers: Iterable[nn.Module]) -> set[nn.Module]:
-    """Those of these layers of the model that predict."""
+def predicting(model: nn.Module, layers: Iterable[nn.Module], adapters: Container[nn.Module]) -> set[nn.Module]:
+    """Those of these layers of the model that predict. adapters: modules that are not the model's own."""
     known = set(layers)
-    heads = [*_timm_classifiers(model), *_named(model), *_output_convolution(model)]
+    own = [module for module in model.modules() if module not in adapters]
+    heads = [*_timm_classifiers(model), *_named(model), *_output_convolution(own)]
     return {layer for head in heads for layer in _last(head, known)}
 
 
@@ -70,10 +71,10 @@ def _named(model: nn.Module) -> Iterator[nn.Module]:
                 yield from (part for each in attributes if (part := parts.get(each)) is not None)
 
 
-def _output_convolution(model: nn.Module) -> list[nn.Module]:
+def _output_convolution(modules: Sequence[nn.Module]) -> list[nn.Module]:
     """As a U-Net ends: the last module with parameters, if it is a convolution of single pixels with a bias."""
-    last = [module for module in model.modules() if any(p is not None for p in module._parameters.values())][-1:]
-    return [module for module in last if module is not model and _is_of_pixels(module)]
+    last = [module for module in modules[1:] if any(p is not None for p in module._parameters.values())][-1:]
+    return [module for module in last if _is_of_pixels(module)]
 
 
 def _is_of_pixels(module: nn.Module) -> bool:

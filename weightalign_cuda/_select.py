@@ -1,12 +1,13 @@
 """Which layers of a model are converted, which stay as they are and why, which cannot be converted."""
 
 import fnmatch
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from typing import Any, NamedTuple, cast
 
 from torch import nn
 from torch.nn.modules.lazy import LazyModuleMixin
 
+from ._adapters import not_to_align, tuner_layers
 from ._heads import predicting
 from ._standardised import SAME, class_name, is_standardised, original
 from ._swap import check_plain, has_forward_of_its_own, rebuilt
@@ -61,13 +62,15 @@ def select(model: nn.Module, include: Rule, exclude: Rule) -> Selection:
     names = _names(model)
     if isinstance(include, (str, list, tuple)):
         _check_patterns(include, names)
-    not_asked = _not_by_default(model, names) if include is None else {}
+    kept = not_to_align(tuner_layers(model))
+    if include is None:
+        kept |= _not_by_default(model, names, kept)
     selection = Selection({}, {}, {})
     for module, own in names.items():
         if isinstance(module, Aligned) or not _matches(include, module, own) or _matches(exclude, module, own, False):
             continue
         parent = model.get_submodule(own[0].rpartition(".")[0])
-        reason = not_asked[module] if module in not_asked else _reason_to_leave(module, parent)
+        reason = kept[module] if module in kept else _reason_to_leave(module, parent)
         if reason:
             selection.left.setdefault(reason, []).append(own[0])
         elif reason is None and (what := _own_forward(module)):
@@ -117,15 +120,18 @@ def _matches(rule: Rule, module: nn.Module, names: Sequence[str], default: bool 
     return any(fnmatch.fnmatchcase(name, pattern) for name in names for pattern in patterns)
 
 
-def _not_by_default(model: nn.Module, names: dict[nn.Module, list[str]]) -> dict[nn.Module, str]:
+def _not_by_default(
+    model: nn.Module, names: Iterable[nn.Module], adapters: Container[nn.Module]
+) -> dict[nn.Module, str]:
     """Layers that only `include` converts, and why; "" where nobody would expect them to be converted."""
     reasons = {module: "" for module in names if isinstance(module, nn.Linear)}
+    layers = [module for module in names if module not in adapters]
     # A constant factor, or no gain: not WeightAlign but another standardisation, converted before.
-    others = (m for m in names if isinstance(m, Aligned) and (m.scale != 1 or m.gain is None))
-    if any(map(is_standardised, names)) or any(others):
+    others = (m for m in layers if isinstance(m, Aligned) and (m.scale != 1 or m.gain is None))
+    if any(map(is_standardised, layers)) or any(others):
         plain = "plain in a model that standardises weights"
-        return {m: plain for m in names if not is_standardised(m)} | reasons
-    return dict.fromkeys(predicting(model, names), "predictions") | reasons
+        return {m: plain for m in layers if not is_standardised(m)} | reasons
+    return dict.fromkeys(predicting(model, layers, adapters), "predictions") | reasons
 
 
 def _reason_to_leave(module: nn.Module, parent: nn.Module) -> str | None:

@@ -5,6 +5,7 @@ import logging
 import torch
 from torch import Tensor, nn
 
+from ._adapters import forbid_merging, tuner_layers
 from ._backend import run
 from ._select import CLASSES, Rule, Selection, select, torch_class
 from ._standardised import is_standardised, original, pads_same, take_over
@@ -42,13 +43,13 @@ def convert(
         model: any module.
         gain: of plain layers, "ones" or "preserve": sqrt(n/2 * var + eps), so that a layer's aligned weight is at first
             its weight less the mean of each filter: to fine-tune a trained model.
-        foreach: True aligns all layers in one launch at the start of the model's forward, and has one launch in its
-            backward; a number aligns them in that many, so that DistributedDataParallel sends the first gradients while
-            the backward goes on. Converting again switches it on or off. It serves calls of `model` itself. A layer
-            called outside of them aligns itself; so does one whose weight changes in the midst, or is made at each use
-            (parametrizations, pruning), or whose dtype an autocast inside the forward decides, and one in a second run
-            of reentrant checkpointing or in a part compiled by itself. As all gradients leave one node, a second
-            backward of one forward needs retain_graph=True even if it is for other layers.
+        foreach: True aligns all layers in one launch, when the first one runs in a forward of the model, in the dtype
+            that it asks for (an autocast may be inside of the forward), and has one launch in the backward; a number
+            aligns them in that many, so that DistributedDataParallel sends the first gradients while the backward goes
+            on. Converting again switches it on or off. It serves calls of `model` itself. A layer called outside of
+            them aligns itself; so does one in a second run of reentrant checkpointing or in a part compiled by itself,
+            one whose weight is made at each use (parametrizations, pruning), and, with a warning, one whose weight or
+            autocast changes in the midst.
         include: only these layers: a pattern for their names as in `model.named_modules()` ("layer1.*", by fnmatch), a
             list of patterns, or a function (name, module) -> bool. What it matches is converted, be it the classifier:
             a Linear becomes a WALinear.
@@ -75,6 +76,7 @@ def convert(
     gains: dict[object, nn.Parameter] = {}
     new: dict[nn.Module, nn.Module] = {layer: _converted(layer, gain, gains) for layer in selection.chosen}
     _report(model, selection, gain)
+    forbid_merging(tuner for tuner in tuner_layers(model) if tuner.base_layer in new)
     model = put_in_place(model, new)
     switch(model, foreach)
     return model

@@ -20,8 +20,9 @@ def frozen(model: nn.Module) -> Iterator[nn.Module]:
 
     For validation between epochs, where `fold` would be a detour. Parameters may change inside (load_state_dict, an
     averaged copy, `model.half()`, an optimizer's step): a layer aligns again when its weight or gain has changed. Only
-    writes that torch does not count go unnoticed: in place through `.data`, NumPy or another view of the memory. Under
-    autocast weights are kept in its dtype.
+    writes that torch does not count go unnoticed: in place through `.data`, NumPy or another view of the memory. So
+    swap averaged weights in before, not inside, where a library does it by `param.data.copy_` (torch_ema, diffusers'
+    EMAModel). Under autocast weights are kept in its dtype.
 
     No gradient reaches weight and gain: in eval mode they are constants (gradients of inputs are right); of a layer in
     training mode the backward raises. Inside torch.compile, of parameters that torch.func transforms, and while a CUDA
