@@ -15,7 +15,7 @@ PY := $(VENV)/bin/python
 PYTEST = OMP_WAIT_POLICY=passive $(PY) -m pytest -n 2 --dist worksteal
 INSTALLED := $(VENV)/installed
 # torch first: it is then what the library is built against, instead of a second one in pip's build environment.
-INSTALL = $(PY) -m pip install -q "$(TORCH)" && $(PY) -m pip install -q "$(TORCH)" -e ".[test,bench,lint]"
+INSTALL = $(PY) -m pip install -q "$(TORCH)" && $(PY) -m pip install -q "$(TORCH)" -e ".[test,libraries,bench,lint]"
 $(INSTALLED): $(VENV)/bin/python
 endif
 # An editable install, for the repository's root shadows an installed package; its library is rebuilt when this changes.
