@@ -125,8 +125,8 @@ def align_sharded(rank):
     ):
         with pytest.raises(ValueError, match="gain: expected the weight's placement"):
             wa.align(*pair)
-        with pytest.raises(ValueError, match=r"gains\[0\]: expected the weight's placement"):
-            wa.align_foreach([pair[0]], [pair[1]])
+        with pytest.raises(ValueError, match=r"gains\[1\]: expected the weight's placement"):
+            wa.align_foreach([weight, pair[0]], [gain, pair[1]])
     low = wa.align(weight.detach().float(), gain.detach(), dtype=BF16)
     assert low.dtype == BF16 and low.placements == weight.placements
 
