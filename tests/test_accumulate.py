@@ -1,7 +1,9 @@
 """wa.accumulate: what plain accumulation gives, from one launch forward and one backward."""
 
+import contextlib
 import copy
 import gc
+import threading
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 
@@ -12,6 +14,7 @@ from test_foreach_model import Model, checkpointed, image, layers
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 from truth import BF16, F64, formula, normal
+from varied import converted, vary
 
 import weightalign_cuda as wa
 
@@ -60,7 +63,7 @@ def assert_near(found, expected, rtol=1e-5):
 @pytest.mark.parametrize("foreach", [False, True, 3])
 @pytest.mark.parametrize("block", [lambda block, x: block(x), checkpointed(False), checkpointed(True)])
 def test_equals_plain_accumulation(backend, device, foreach, block):
-    model = wa.convert(Model(block), foreach=foreach).to(device)
+    model = converted(Model(block), foreach=foreach).to(device)
     assert_near(accumulated(model), plainly(model))
     assert model.unused.weight.grad is None and model.unused.gain.grad is None
     before = [layer.aligned_by for layer in layers(model)]
@@ -72,7 +75,7 @@ def test_equals_plain_accumulation(backend, device, foreach, block):
 
 @pytest.mark.parametrize("foreach", [False, True])
 def test_one_launch_each_way(native, device, foreach):
-    model = wa.convert(Model(), foreach=foreach).to(device)
+    model = converted(Model(), foreach=foreach).to(device)
     with CountOps() as ops:
         accumulated(model)
     assert ops.calls["align_forward"] == ops.calls["align_backward"] == 1
@@ -87,14 +90,15 @@ def test_one_launch_each_way(native, device, foreach):
 
 def test_truth(backend, device):
     """Of one convolution in float64, by autograd of the formula."""
-    layer = wa.WAConv2d(3, 4, 3, dtype=F64, device=device)
+    layer = wa.WAConv2d(3, 4, 3, eps=0.3, scale=1.7, dtype=F64, device=device)
     with torch.no_grad():
         layer.gain.copy_(normal(4, seed=5))
     x = [normal(2, 3, 6, 5, seed=s, dtype=F64, device=device) for s in SEEDS]
     with wa.accumulate(layer):
         for each in x:
             layer(each).sin().sum().backward()
-    true = sum(nn.functional.conv2d(each, formula(layer.weight, layer.gain), layer.bias).sin().sum() for each in x)
+    aligned = formula(layer.weight, layer.gain, 0.3, 1.7)
+    true = sum(nn.functional.conv2d(each, aligned, layer.bias).sin().sum() for each in x)
     expected = torch.autograd.grad(true, list(layer.parameters()))
     assert_near(gradients(layer), expected, 1e-12)
 
@@ -105,6 +109,7 @@ def test_sums_in_float32(device):
         wa.WALinear(8, 4, bias=False, dtype=BF16, device=device),
         wa.WALinear(8, 4, bias=False, device=device),
     ):
+        vary(model)
         x, small = normal(8, 8, device=device, seed=3), 600
         expected = None
         for count in (1, small):
@@ -126,15 +131,24 @@ def test_autocast_for_some_micro_batches(device):
                 result = model(image(device, seed))
             result.float().square().sum().backward()
 
-    model = wa.convert(Model(), foreach=True).to(device)
+    model = converted(Model(), foreach=True).to(device)
     with CountOps() as ops:
         found = accumulated(model, run)
     assert ops.calls["align_forward"] == ops.calls["align_backward"] == 2
     assert_near(found, plainly(model, run), rtol=2e-2)
 
 
+def test_one_launch_for_each_dtype(native, device):
+    model = converted(Model(lambda block, x: block(x.double()).float())).to(device)
+    model.middle.double()
+    with CountOps() as ops:
+        found = accumulated(model)
+    assert ops.calls["align_forward"] == ops.calls["align_backward"] == 2
+    assert_near(found, plainly(model))
+
+
 def test_layers_shared_and_frozen(device):
-    model = wa.convert(Model()).to(device, F64)
+    model = converted(Model()).to(device, F64)
     model.first.requires_grad_(False)
     model.last.gain.requires_grad_(False)
     model.unused.weight = model.last.weight
@@ -143,13 +157,14 @@ def test_layers_shared_and_frozen(device):
 
     def run(m):
         micro_batches(m, dtype=F64)
+        assert [layer.aligned_filters().requires_grad for layer in (m.first, m.last)] == [False, True]
 
     assert_near(accumulated(model, run), plainly(model, run), 1e-6)  # losses are of float32
     assert model.first.weight.grad is None and model.last.gain.grad is None
 
 
 def test_hooks_of_parameters_run_once(device):
-    model, calls = wa.convert(Model()).to(device), []
+    model, calls = converted(Model()).to(device), []
     model.first.weight.register_hook(lambda grad: calls.append("gradient"))
     model.first.gain.register_post_accumulate_grad_hook(lambda _: calls.append("gain"))
     model.middle[2].weight.register_post_accumulate_grad_hook(lambda _: calls.append("transposed"))
@@ -158,7 +173,7 @@ def test_hooks_of_parameters_run_once(device):
 
 
 def test_exception(device):
-    model = wa.convert(Model(), foreach=True).to(device)
+    model = converted(Model(), foreach=True).to(device)
     with pytest.raises(OSError), wa.accumulate(model):
         micro_batches(model)
         raise OSError
@@ -167,39 +182,57 @@ def test_exception(device):
 
 
 def test_optimizer_step_inside(device):
-    model, other = (wa.convert(Model()).to(device) for _ in range(2))
+    model, other = (converted(Model()).to(device) for _ in range(2))
     optimizers = [torch.optim.SGD(m.parameters(), lr=0.1) for m in (model, other)]
-    with (
-        pytest.raises(RuntimeError, match=r"optimizer step inside wa\.accumulate.*step after it"),
-        wa.accumulate(model),
-    ):
+    with wa.accumulate(model):
         micro_batches(model)
         micro_batches(other)
         optimizers[1].step()  # another model's
-        optimizers[0].step()
+        with pytest.raises(RuntimeError, match=r"optimizer step inside wa\.accumulate.*step after it"):
+            optimizers[0].step()
     optimizers[0].step()
 
 
-def test_parameters_that_change_inside(device):
-    model = wa.convert(Model()).to(device)
-    message = r"wa\.accumulate: parameters changed inside.*got first\.weight"
-    with pytest.raises(RuntimeError, match=message), wa.accumulate(model), torch.no_grad():
-        model(image(device))
-        model.first.weight.mul_(2)
-        model(image(device))
-    for change in (lambda: model.first.bias.add_(1), lambda: model.load_state_dict(model.state_dict())):
-        model.zero_grad()
-        with pytest.raises(RuntimeError, match=r"wa\.accumulate: parameters changed inside"), wa.accumulate(model):
-            micro_batches(model)
-            with torch.no_grad():
-                change()
-        assert model.last.weight.grad is None
-    with pytest.raises(RuntimeError, match="replaced or frozen"), wa.accumulate(model):
-        model.first.gain = nn.Parameter(torch.ones_like(model.first.gain))
+CHANGES = {
+    "weight": lambda layer: layer.weight.mul_(2),
+    "load_state_dict": lambda layer: layer.load_state_dict(layer.state_dict()),
+    "another gain": lambda layer: setattr(layer, "gain", nn.Parameter(torch.ones_like(layer.gain))),
+    "frozen": lambda layer: layer.weight.requires_grad_(False),
+    "eps": lambda layer: setattr(layer, "eps", 3.0),
+    "scale": lambda layer: setattr(layer, "scale", 3.0),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_layers_that_change_inside(device, change):
+    """Noticed where they are used again, and at the end."""
+
+    def refused():
+        return pytest.raises(RuntimeError, match=r"wa\.accumulate: parameters changed inside")
+
+    model = converted(Model()).to(device)
+    with refused(), wa.accumulate(model):
+        micro_batches(model)
+        with torch.no_grad():
+            change(model.middle[0])
+        with refused():
+            model(image(device))
+    assert model.last.weight.grad is None
+
+
+def test_what_changed_inside_is_named(device):
+    model = converted(Model()).to(device)
+    for change, names in (
+        (lambda: model.first.bias.add_(1), r"got first\.bias"),
+        (lambda: (model.last.weight.mul_(2), model.first.gain.mul_(2)), r"got first\.gain, last\.weight"),
+        (lambda: setattr(model.first, "gain", nn.Parameter(torch.ones_like(model.first.gain))), "replaced or frozen"),
+    ):
+        with pytest.raises(RuntimeError, match=f"wa\\.accumulate: .*{names}"), wa.accumulate(model), torch.no_grad():
+            change()
 
 
 def test_weights_that_something_makes(device):
-    model = wa.convert(Model()).to(device)
+    model = converted(Model()).to(device)
     parametrizations.weight_norm(model.first)
     prune.l1_unstructured(model.last, "weight", 0.5)
     found = accumulated(model)
@@ -209,7 +242,7 @@ def test_weights_that_something_makes(device):
 
 
 def test_memory_is_given_back(device):
-    model, leaves = wa.convert(Model()).to(device), []
+    model, leaves = converted(Model()).to(device), []
     model.first.register_forward_pre_hook(lambda layer, _: leaves.append(weakref.ref(layer.aligned_filters())))
     accumulated(model)
     gc.collect()
@@ -217,8 +250,53 @@ def test_memory_is_given_back(device):
     assert all(layer.aligned_by is None for layer in layers(model))
 
 
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+def test_validation_before_the_first_micro_batch(device, context):
+    model = converted(Model()).to(device)
+
+    def run(m):
+        with context():
+            m(image(device))
+        micro_batches(m)
+
+    assert_near(accumulated(model, run), plainly(model))
+
+
+def test_parameters_made_under_inference_mode(device):
+    with torch.inference_mode():
+        model = converted(Model()).to(device)
+        expected = model(image(device))
+        with wa.accumulate(model):
+            assert torch.equal(model(image(device)), expected)
+
+
+def test_the_backend_of_the_forward_serves_the_backward(device):
+    layer, calls = vary(wa.WALinear(5, 4, device=device)), []
+    for inside, outside in ((device, "reference"), ("reference", device)):
+        with CountOps() as ops, wa.use_backend(outside), wa.accumulate(layer), wa.use_backend(inside):
+            layer(normal(2, 5, device=device)).sum().backward()
+        calls.append(ops.calls["align_backward"])
+    assert calls == [1, 0]
+
+
+def test_functions_of_the_parameters(device):
+    """Their gradients are theirs, not part of the sums."""
+    model, x = converted(Model()).to(device, F64), image(device, dtype=F64)
+
+    def function(parameters):
+        return torch.func.functional_call(model, parameters, (x,)).square().sum()
+
+    def run(m):
+        micro_batches(m, dtype=F64)
+        inside.append(torch.func.grad(function)(dict(model.named_parameters())))
+
+    inside = []
+    assert_near(accumulated(model, run), plainly(model, run), 1e-6)
+    assert_near(inside[0].values(), inside[1].values(), 1e-12)
+
+
 def test_nested_frozen_copied(device):
-    model = wa.convert(Model(), foreach=True).to(device)
+    model = converted(Model(), foreach=True).to(device)
     expected = plainly(model)
     with wa.accumulate(model):
         micro_batches(model, SEEDS[:1])
@@ -233,7 +311,7 @@ def test_nested_frozen_copied(device):
 
 
 def test_threads(device):
-    model = wa.convert(Model()).to(device, F64)
+    model = converted(Model()).to(device, F64)
 
     def run(m):
         with ThreadPoolExecutor(4) as pool:
@@ -246,8 +324,55 @@ def test_threads(device):
     assert_near(found[3:], gradients(model)[3:], 1e-5)
 
 
+def meet(both):
+    """Waits for the other thread, so that what may happen at once does; not again once one has waited in vain."""
+    with contextlib.suppress(threading.BrokenBarrierError):
+        both.wait(0.2)
+
+
+def test_threads_that_begin_at_once(native, device):
+    """Aligned once."""
+    both = threading.Barrier(2)
+
+    class Waiting(wa.WALinear):
+        def filters(self):
+            meet(both)
+            return super().filters()
+
+    layer = Waiting(5, 4, device=device)
+
+    def run(seed):
+        with wa.use_backend(native), CountOps() as ops:
+            layer(normal(2, 5, seed=seed, device=device)).sum().backward()
+        return ops.calls["align_forward"]
+
+    with wa.accumulate(layer), ThreadPoolExecutor(2) as pool:
+        assert sum(pool.map(run, (1, 2))) == 1
+
+
+def test_threads_that_add_at_once(device):
+    both = threading.Barrier(2)
+
+    class Waiting(torch.Tensor):
+        @classmethod
+        def __torch_function__(cls, func, types, args=(), kwargs=None):
+            meet(both)
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **(kwargs or {}))
+
+    layer = vary(wa.WALinear(5, 4, dtype=F64, device=device))
+    grads = [normal(4, 5, seed=seed, dtype=F64, device=device) for seed in (1, 2)]
+    with wa.accumulate(layer):
+        filters = layer.aligned_filters()
+        with ThreadPoolExecutor(2) as pool:
+            list(pool.map(lambda grad: filters.backward(grad.as_subclass(Waiting)), grads))
+    true = formula(layer.weight, layer.gain, layer.eps, layer.scale)
+    expected = torch.autograd.grad(true, (layer.weight, layer.gain), sum(grads))
+    assert_near((layer.weight.grad, layer.gain.grad), expected, 1e-12)
+
+
 def test_compiled(device):
-    model = wa.convert(Model(), foreach=True).to(device)
+    model = converted(Model(), foreach=True).to(device)
     expected = plainly(model)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     with wa.accumulate(model):

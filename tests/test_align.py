@@ -35,13 +35,31 @@ def test_values_and_gradients(backend, device, shape, dtype, result_dtype):
     check_align(he(*shape, device=device, dtype=dtype), gain, dtype=result_dtype)
 
 
+def near_midway(dtype):
+    """Numbers of float32 midway between neighbours of dtype, and next to that; and what each rounds to."""
+    first = 0x0800 if dtype == BF16 else 0  # no product of theirs is subnormal in float32
+    bits = torch.arange(first, 0x7800, 61, dtype=torch.int16)
+    low, high = bits.view(dtype), (bits + 1).view(dtype)
+    middle = (low.double() + high.double()).div(2).float()
+    numbers = [middle, *(torch.nextafter(middle, side.float()) for side in (low, high))]
+    return torch.cat(numbers), torch.cat([torch.where(bits % 2 == 0, low, high), low, high])
+
+
 @pytest.mark.parametrize("result_dtype", [BF16, F16], ids=name)
-@pytest.mark.parametrize("scale", [1.0, 1e6, 1e-5], ids=["", "overflow of float16", "subnormals of float16"])
-def test_rounding_is_to_nearest_even(backend, device, result_dtype, scale):
-    """Against torch's, over enough values that some lie midway between two results."""
-    weight = he(256, 4608, device=device)
-    exact = wa.align(weight, scale=scale)
-    assert torch.equal(wa.align(weight, scale=scale, dtype=result_dtype), exact.to(result_dtype))
+@pytest.mark.parametrize("n", [7, 512, 16384])
+def test_rounding_is_to_nearest_even(backend, device, result_dtype, n):
+    """Filters of zeros, -2 and 2: their statistics are exact, whatever the order of the sums, and aligned they are
+    -gain and gain, of which many are midway between two results."""
+    gain, rounded = (t[:: max(1, n // 512)].to(device) for t in near_midway(result_dtype))
+    if result_dtype == F16:  # the largest number, and what is beyond it
+        gain = torch.cat([gain, torch.tensor([65519.996, 65520, 1e6], device=device)])
+        rounded = torch.cat([rounded, torch.tensor([65504, math.inf, math.inf], dtype=F16, device=device)])
+    filters = torch.arange(len(gain), device=device)
+    weight, at = torch.zeros(len(gain), n, device=device), 2 + 2 * (filters % (n // 2 - 1))
+    weight[filters, at], weight[filters, at + 1] = -2.0, 2.0
+    aligned = wa.align(weight, gain, eps=12.0, scale=2.0, dtype=result_dtype)
+    assert torch.equal(aligned[filters, at + 1], rounded)
+    assert torch.equal(aligned[filters, at], -rounded)
 
 
 @pytest.mark.parametrize("gain_dtype", [*DTYPES, None], ids=name)
@@ -55,6 +73,23 @@ def test_gain_in_every_other_place_of_a_tensor(backend, device):
     gain = normal(32, seed=1, device=device)[::2]
     check_align(he(16, 8, 3, 3, device=device), gain)
     check_align(he(16, 8, 3, 3, device=device), normal(1, device=device).expand(16))
+
+
+@pytest.mark.parametrize("gain_dtype", [F32, BF16], ids=name)
+def test_gain_of_timm(backend, device, gain_dtype):
+    """(K, 1, 1, 1), as its gradient is."""
+    weights = [he(16, 8, 3, 3, device=device).requires_grad_(), he(5, 7, device=device, seed=1).requires_grad_()]
+    gains = [normal(*shape, seed=2, device=device, dtype=gain_dtype) for shape in ((16, 1, 1, 1), (5, 1))]
+    gains = [gain.requires_grad_() for gain in gains]
+    together = wa.align_foreach(weights, gains, eps=[0.1, 2.0], scale=[1.7, 0.4])
+    grads = torch.autograd.grad([aligned.sin().sum() for aligned in together], gains)
+    for weight, gain, aligned, grad, eps, scale in zip(
+        weights, gains, together, grads, (0.1, 2.0), (1.7, 0.4), strict=True
+    ):
+        flat = gain.detach().flatten().requires_grad_()
+        alone = wa.align(weight, flat, eps=eps, scale=scale)
+        assert torch.equal(aligned, alone) and grad.shape == gain.shape and grad.dtype == gain_dtype
+        assert torch.equal(grad.flatten(), torch.autograd.grad(alone.sin().sum(), flat)[0])
 
 
 @pytest.mark.parametrize("eps", [1e-12, 1e-3, 0.5, 100])

@@ -1,5 +1,6 @@
 """The choice of backend: pure, per thread, kept for the backward; and its reasons."""
 
+import re
 import threading
 
 import pytest
@@ -71,6 +72,26 @@ def test_choice_is_of_one_thread(device):
     assert served == {device: True, "reference": False, "outside": True, "inside": True}
 
 
+def test_choice_goes_with_a_backward_to_its_threads(device):
+    """Those of autograd for CUDA tensors start with what torch carries over, and no context variables."""
+    found = {}
+    with wa.use_backend("reference"), wa.use_backend(device), wa.use_backend("reference"):
+        carried = torch._C._get_obj_in_tls("weightalign_backend")
+
+    def backward():
+        torch._C._stash_obj_in_tls("weightalign_backend", carried)
+        found["there"] = _backend.choose(device)
+        with wa.use_backend(device):
+            found["inside"] = _backend.choose(device)
+        found["after"] = _backend.choose(device)
+
+    thread = threading.Thread(target=backward)
+    thread.start()
+    thread.join()
+    assert found == {"there": "reference", "inside": device, "after": "reference"}
+    assert _backend.choose(device) == device
+
+
 @pytest.mark.parametrize("forward_by_op", [True, False])
 def test_backward_keeps_the_choice_of_its_forward(device, forward_by_op):
     names = (device, "reference") if forward_by_op else ("reference", device)
@@ -84,7 +105,7 @@ def test_backward_keeps_the_choice_of_its_forward(device, forward_by_op):
 
 def test_forced_cuda_on_cpu_tensors():
     state = wa.backends()["cuda"]
-    reason = r"it does not serve tensors on 'cpu'" if state == "available" else state.replace("+", r"\+")
+    reason = "it does not serve tensors on 'cpu'" if state == "available" else re.escape(state)
     for run in (lambda: wa.align(normal(4, 9)), lambda: wa.align_foreach([normal(4, 9)])):
         with (
             wa.use_backend("cuda"),
@@ -101,9 +122,28 @@ def test_forced_cpu_on_other_tensors():
         wa.align(normal(4, 9, device="meta"))
 
 
-def test_a_backend_that_is_not_there_never_falls_back(monkeypatch):
-    monkeypatch.setitem(wa.backends(), "cpu", "broken: mend it")
-    monkeypatch.setattr(_backend, "_known", {})
+@pytest.fixture
+def plant(monkeypatch):
+    """States of backends, in place of those that hold here."""
+
+    def plant(**states):
+        monkeypatch.setattr(_backend, "state", lambda name: states.get(name, "available"))
+        monkeypatch.setattr(_backend, "_known", {})
+
+    return plant
+
+
+def test_what_serves_where_everything_is_available(plant):
+    plant()
+    assert [_backend.choose(device) for device in ("cuda", "cpu", "meta")] == ["cuda", "cpu", "reference"]
+    plant(cuda="no nvcc")
+    assert [_backend.choose(device) for device in ("cuda", "cpu")] == ["triton", "cpu"]
+    plant(cuda="no nvcc", triton="not installed", cpu="not built")
+    assert [_backend.choose(device) for device in ("cuda", "cpu")] == ["reference", "reference"]
+
+
+def test_a_backend_that_is_not_there_never_falls_back(plant):
+    plant(cpu="broken: mend it")
     with (
         wa.use_backend("cpu"),
         pytest.raises(RuntimeError, match=r"^backend 'cpu' was asked for, but: broken: mend it$"),
@@ -136,7 +176,7 @@ def cuda_machine(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: [(9, 0), (7, 0)][device])
 
     def plant(architectures=ALL, runtime=13000, driver=13000):
-        monkeypatch.setattr(_backend, "library", Library(None, architectures, runtime, driver))
+        monkeypatch.setattr(_backend, "library", Library(None, architectures, runtime, lambda: driver))
         return _backend._cuda()
 
     return plant
@@ -156,31 +196,28 @@ def test_why_cuda_is_not_available(cuda_machine, monkeypatch):
     assert cuda_machine() == f"torch {torch.__version__} is a CPU-only build"
 
 
-@pytest.mark.parametrize("absent", [{"architectures": ()}, {"driver": 12040}], ids=["no nvcc", "old driver"])
-def test_triton_serves_cuda_tensors_where_the_kernels_are_absent(cuda_machine, monkeypatch, absent):
+@pytest.mark.parametrize(
+    ("library", "serving"),
+    [({"architectures": ()}, "triton"), ({"driver": 12040}, "triton"), ({"architectures": (70, 90)}, "cuda")],
+    ids=["no nvcc", "old driver", "kernels"],
+)
+def test_triton_serves_cuda_tensors_where_the_kernels_are_absent(cuda_machine, monkeypatch, library, serving):
     pytest.importorskip("triton")
-    reason = cuda_machine(**absent)
+    reason = cuda_machine(**library)
     monkeypatch.setattr(_backend, "_known", {})
-    wa.backends.cache_clear()
-    try:
-        assert wa.backends()["cuda"] == reason
-        assert (_backend.choose("cuda"), _backend.choose("cpu")) == ("triton", "cpu")
-    finally:
-        wa.backends.cache_clear()
+    monkeypatch.setattr(_backend, "state", _backend.state.__wrapped__)
+    assert wa.backends()["cuda"] == reason and wa.backends()["triton"] == "available"
+    assert (_backend.choose("cuda"), _backend.choose("cpu")) == (serving, "cpu")
 
 
-def test_forced_triton(monkeypatch):
+def test_forced_triton(monkeypatch, plant):
     """CPU tensors only where it is interpreted."""
     pytest.importorskip("triton")
-    monkeypatch.setattr(_backend, "_known", {})
     monkeypatch.setattr(_backend, "_is_interpreted", False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    wa.backends.cache_clear()
-    try:
-        with wa.use_backend("triton"), pytest.raises(RuntimeError, match=r"'triton' was asked for, but: .*TRITON"):
-            wa.align(normal(4, 9))
-        monkeypatch.setitem(wa.backends(), "triton", "available")  # a CUDA machine
-        with wa.use_backend("triton"), pytest.raises(RuntimeError, match="does not serve tensors on 'cpu'"):
-            wa.align(normal(4, 9))
-    finally:
-        wa.backends.cache_clear()
+    plant(triton=_backend._triton())
+    with wa.use_backend("triton"), pytest.raises(RuntimeError, match=r"'triton' was asked for, but: .*TRITON"):
+        wa.align(normal(4, 9))
+    plant()  # a CUDA machine
+    with wa.use_backend("triton"), pytest.raises(RuntimeError, match="does not serve tensors on 'cpu'"):
+        wa.align(normal(4, 9))

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from truth import BF16, EPS, F16, F32, F64, formula, name, normal
+from truth import BF16, F16, F32, F64, formula, name, normal
 
 import weightalign_cuda as wa
 from weightalign_cuda import _backend
@@ -29,16 +29,18 @@ class Model(nn.Module):
             setattr(self, key, nn.Parameter(normal(*shape, seed=seed, dtype=dtype, device=device)))
 
     def forward(self, x):
-        x = wa.conv2d(x, self.first, None, 2, "same_tf", gain=self.gain, activation="silu")
-        second, matrix = wa.align_foreach([self.second, self.matrix], [self.other, None], eps=[EPS, 0.1])
+        options = {"gain": self.gain, "activation": "silu", "eps": 2.0, "scale": 1.7}
+        x = wa.conv2d(x, self.first, None, 2, "same_tf", **options)
+        weights, gains = [self.second, self.matrix], [self.other, None]
+        second, matrix = wa.align_foreach(weights, gains, eps=[0.7, 0.1], scale=[1.3, 0.8])
         x = F.conv2d(x, second).mean((2, 3)) @ matrix.T
-        return x @ wa.align(self.matrix, scale=0.5)
+        return x @ wa.align(self.matrix, eps=0.4, scale=0.5)
 
     def true(self, x):
         x = F.pad(F.silu(x), [0, 1, 0, 1])
-        x = F.conv2d(x, formula(self.first, self.gain), None, 2)
-        x = F.conv2d(x, formula(self.second, self.other)).mean((2, 3)) @ formula(self.matrix, None, 0.1).T
-        return x @ formula(self.matrix, None, EPS, 0.5)
+        x = F.conv2d(x, formula(self.first, self.gain, 2.0, 1.7), None, 2)
+        x = F.conv2d(x, formula(self.second, self.other, 0.7, 1.3)).mean((2, 3))
+        return x @ formula(self.matrix, None, 0.1, 0.8).T @ formula(self.matrix, None, 0.4, 0.5)
 
 
 def images(device, count=2, dtype=F32):
@@ -72,6 +74,31 @@ def fresh_compiler():
     torch.compiler.reset()
     yield
     torch.compiler.reset()
+
+
+def test_batched_gradients(any_backend, device, model):
+    """Several at once, by the older vmap of torch.autograd."""
+    exact, parameters = Model(device, F64), list(model.parameters())
+    exact.load_state_dict(model.state_dict())
+    x, true_x = images(device).requires_grad_(), images(device, dtype=F64).requires_grad_()
+    result, true = model(x), exact.true(true_x)
+    grads = normal(3, *result.shape, seed=4, device=device)
+    found = torch.autograd.grad(result, [x, *parameters], grads, is_grads_batched=True)
+    truths = [torch.autograd.grad(true, [true_x, *exact.parameters()], g.double(), retain_graph=True) for g in grads]
+    for ours, truth in zip(found, map(torch.stack, zip(*truths, strict=True)), strict=True):
+        assert (ours.double() - truth).abs().max() <= 30 * torch.finfo(F32).eps * truth.abs().max()
+
+
+@pytest.mark.parametrize("mode", ["zeros", "reflect", "replicate", "circular"])
+def test_batched_gradients_of_every_padding(backend, device, mode):
+    w = normal(4, 3, 3, 3, dtype=F64, device=device).requires_grad_()
+    x = normal(1, 3, 4, 5, dtype=F64, device=device).requires_grad_()
+
+    def prepared(x, w):
+        options = {"padding": ((1, 2), 1), "padding_mode": mode, "eps": 0.3, "scale": 1.7}
+        return wa.prepare(x, w, activation="silu", memory_format=torch.channels_last, **options)
+
+    assert torch.autograd.gradcheck(prepared, (x, w), check_batched_grad=True)
 
 
 def test_eager(any_backend, device, model):
@@ -109,10 +136,10 @@ def test_autocast_of_float64_weights(any_backend, device):
     """They stay what they are, as float64 goes to float64 only."""
     model = Model(device, F64)
     with torch.autocast(device, dtype=BF16):
-        first, second = wa.align_foreach([model.first, model.second])
+        first, second = wa.align_foreach([model.first, model.second], eps=[2.0, 0.7], scale=[1.7, 1.3])
         prepared, aligned = wa.prepare(images(device, dtype=F64), model.first)
     assert {t.dtype for t in (first, second, prepared, aligned)} == {F64}
-    torch.testing.assert_close(first, formula(model.first), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(first, formula(model.first, None, 2.0, 1.7), rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
@@ -137,7 +164,7 @@ def test_func_grad(any_backend, device, model):
 
 def test_func_grad_twice_and_forward_mode(any_backend, device):
     weight, gain, tangent = (normal(*s, seed=i, dtype=F64, device=device) for i, s in enumerate([(4, 6), (4,), (4, 6)]))
-    functions = [lambda w, a=a: a(w, gain).sin().sum() for a in (wa.align, formula)]
+    functions = [lambda w, a=a: a(w, gain, eps=0.4, scale=1.7).sin().sum() for a in (wa.align, formula)]
     for transform in (
         lambda f: torch.func.jvp(f, (weight,), (tangent,))[1],
         lambda f: torch.func.jacfwd(f)(weight),

@@ -159,13 +159,12 @@ def test_hooks():
 def test_what_is_shared_stays_shared(device):
     conv, first, second, other = (nn.Conv2d(4, 4, 3, padding=1) for _ in range(4))
     first.weight = second.weight
-    turned = nn.ConvTranspose2d(4, 4, 3, padding=1)
-    turned.weight = second.weight
-    model = wa.convert(nn.Sequential(conv, nn.Sequential(conv), first, second, turned, other)).to(device)
+    turned, grouped = (nn.ConvTranspose2d(4, 4 * groups, 3, padding=1, groups=groups) for groups in (1, 2))
+    turned.weight = grouped.weight = second.weight
+    model = wa.convert(nn.Sequential(conv, nn.Sequential(conv), first, second, turned, other, grouped)).to(device)
     assert model[0] is model[1][0] and model[2] is not model[3]
-    assert model[2].weight is model[3].weight is model[4].weight and model[2].gain is model[3].gain
-    assert model[4].gain is not model[2].gain and model[5].gain is not model[2].gain
-    assert len(wa.gain_parameters(model)) == 4
+    assert model[2].weight is model[3].weight is model[4].weight is model[6].weight
+    assert model[2].gain is model[3].gain and len(wa.gain_parameters(model)) == 5
     model(normal(1, 4, 5, 5, device=device)).sum().backward()
 
 
@@ -238,6 +237,16 @@ def test_include_and_exclude(rules, expected):
     assert names_of_aligned(model) == expected
     model(normal(2, 3, 8, 8)).sum().backward()
     assert names_of_aligned(wa.convert(model, **rules)) == expected
+
+
+@pytest.mark.parametrize("as_rule", [str, lambda name: [name], lambda name: lambda own, _: own == name])
+def test_a_layer_in_two_places_goes_by_both_names(as_rule):
+    for name in ("0", "1.0"):
+        for rule, expected in (("exclude", ["2"]), ("include", ["0"])):
+            conv = nn.Conv2d(3, 3, 3)
+            model = nn.Sequential(conv, nn.Sequential(conv), nn.Conv2d(3, 3, 3))
+            assert names_of_aligned(wa.convert(model, **{rule: as_rule(name)})) == expected
+            assert model[0] is model[1][0]
 
 
 class Doubled(nn.Conv2d):

@@ -9,7 +9,8 @@ import torch.distributed as dist
 import torch.multiprocessing
 from test_foreach import CountOps
 from torch import nn
-from truth import BF16, F64, normal
+from truth import BF16, F64, formula, normal
+from varied import converted, numbers
 
 import weightalign_cuda as wa
 
@@ -75,10 +76,12 @@ def align_sharded(rank):
         placed.append([distribute_tensor(t, where, placements).requires_grad_() for t in (weight, gain)])
     plain.append([normal(3, 4, dtype=F64).requires_grad_(), None])  # and one that is no DTensor at all
     placed.append([plain[-1][0].detach().requires_grad_(), None])
-    expected = wa.align_foreach(*zip(*plain, strict=True), scale=0.5)
+    options = numbers(len(plain))
+    each = list(zip(*options.values(), strict=True))
+    expected = [formula(*pair, *own) for pair, own in zip(plain, each, strict=True)]
     with CommDebugMode() as communication, CountOps() as ops:
-        together = wa.align_foreach(*zip(*placed, strict=True), scale=0.5)
-        alone = [wa.align(*pair, scale=0.5) for pair in placed]
+        together = wa.align_foreach(*zip(*placed, strict=True), **options)
+        alone = [wa.align(*pair, eps=eps, scale=scale) for pair, (eps, scale) in zip(placed, each, strict=True)]
     assert ops.calls["align_forward"] == 1 + len(placed) and communication.get_total_counts() == 0
     for pair, one, other, truth in zip(placed, together, alone, expected, strict=True):
         outside = normal(*truth.shape, seed=9, dtype=F64)
@@ -87,7 +90,7 @@ def align_sharded(rank):
             grad = outside
             if isinstance(pair[0], DTensor):
                 assert (result.device_mesh, result.placements) == (pair[0].device_mesh, pair[0].placements)
-                assert result.shape == truth.shape and result.stride() == truth.stride()
+                assert result.shape == pair[0].shape and result.stride() == pair[0].stride()
                 grad = distribute_tensor(outside, result.device_mesh, result.placements)
             leaves = [t for t in pair if t is not None]
             with communication:
@@ -105,6 +108,7 @@ def align_sharded(rank):
             for a, b in zip(found, true, strict=True):
                 torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-13)
     weight, gain = placed[0]
+    turned = DeviceMesh("cpu", [1, 0])
     for bad, message in (
         (Shard(1), r"weight: expected a DTensor placed by Shard\(0\).* got S(hard\(dim=)?\(?1"),
         (Partial(), r"weight: expected a DTensor placed by Shard\(0\).*got P"),
@@ -117,6 +121,7 @@ def align_sharded(rank):
         (weight, plain[0][1]),
         (plain[0][0], gain),
         (weight, distribute_tensor(plain[0][1], mesh, [Replicate()])),
+        (weight, distribute_tensor(plain[0][1], turned, [Shard(0)])),
     ):
         with pytest.raises(ValueError, match="gain: expected the weight's placement"):
             wa.align(*pair)
@@ -145,7 +150,7 @@ def network(**options):
         nn.Flatten(),
         nn.Linear(3, 3),
     )
-    return wa.convert(model, **options)
+    return converted(model, **options)
 
 
 def train(model, rank, count):
@@ -172,8 +177,9 @@ def train_wrapped(rank, wrap, options):
 def by_fsdp2(model):
     from torch.distributed.fsdp import fully_shard
 
-    fully_shard(model[3])
-    return fully_shard(model)
+    mesh = dist.init_device_mesh("cpu", (2,))  # else of the machine's GPUs
+    fully_shard(model[3], mesh=mesh)
+    return fully_shard(model, mesh=mesh)
 
 
 @pytest.mark.parametrize(
@@ -209,7 +215,7 @@ def test_what_fsdp2_does_not_go_with(in_two_processes):
 
 
 def accumulate_under_ddp(model, rank, count, options):
-    """Parameters after steps of three micro-batches each, the last of which synchronises."""
+    """Parameters after steps of three micro-batches each, the last of which synchronises; validation is none."""
     model = wa.convert(model, **options)
     model = nn.parallel.DistributedDataParallel(model) if count > 1 else model
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
@@ -220,6 +226,8 @@ def accumulate_under_ddp(model, rank, count, options):
                 x = normal(4, 3, 9, 8, seed=10 * seed + i).chunk(count)[rank]
                 with model.no_sync() if count > 1 and i < 2 else contextlib.nullcontext():
                     model(x).square().mean().backward()
+                with torch.no_grad():
+                    model(x)
         optimizer.step()
     return [p.detach() for p in model.parameters()]
 

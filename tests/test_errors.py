@@ -26,8 +26,8 @@ ALIGN = {
     "integer gain": ((W, G.int()), {}, TypeError, f"gain: {FLOATS}torch.int32"),
     "sparse gain": ((W, G.to_sparse()), {}, TypeError, "gain: expected a strided tensor, got layout torch.sparse_coo"),
     "long gain": ((W, W[0]), {}, ValueError, "gain: expected shape (4,)...got (9,)"),
-    "gain of timm": (
-        (IMAGE, G.view(4, 1, 1, 1)), {}, ValueError, "gain: expected shape (4,)...got (4, 1, 1, 1)"),
+    "gain in a row": (
+        (IMAGE, G.view(1, 4, 1, 1)), {}, ValueError, "gain: expected shape (4,)...got (1, 4, 1, 1)"),
     "gain elsewhere": ((W, G.to("meta")), {}, ValueError, "gain: expected the weight's device cpu, got meta"),
     "eps is no number": ((W,), {"eps": "1e-5"}, TypeError, "eps: expected a number, got str"),
     "eps is a tensor": ((W,), {"eps": torch.tensor(1e-5)}, TypeError, "eps: expected a number, got Tensor"),

@@ -12,8 +12,9 @@ import pytest
 import torch
 from test_foreach import CountOps
 from torch import nn
-from torch.utils.checkpoint import CheckpointError, checkpoint
+from torch.utils.checkpoint import checkpoint
 from truth import BF16, F64, name, normal
+from varied import converted
 
 import weightalign_cuda as wa
 from weightalign_cuda.layers import Aligned
@@ -74,7 +75,7 @@ def assert_same(found, expected, **tolerance):
 
 
 def alone(device="cpu", **kwargs):
-    return step(wa.convert(Model(**kwargs)).to(device))[0]
+    return step(converted(Model(**kwargs)).to(device))[0]
 
 
 def layers(model):
@@ -88,7 +89,7 @@ def kept(model):
 
 @pytest.mark.parametrize("foreach", [True, 1, 2, 4, 50])
 def test_same_numbers(backend, device, foreach):
-    model = wa.convert(Model(), foreach=foreach).to(device)
+    model = converted(Model(), foreach=foreach).to(device)
     for _ in range(2):
         found, *ops = step(model)
         assert_same(found, alone(device))
@@ -101,14 +102,14 @@ def test_same_numbers(backend, device, foreach):
 
 
 def test_one_launch_each_way(native, device):
-    _, forward, backward = step(wa.convert(Model(), foreach=True).to(device))
+    _, forward, backward = step(converted(Model(), foreach=True).to(device))
     assert forward == {"align_forward": 1, "prepare_forward": 1}
     assert backward == {"align_backward": 1, "prepare_backward": 1}
 
 
 def test_buckets_are_ready_while_the_backward_goes_on(native, device):
     """In the order in which it meets them, each before the convolutions of the next."""
-    model = wa.convert(nn.Sequential(*[nn.Conv2d(4, 4, 3, padding=1) for _ in range(6)]), foreach=3).to(device)
+    model = converted(nn.Sequential(*[nn.Conv2d(4, 4, 3, padding=1) for _ in range(6)]), foreach=3).to(device)
     events = []
     for i, layer in enumerate(model):
         layer.register_full_backward_hook(lambda *_, i=i: events.append(f"convolution {i}"))
@@ -121,7 +122,7 @@ def test_buckets_are_ready_while_the_backward_goes_on(native, device):
 @pytest.mark.parametrize("reentrant", [True, False])
 @pytest.mark.parametrize("foreach", [True, 3])
 def test_checkpointed_block(backend, device, reentrant, foreach):
-    model = wa.convert(Model(checkpointed(reentrant)), foreach=foreach).to(device)
+    model = converted(Model(checkpointed(reentrant)), foreach=foreach).to(device)
     for _ in range(2):
         found, forward, backward = step(model)
         assert_same(found, alone(device))
@@ -136,7 +137,7 @@ def test_checkpointed_block(backend, device, reentrant, foreach):
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_checkpointed_model(backend, device, reentrant):
     for block in (Model, lambda: Model(checkpointed(False))):
-        model = wa.convert(block(), foreach=True).to(device)
+        model = converted(block(), foreach=True).to(device)
         x = image(device).requires_grad_()
         found, *_ = step(model, lambda x, m=model: checkpoint(m, x, use_reentrant=reentrant), x)
         assert_same(found, alone(device))
@@ -145,8 +146,8 @@ def test_checkpointed_model(backend, device, reentrant):
 
 def test_checkpoints_of_several_forwards(device):
     """Backward in either order, twice, and never."""
-    model = wa.convert(Model(checkpointed(False)), foreach=True).to(device)
-    plain = wa.convert(Model()).to(device)
+    model = converted(Model(checkpointed(False)), foreach=True).to(device)
+    plain = converted(Model()).to(device)
     for order in ((0, 1), (1, 0)):
         found = []
         for m in (model, plain):
@@ -166,31 +167,30 @@ def test_checkpoints_of_several_forwards(device):
 
 
 def test_kinds_of_checkpointing_in_each_other(device):
-    """Right; but torch refuses a block that runs again both as part of the model and as part of a reentrant run, in
-    which it aligns itself. (Its gradients would be lost in the other one's filters.)"""
+    """A block that runs again both as part of the model and of a reentrant run, in which it aligns itself."""
 
     def nested(block, x):
         return checkpoint(lambda x: checkpoint(block, x, use_reentrant=False), x, use_reentrant=True)
 
-    model = wa.convert(Model(nested), foreach=True).to(device)
-    assert_same(step(model)[0], alone(device))
-    model.run = lambda block, x: nested(block, x) + checkpoint(block, x, use_reentrant=False)
-    with pytest.raises(CheckpointError):
-        step(model)
+    def both(block, x):
+        return nested(block, x) + checkpoint(block, x, use_reentrant=False)
+
+    for run in (nested, both):
+        assert_same(*(step(converted(Model(run), foreach=f).to(device))[0] for f in (True, False)))
 
 
 def test_weight_changed_before_its_second_run(device):
     """As torch says of any weight that the backward needs; never a silent wrong gradient."""
-    model = wa.convert(Model(checkpointed(False)), foreach=True).to(device)
+    model = converted(Model(checkpointed(False)), foreach=True).to(device)
     result = model(image(device)).sum()
     with torch.no_grad():
         model.middle[0].weight.mul_(2)
-    with pytest.raises(RuntimeError, match="different metadata than during the forward pass"):
+    with pytest.raises(RuntimeError, match="has been modified by an inplace operation: weights"):
         result.backward()
 
 
 def test_layers_outside_of_a_forward_of_the_model(device):
-    model, plain = (wa.convert(Model(), foreach=f).to(device) for f in (True, False))
+    model, plain = (converted(Model(), foreach=f).to(device) for f in (True, False))
     for m in (model, plain):
         with CountOps() as ops:
             m.last(m.first(image(device))).sum().backward()
@@ -213,7 +213,7 @@ class Twice(nn.Module):
 
 
 def test_layers_used_twice_and_shared_weights(device):
-    found = [step(wa.convert(Twice(), foreach=f).to(device, F64), x=image(device, dtype=F64))[0] for f in (True, False)]
+    found = [step(converted(Twice(), foreach=f).to(device, F64), x=image(device, dtype=F64))[0] for f in (True, False)]
     assert_same(*found, rtol=1e-12, atol=1e-12)
 
 
@@ -225,7 +225,7 @@ def test_frozen_layers(device):
         wanted.append(model.first.aligned_filters().requires_grad)
         return block(x)
 
-    model = wa.convert(Model(run), foreach=True).to(device)
+    model = converted(Model(run), foreach=True).to(device)
     expected = alone(device)
     for parameter in (*model.first.parameters(), model.last.weight):
         parameter.requires_grad_(False)
@@ -238,7 +238,7 @@ def test_frozen_layers(device):
 
 
 def test_without_gradients(device):
-    model, plain = (wa.convert(Model(), foreach=f).to(device).eval() for f in (True, False))
+    model, plain = (converted(Model(), foreach=f).to(device).eval() for f in (True, False))
     for context in (torch.no_grad, torch.inference_mode):
         with context():
             with CountOps() as ops:
@@ -253,7 +253,7 @@ def test_grad_mode_changes_in_the_forward(device):
         with torch.set_grad_enabled(not torch.is_grad_enabled()):
             return block(x)
 
-    model, plain = (wa.convert(Model(run), foreach=f).to(device) for f in (True, False))
+    model, plain = (converted(Model(run), foreach=f).to(device) for f in (True, False))
     assert_same(step(model)[0], step(plain)[0])
     with torch.no_grad():
         results = [m(image(device)) for m in (model, plain)]
@@ -266,24 +266,28 @@ def test_grad_mode_changes_in_the_forward(device):
     assert_same([p.grad for p in model.parameters()], [p.grad for p in plain.parameters()])
 
 
-def scaled(weight):
-    with torch.no_grad():
-        weight.neg_().add_(0.1 * weight.square())
+CHANGES = {
+    "weight": lambda layer: layer.weight.neg_().add_(0.1 * layer.weight.square()),
+    "its data": lambda layer: setattr(layer.weight, "data", layer.weight.data.flip(1)),
+    "another weight": lambda layer: setattr(layer, "weight", nn.Parameter(layer.weight.flip(1))),
+    "gain": lambda layer: layer.gain.mul_(2),
+    "no gain": lambda layer: setattr(layer, "gain", None),
+    "eps": lambda layer: setattr(layer, "eps", 5.0),
+    "scale": lambda layer: setattr(layer, "scale", 5.0),
+}
 
 
-def swapped(weight):
-    weight.data = weight.data.flip(1)
-
-
-@pytest.mark.parametrize("change", [scaled, swapped])
-def test_weights_that_change_in_the_forward(device, change):
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_layers_that_change_in_the_forward(device, change):
     def run(block, x):
-        change(model.middle[0].weight)
+        change(model.middle[0])
         return block(x)
 
-    model = wa.convert(Model(run), foreach=True).to(device)
+    model = converted(Model(run), foreach=True).to(device)
+    before = step(converted(Model()).to(device))[0][0]
     with torch.no_grad():
         found = model(image(device))
+        assert not torch.allclose(found, before, rtol=1e-2)
         model.run = lambda block, x: block(x)
         assert torch.equal(model(image(device)), found)
         wa.convert(model)
@@ -291,7 +295,7 @@ def test_weights_that_change_in_the_forward(device, change):
 
 
 def test_weights_that_change_between_forwards(device):
-    model, plain = (wa.convert(Model(), foreach=f).to(device) for f in (2, False))
+    model, plain = (converted(Model(), foreach=f).to(device) for f in (2, False))
     for i in range(3):
         optimizers = [torch.optim.SGD(m.parameters(), lr=0.1) for m in (model, plain)]
         assert_same(step(model)[0], step(plain)[0])
@@ -308,7 +312,7 @@ def test_exceptions(device):
         block(x)
         raise OSError
 
-    model = wa.convert(Model(run), foreach=True).to(device)
+    model = converted(Model(run), foreach=True).to(device)
     for _ in range(2):
         with pytest.raises(OSError):
             model(image(device))
@@ -324,12 +328,12 @@ def test_exceptions(device):
 
 
 def test_a_model_in_a_model_and_recursion(native, device):
-    inner = wa.convert(Model(), foreach=True).to(device)
+    inner = converted(Model(), foreach=True).to(device)
 
     def run(block, x):
         return block(x) + inner(image(device)).sum()
 
-    outer = Model(run).to(device)
+    outer = converted(Model(run)).to(device)
     outer.inner = inner
     found, forward, _ = step(wa.convert(outer, foreach=True))
     assert forward["align_forward"] == 1
@@ -342,7 +346,7 @@ def test_a_model_in_a_model_and_recursion(native, device):
         depth.append(1)
         return block(x) + (model(image(device)).sum() if len(depth) % 2 else 0)
 
-    model = wa.convert(Model(again), foreach=True).to(device)
+    model = converted(Model(again), foreach=True).to(device)
     found, *_ = step(model)
     assert_same(found, step(wa.convert(model))[0], rtol=1e-4, atol=1e-5)
 
@@ -359,7 +363,7 @@ def test_a_backward_in_the_forward(device, reentrant):
 
     found = []
     for foreach in (True, False):
-        model = wa.convert(Model(run), foreach=foreach).to(device)
+        model = converted(Model(run), foreach=foreach).to(device)
         with torch.no_grad():
             model.last.weight.mul_(0.5)
         model.first.requires_grad_(False)
@@ -370,7 +374,7 @@ def test_a_backward_in_the_forward(device, reentrant):
 
 
 def test_two_models_in_turns(device):
-    models = [wa.convert(Model(), foreach=True).to(device) for _ in range(2)]
+    models = [converted(Model(), foreach=True).to(device) for _ in range(2)]
     with torch.no_grad():
         models[1].first.gain.mul_(3)
     together = sum(m(image(device)).square().sum() for m in models)
@@ -382,7 +386,7 @@ def test_two_models_in_turns(device):
 
 @pytest.mark.parametrize("kind", ["train", "infer"])
 def test_threads_with_one_model(backend, device, kind):
-    begin, model = threading.Barrier(8), wa.convert(Model(checkpointed(False)), foreach=True).to(device)
+    begin, model = threading.Barrier(8), converted(Model(checkpointed(False)), foreach=True).to(device)
     parameters, expected = list(model.parameters()), alone(device)
 
     def run(_):
@@ -408,7 +412,7 @@ def test_autocast(device, low):
             return block(x.float()).float()
 
     for given in ({}, {"run": run}):
-        model, plain = (wa.convert(Model(**given), foreach=f).to(device) for f in (True, False))
+        model, plain = (converted(Model(**given), foreach=f).to(device) for f in (True, False))
         for m in (model, plain):
             m.forward_in = torch.autocast(device, dtype=low)(m)
         assert_same(step(model, model.forward_in)[0], step(plain, plain.forward_in)[0])
@@ -418,7 +422,7 @@ def test_autocast(device, low):
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
 def test_copies(native, device, copied):
     """They align their own layers together."""
-    model = wa.convert(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3)), foreach=True).to(device)
+    model = converted(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3)), foreach=True).to(device)
     for other in (copied(model), copied(model.eval())):
         with torch.no_grad():
             other[0].gain.mul_(2)
@@ -432,7 +436,7 @@ def test_copies(native, device, copied):
 
 
 def test_on_and_off(native, device):
-    model = wa.convert(Model()).to(device)
+    model = converted(Model()).to(device)
     for foreach, launches in ((True, 1), (True, 1), (3, 3), (False, 4), (False, 4), (2, 2)):
         modules = list(model.modules())
         assert wa.convert(model, foreach=foreach) is model and list(model.modules()) == modules
@@ -442,7 +446,7 @@ def test_on_and_off(native, device):
 
 
 def test_frozen_and_fold(native, device):
-    model = wa.convert(Model(), foreach=True).to(device).eval()
+    model = converted(Model(), foreach=True).to(device).eval()
     expected = model(image(device)).detach()
     with torch.no_grad(), wa.frozen(model):
         for _ in range(2):
@@ -458,7 +462,7 @@ def test_frozen_and_fold(native, device):
 
 
 def test_functions_of_the_parameters(device):
-    model, plain = (wa.convert(Model(), foreach=f).to(device, F64) for f in (True, False))
+    model, plain = (converted(Model(), foreach=f).to(device, F64) for f in (True, False))
     x = image(device, dtype=F64)
     other = {k: (v.detach() + 0.1 * v.detach().square()).requires_grad_() for k, v in model.named_parameters()}
     grads = []
@@ -477,7 +481,7 @@ def test_functions_of_the_parameters(device):
 def test_twice_differentiable(device):
     found = []
     for foreach in (True, False):
-        model = wa.convert(Model(), foreach=foreach).to(device, F64)
+        model = converted(Model(), foreach=foreach).to(device, F64)
         x = image(device, dtype=F64).requires_grad_()
         (grad,) = torch.autograd.grad(model(x).square().sum(), x, create_graph=True)
         grad.square().sum().backward()
@@ -486,7 +490,7 @@ def test_twice_differentiable(device):
 
 
 def test_memory_is_not_kept(device):
-    model = wa.convert(Model(), foreach=True).to(device)
+    model = converted(Model(), foreach=True).to(device)
     filters = []
     model.first.register_forward_pre_hook(lambda layer, _: filters.append(layer.aligned_filters()))
     result = model(image(device))
@@ -507,7 +511,7 @@ def fresh_compiler():
 
 @pytest.mark.parametrize("block", [lambda block, x: block(x), checkpointed(False)], ids=["plain", "checkpointed"])
 def test_compiled(device, fresh_compiler, block):
-    model = wa.convert(Model(block), foreach=True).to(device)
+    model = converted(Model(block), foreach=True).to(device)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     aligned = []
     for _ in range(2):
@@ -539,7 +543,7 @@ def graphs_of(function):
 def test_graphs_of_compile(device, fresh_compiler):
     """The compiled model's graph takes the aligned weights; one around the model aligns them in itself, once; one of a
     part aligns each layer."""
-    model = wa.convert(Model(), foreach=True).to(device).eval()
+    model = converted(Model(), foreach=True).to(device).eval()
     around = nn.Sequential(model, nn.ReLU())
     expected = model(image(device))
     for function, count in ((model, 0), (around, 1)):
@@ -554,7 +558,7 @@ def test_graphs_of_compile(device, fresh_compiler):
 
 
 def test_export(device):
-    model = wa.convert(Model(), foreach=True).to(device).eval()
+    model = converted(Model(), foreach=True).to(device).eval()
     exported = torch.export.export(model, (image(device),))
     assert sum("align_forward" in str(node.target) for node in exported.graph.nodes) == 1
     torch.testing.assert_close(exported.module()(image(device)), model(image(device)))
@@ -575,7 +579,7 @@ def test_models_that_have_not_all_weights_at_once(device):
             wa.convert(model, foreach=True)
         assert list(model.modules()) == modules
         wa.convert(model)
-    later = wa.convert(Model(), foreach=True).to(device)
+    later = converted(Model(), foreach=True).to(device)
     replica = later._replicate_for_data_parallel()
     with pytest.raises(RuntimeError, match="DataParallel runs copies"):
         replica(image(device))

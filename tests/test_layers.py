@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from truth import BF16, F32, F64, formula, normal
+from varied import vary
 
 import weightalign_cuda as wa
 
@@ -49,9 +50,9 @@ def test_output_and_gradients_are_those_of_the_aligned_weight(backend, device, a
 
 
 def test_float32_output(backend, device):
-    conv = wa.WAConv2d(6, 8, 3, padding=1).to(device)
+    conv = wa.WAConv2d(6, 8, 3, padding=1, eps=0.3, scale=1.7).to(device)
     image = normal(2, 6, 9, 9, device=device)
-    expected = F.conv2d(image.double(), formula(conv.weight.double()), conv.bias.double(), padding=1)
+    expected = F.conv2d(image.double(), formula(conv.weight.double(), None, 0.3, 1.7), conv.bias.double(), padding=1)
     torch.testing.assert_close(conv(image).double(), expected, rtol=1e-4, atol=1e-4)
 
 
@@ -248,11 +249,11 @@ def test_output_size_of_a_transposed_layer():
 @pytest.mark.parametrize("stride", [1, 2, 3])
 def test_tensorflow_padding(backend, device, stride):
     """As zeros by hand: of 10 rows and a kernel of 4, at stride 3, total (4 - 1) * 3 + 4 - 10 = 3, one before."""
-    layer = wa.WAConv1d(3, 4, 4, stride, "same_tf", dtype=F64, device=device)
+    layer = wa.WAConv1d(3, 4, 4, stride, "same_tf", eps=0.3, scale=1.7, dtype=F64, device=device)
     image = normal(2, 3, 10, dtype=F64, device=device)
     total = {1: 3, 2: 2, 3: 3}[stride]
     padded = F.pad(image, (total // 2, total - total // 2))
-    expected = F.conv1d(padded, formula(layer.weight), layer.bias, stride)
+    expected = F.conv1d(padded, formula(layer.weight, None, 0.3, 1.7), layer.bias, stride)
     torch.testing.assert_close(layer(image), expected, rtol=1e-12, atol=1e-12)
     assert layer(image).shape[-1] == -(-10 // stride) and "padding=same_tf" in repr(layer)
 
@@ -274,14 +275,14 @@ def test_autocast_gives_the_dtypes_of_torch(device, cls, dtype, activation):
 
 def test_gain_may_be_absent():
     """As in layers converted from those without one; the keys of a checkpoint are then those of the plain layer."""
-    layer = wa.WAConv2d(3, 4, 3, scale=2)
+    layer = wa.WAConv2d(3, 4, 3, eps=0.3, scale=2)
     layer.register_parameter("gain", None)
     plain = nn.Conv2d(3, 4, 3)
     layer.load_state_dict(plain.state_dict())
     assert list(layer.state_dict()) == list(plain.state_dict()) and wa.gain_parameters(layer) == []
     layer.reset_parameters()
     image = normal(2, 3, 5, 5)
-    expected = F.conv2d(image, formula(layer.weight, scale=2), layer.bias)
+    expected = F.conv2d(image, formula(layer.weight, eps=0.3, scale=2), layer.bias)
     torch.testing.assert_close(layer(image), expected, rtol=1e-4, atol=1e-5)
 
 
@@ -329,7 +330,7 @@ def test_filters_aligned_elsewhere(backend, device, options):
         cases += [(wa.WAConvTranspose2d, options | {"groups": 2}), (wa.WALinear, options)]
     for cls, arguments in cases:
         size = () if cls is wa.WALinear else (3,)
-        layer = cls(4, 6, *size, **arguments, dtype=F64, device=device)
+        layer = vary(cls(4, 6, *size, **arguments, dtype=F64, device=device))
         image = normal(2, 4, *[9] * 2 * len(size), dtype=F64, device=device).requires_grad_()
         own, elsewhere = layer(image), layer.aligned_filters()
         layer.aligned_by = lambda held=elsewhere: held
@@ -357,7 +358,7 @@ def test_plain_padding_is_left_to_the_convolution(monkeypatch):
 
 def test_compiled(device):
     for cls, options in ((wa.WAConv2d, {"padding": "same_tf"}), (wa.WAConvTranspose2d, {"activation": "relu"})):
-        layer = cls(3, 4, 3, **options).to(device)
+        layer = cls(3, 4, 3, eps=0.3, scale=1.7, **options).to(device)
         image = normal(2, 3, 7, 7, device=device)
         compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
         torch.testing.assert_close(compiled(image), layer(image))

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch._subclasses import FakeTensorMode
 from truth import BF16, F16, F32, F64, assert_right, check_align, dense, formula, name, normal
+from varied import numbers
 
 import weightalign_cuda as wa
 from weightalign_cuda import reference
@@ -29,8 +30,7 @@ def image_weights(device, dtype):
 
 
 def forward_args(weights, gains, dtype, memory_format=PRESERVE):
-    count = len(weights)
-    return weights, gains, [1e-5 * (i + 1) for i in range(count)], [0.5 + i for i in range(count)], dtype, memory_format
+    return weights, gains, *numbers(len(weights)).values(), dtype, memory_format
 
 
 def some_gains(weights, dtype):
@@ -67,9 +67,10 @@ def test_opcheck_forward_of_one(ops, device, requires):
 def test_opcheck_backward(ops, device, dtype, grad_dtype):
     weights = image_weights(device, dtype)[:7]
     gains = some_gains(weights, F32)
-    aligned, statistics = ops.align_forward(*forward_args(weights, gains, grad_dtype))
+    args = forward_args(weights, gains, grad_dtype)
+    aligned, statistics = ops.align_forward(*args)
     grads = [dense(a, range(a.dim() - 1, -1, -1)) for a in aligned]
-    torch.library.opcheck(ops.align_backward, (grads, weights, gains, statistics, [1.0] * len(weights)))
+    torch.library.opcheck(ops.align_backward, (grads, weights, gains, statistics, args[3]))
 
 
 def described(results):
@@ -135,7 +136,7 @@ def fresh_compiler():
 
 
 def step(conv, gain, image, extra):
-    aligned = wa.align_foreach([conv.weight, extra], [conv.gain, gain], eps=[1e-5, 0.1], dtype=F32)
+    aligned = wa.align_foreach([conv.weight, extra], [conv.gain, gain], **numbers(2), dtype=F32)
     return conv(image).square().mean() + sum(a.sin().sum() for a in aligned)
 
 
@@ -144,7 +145,7 @@ def step(conv, gain, image, extra):
 def test_compile_without_a_graph_break(native, device, compiler):
     """aot_eager: a whole training step. inductor, which checks strides as well: the function alone, in which there is
     nothing that would call for a C++ compiler."""
-    conv = wa.WAConv2d(3, 8, 3, padding=1, scale=1.5).to(device, memory_format=LAST)
+    conv = wa.WAConv2d(3, 8, 3, padding=1, eps=0.3, scale=1.5).to(device, memory_format=LAST)
     gain = normal(4, device=device).requires_grad_() if compiler == "inductor" else None
     extra = dense(normal(4, 2, 3, 3, seed=1, device=device), (1, 0, 2, 3)).requires_grad_()
     leaves = [extra, conv.weight, conv.gain, *([conv.bias] if gain is None else [gain])]
@@ -152,7 +153,8 @@ def test_compile_without_a_graph_break(native, device, compiler):
     def function():
         if compiler == "aot_eager":
             return (step(conv, gain, image, extra),)
-        return tuple(wa.align_foreach([extra, conv.weight], [gain, conv.gain], dtype=BF16, memory_format=CONTIGUOUS))
+        options = numbers(2) | {"dtype": BF16, "memory_format": CONTIGUOUS}
+        return tuple(wa.align_foreach([extra, conv.weight], [gain, conv.gain], **options))
 
     image = normal(2, 3, 8, 8, seed=3, device=device)
     results = [run() for run in (function, torch.compile(function, fullgraph=True, backend=compiler))]
@@ -177,7 +179,7 @@ def test_compile_for_layers_that_differ(native, device):
     """From the second value on, torch.compile makes eps and scale symbols instead of constants."""
     compiled = torch.compile(lambda conv, image: conv(image), fullgraph=True, backend="aot_eager")
     image = normal(2, 3, 8, 8, device=device)
-    for eps, scale in ((1e-5, 1.0), (1e-4, 1.5), (1e-3, 2.5)):
+    for eps, scale in ((1e-5, 1.0), (0.1, 1.5), (0.3, 2.5)):
         conv = wa.WAConv2d(3, 4, 3, eps=eps, scale=scale).to(device)
         torch.testing.assert_close(compiled(conv, image), conv(image))
 
@@ -186,15 +188,15 @@ def test_compile_for_layers_that_differ(native, device):
 def test_autocast_decides_the_dtype(backend, device, low):
     weights = [normal(4, 9, seed=1, device=device, dtype=d).requires_grad_() for d in (F32, BF16, F16, F64)]
     with torch.autocast(device, dtype=low):
-        together = wa.align_foreach(weights)
+        together = wa.align_foreach(weights, **numbers(4))
         assert [a.dtype for a in together] == [low, low, low, F64]
         assert wa.align(weights[0], dtype=F32).dtype == F32
         with torch.autocast(device, enabled=False):
             assert wa.align(weights[0]).dtype == F32
     with torch.autocast("cpu" if device == "cuda" else "cuda", dtype=BF16, enabled=device == "cuda"):
         assert wa.align(weights[0]).dtype == F32  # autocast of another device
-    for weight, aligned in zip(weights, together, strict=True):
-        assert torch.equal(aligned, wa.align(weight, dtype=aligned.dtype))
+    for weight, aligned, eps, scale in zip(weights, together, *numbers(4).values(), strict=True):
+        assert torch.equal(aligned, wa.align(weight, eps=eps, scale=scale, dtype=aligned.dtype))
         assert torch.autograd.grad(aligned.sum(), weight)[0].dtype == weight.dtype
 
 
@@ -225,8 +227,10 @@ def test_weight_that_is_computed(backend, device):
     """Not a leaf: the gradient goes on to what it was made of."""
     raw, gain = normal(4, 9, dtype=F64, device=device).requires_grad_(), normal(1, dtype=F64, device=device)
     gain.requires_grad_()
-    found = torch.autograd.grad(wa.align(raw.exp(), gain.expand(4) * 2).sin().sum(), (raw, gain))
-    true = torch.autograd.grad(formula(raw.exp(), gain.expand(4) * 2).sin().sum(), (raw, gain))
+    found, true = (
+        torch.autograd.grad(align(raw.exp(), gain.expand(4) * 2, eps=0.4, scale=1.7).sin().sum(), (raw, gain))
+        for align in (wa.align, formula)
+    )
     torch.testing.assert_close(found, true, rtol=1e-10, atol=1e-12)
 
 
@@ -237,6 +241,39 @@ def test_weight_changed_in_place_before_backward_is_noticed(native, device):
         weight.mul_(2)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         aligned.sum().backward()
+
+
+def test_weight_of_a_list_changed_in_place_whose_result_is_not_used(native, device):
+    """It takes no part in the backward, so it spoils nothing; torch's saved tensors are checked all or none."""
+    weights = [normal(4, 9, seed=i, device=device).requires_grad_() for i in range(2)]
+    first, second = wa.align_foreach(weights, scale=[1.5, 0.5])
+    expected = torch.autograd.grad(first.sin().sum(), weights[0], retain_graph=True)[0]
+    with torch.no_grad():
+        weights[1].mul_(2)
+    assert torch.equal(torch.autograd.grad(first.sin().sum(), weights[0], retain_graph=True)[0], expected)
+    with pytest.raises(RuntimeError, match=r"inplace operation: weights\[1\] is at version 1; expected version 0"):
+        second.sum().backward()
+
+
+WRONG = {  # arguments of align_backward in place of the right ones
+    "short statistics": {3: lambda s: s[:3]},
+    "statistics of one number": {3: lambda s: s[:, :1]},
+    "flat statistics": {3: torch.flatten},
+    "statistics of another dtype": {3: lambda s: s.double()},
+    "gradient of another shape": {0: lambda grads: [grads[0].view(9, 4)]},
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG.values(), ids=WRONG)
+def test_backward_of_what_does_not_fit(ops, device, wrong):
+    """For whoever calls the op: nothing outside of a tensor is ever read."""
+    weights = [normal(4, 9, device=device)]
+    aligned, statistics = ops.align_forward(weights, [None], [0.1], [1.5], F32, PRESERVE)
+    arguments = [aligned, weights, [None], statistics, [1.5]]
+    for place, replace in wrong.items():
+        arguments[place] = replace(arguments[place])
+    with pytest.raises(RuntimeError, match=r"grads: want|statistics: want"):
+        ops.align_backward(*arguments)
 
 
 def test_backward_twice_over_one_graph(backend, device):

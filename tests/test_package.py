@@ -1,5 +1,6 @@
 """The package in processes of its own: its command, without the native library, under WEIGHTALIGN_BACKEND."""
 
+import importlib.util
 import os
 import pathlib
 import shutil
@@ -9,8 +10,10 @@ import sys
 import torch
 
 import weightalign_cuda as wa
+from weightalign_cuda.ops import library
 
 PACKAGE = pathlib.Path(wa.__file__).parent
+HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
 def python(*args, root=PACKAGE.parent, **environment):
@@ -26,6 +29,47 @@ def test_command():
         assert expected in " ".join(done.stdout.split())
     for name, state in wa.backends().items():
         assert f"backend {name} {state}" in " ".join(done.stdout.split())
+
+
+USE_ON_CPU = """
+import torch, weightalign_cuda as wa
+model = wa.convert(torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.Conv2d(4, 4, 3)), foreach=True)
+image = torch.ones(1, 3, 8, 8)
+with wa.accumulate(model):
+    model(image)  # torch's own backward asks
+with torch.no_grad(), wa.frozen(model):
+    model(image)
+if {interpreted}:
+    with wa.use_backend("triton"):
+        wa.align(model[0].weight)
+print("aligned")
+"""
+
+
+# Whatever the CUDA runtime asks the driver begins with one of these.
+DRIVER = """
+#include <unistd.h>
+static int asked(void) { return write(2, "driver asked", 12), 100; }
+int cuInit(unsigned flags) { return asked(); }
+int cuDriverGetVersion(int* version) { return asked(); }
+int cuGetProcAddress(void) { return asked(); }
+int cuGetProcAddress_v2(void) { return asked(); }
+"""
+
+
+def test_cpu_tensors_ask_nothing_about_cuda(tmp_path):
+    """Asking would initialise it, and a process forked afterwards could not use it."""
+    compile_driver = ["g++", "-x", "c", "-shared", "-fPIC", "-", "-o", tmp_path / "libcuda.so.1"]
+    subprocess.run(compile_driver, input=DRIVER.encode(), check=True)
+    script = USE_ON_CPU.format(interpreted=os.environ.get("TRITON_INTERPRET") == "1" and HAS_TRITON)
+    done = python("-c", script, LD_LIBRARY_PATH=str(tmp_path))
+    assert (done.returncode, done.stdout) == (0, "aligned\n"), done.stderr
+    assert "driver asked" not in done.stderr
+    if library.cuda_runtime:
+        done = python(
+            "-c", "import weightalign_cuda as wa; wa.ops.library.cuda_driver()", LD_LIBRARY_PATH=str(tmp_path)
+        )
+        assert "driver asked" in done.stderr
 
 
 WITHOUT_LIBRARY = """
@@ -67,6 +111,7 @@ def test_without_the_native_library(tmp_path):
     done = python("-c", WITHOUT_LIBRARY, root=tmp_path)
     assert done.returncode == 0, done.stderr
     cpu, cuda, choice, refused = done.stdout.splitlines()
+    assert "RuntimeWarning: weightalign_cuda: the native library is not built" in done.stderr
     assert cpu == cuda and cpu.startswith("the native library is not built: no _weightalign.so beside") and "pip" in cpu
     assert choice == "reference"
     assert refused == f"backend 'cpu' was asked for, but: {cpu}"
@@ -78,6 +123,7 @@ def test_with_a_library_that_does_not_load(tmp_path):
     done = python("-c", WITHOUT_LIBRARY, root=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith(f"the native library does not load with torch {torch.__version__}: ")
+    assert "RuntimeWarning: weightalign_cuda: the native library does not load" in done.stderr
 
 
 PRINT_CHOICE = """

@@ -64,9 +64,13 @@ def test_records_and_report(capsys):
     assert "left out: a network: no package" in printed
 
 
-def test_an_untimed_case_is_measured_for_memory_alone():
+def test_an_untimed_case_is_measured_for_memory_alone(monkeypatch):
+    """In bfloat16, and its losses compared in float32."""
+    check, checked = step.check, []
+    monkeypatch.setattr(step, "check", lambda entrants: checked.extend(entrants.values()) or check(entrants))
     records = step.measure(case(HALF, timed=False), QUICK, with_compile=False)
     assert {(r["suite"], r["out_dtype"]) for r in records} == {("step memory", "bfloat16")}
+    assert {each.setting.out_dtype for each in checked} == {torch.float32}
 
 
 def test_providers_of_a_model_that_aligns_itself():

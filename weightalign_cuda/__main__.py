@@ -15,7 +15,7 @@ def main() -> None:
         "weightalign_cuda": __version__,
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "CUDA of torch, library, driver": f"{torch.version.cuda}, {library.cuda_runtime}, {library.cuda_driver}",
+        "CUDA of torch, library, driver": f"{torch.version.cuda}, {library.cuda_runtime}, {library.cuda_driver()}",
         "compiled architectures": architectures,
         "CUDA devices": ", ".join(devices) or "none",
         **{f"backend {name}": state for name, state in backends().items()},

@@ -5,12 +5,14 @@ import contextvars
 import functools
 import importlib.util
 import os
+import threading
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 
 from . import autograd, ops, reference
+from ._export import is_onnx_program
 from .ops import library
 
 NAMES = ("cuda", "cpu", "triton", "reference")
@@ -20,28 +22,40 @@ ORDER = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}  
 _forced: contextvars.ContextVar[str | None] = contextvars.ContextVar("weightalign_backend", default=None)
 
 
-@functools.cache
 def backends() -> dict[str, str]:
-    """Name of each backend -> "available", or why it is not and what to do about it."""
-    native = library.error or "available"
-    return {
-        "cuda": library.error or _cuda(),
-        "cpu": native,
-        "triton": _triton(),
-        "reference": "available",
-    }
+    """Name of each backend -> "available", or why it is not and what to do about it. Asks about every device, and so
+    initialises CUDA where there is one."""
+    return {name: state(name) for name in NAMES}
+
+
+@functools.cache
+def state(name: str) -> str:
+    """Of one backend: what serves CPU tensors is chosen without a question about CUDA, which would initialise it (after
+    that no fork can use it)."""
+    return {"cuda": _cuda, "cpu": _cpu, "triton": _triton, "reference": _reference}[name]()
+
+
+def _reference() -> str:
+    return "available"
+
+
+def _cpu() -> str:
+    return library.error or "available"
 
 
 def _cuda() -> str:
+    if library.error:
+        return library.error
     if not library.architectures:
         return "the native library was built without nvcc: put nvcc on PATH (or set CUDA_HOME) and install again"
     if not torch.cuda.is_available():
         build = "is a CPU-only build" if torch.version.cuda is None else "sees no CUDA device"
         return f"torch {torch.__version__} {build}"
-    if library.cuda_driver // 1000 < library.cuda_runtime // 1000:
+    driver = library.cuda_driver()
+    if driver // 1000 < library.cuda_runtime // 1000:
         return (
             f"the native library was built with CUDA {_version(library.cuda_runtime)}, the driver serves up to "
-            f"{_version(library.cuda_driver)}: update the driver, or install again with an older nvcc"
+            f"{_version(driver)}: update the driver, or install again with an older nvcc"
         )
     for device in range(torch.cuda.device_count()):
         major, minor = torch.cuda.get_device_capability(device)
@@ -97,16 +111,36 @@ def use_backend(name: str) -> Iterator[None]:
         ValueError: no backend has that name. A backend that cannot serve raises RuntimeError where it is called.
     """
     token = _forced.set(check_name(name, "name"))
+    before = _get_stashed()
+    torch._C._stash_obj_in_tls(_STASH, (name, threading.get_ident()))
     try:
         yield
     finally:
         _forced.reset(token)
+        torch._C._stash_obj_in_tls(_STASH, before)
+
+
+# Autograd runs the backward of CUDA tensors, and the forward that checkpointing repeats in it, on threads of its own.
+# They know no context variables; what is stashed goes with the backward.
+_STASH = "weightalign_backend"
+
+
+def _get_stashed() -> Any:
+    return torch._C._get_obj_in_tls(_STASH) if torch._C._is_key_in_tls(_STASH) else None
+
+
+def _get_forced() -> str | None:
+    forced = _forced.get()
+    if forced is None and (stashed := _get_stashed()) is not None:
+        name, thread = stashed
+        forced = name if thread != threading.get_ident() else None  # on its own thread the variable says it
+    return forced or _environment
 
 
 @torch.compiler.assume_constant_result
 def choose(device_type: str) -> str:
     """The backend that serves tensors of this device now. A compiled function keeps what it was traced with."""
-    forced = _forced.get() or _environment
+    forced = _get_forced()
     key = forced, device_type
     if key not in _known:
         _known[key] = _default(device_type) if forced is None else _check_serves(forced, device_type)
@@ -117,12 +151,12 @@ _known: dict[tuple[str | None, str], str] = {}
 
 
 def _default(device_type: str) -> str:
-    return next(name for name in ORDER.get(device_type, ("reference",)) if backends()[name] == "available")
+    return next(name for name in ORDER.get(device_type, ("reference",)) if state(name) == "available")
 
 
 def _check_serves(name: str, device_type: str) -> str:
-    if backends()[name] != "available":
-        raise RuntimeError(f"backend {name!r} was asked for, but: {backends()[name]}")
+    if state(name) != "available":
+        raise RuntimeError(f"backend {name!r} was asked for, but: {state(name)}")
     serving = ORDER.get(device_type, ("reference",))
     if name not in serving and not (name == "triton" and _is_interpreted):
         raise RuntimeError(f"backend {name!r} was asked for, but it does not serve tensors on {device_type!r}")
@@ -137,8 +171,10 @@ def serving(device_type: str) -> Any:
 
 def run(op: str, device_type: str, *arguments: Any) -> Any:
     """The forward op of this name on the backend that serves the device."""
+    if torch.compiler.is_compiling():
+        return getattr(reference if is_onnx_program() else serving(device_type), op)(*arguments)
     served = serving(device_type)
-    if served is reference or torch.compiler.is_compiling():
-        return getattr(served, op)(*arguments)
+    if served is reference:
+        return getattr(reference, op)(*arguments)
     # Eager code calls what is registered at the Autograd key, which spares it a way through the dispatcher.
     return getattr(autograd, op)(served, *arguments)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ._export import wants_plain_operations
 from ._layout import CHANNELS_LAST_RANK
 from .reference_input import ACTIVATIONS
 
@@ -44,9 +45,11 @@ def check_weight(name: str, weight: Any, index: int | None = None) -> None:
 
 def check_gain(name: str, gain: Any, weight: Tensor, index: int | None = None) -> None:
     _check_tensor(name, gain, "a Tensor or None", index)
-    if gain.dim() != 1 or gain.shape[0] != weight.shape[0]:
+    if not wants_plain_operations() and (gain.shape[:1] != weight.shape[:1] or any(n != 1 for n in gain.shape[1:])):
+        filters = weight.shape[0]
         raise ValueError(
-            f"{at(name, index)}: expected shape ({weight.shape[0]},), one for each filter; got {tuple(gain.shape)}"
+            f"{at(name, index)}: expected shape ({filters},) or ({filters}, 1, ...), one for each filter; "
+            f"got {tuple(gain.shape)}"
         )
     if gain.device != weight.device:
         raise ValueError(f"{at(name, index)}: expected the weight's device {weight.device}, got {gain.device}")

@@ -1,15 +1,25 @@
 """Aligned filters that outlive the alignment: what they must fulfil to be used, and who gives them to a layer, in a
 forward of the whole model and when its backward runs the layer again."""
 
+import contextlib
+import logging
 import threading
+import weakref
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 
 from ._checks import device_type, result_dtype
 from ._sharded import PLAIN
+from ._streams import Made
 from .layers import Aligned
+
+logger = logging.getLogger("weightalign_cuda")
+# Of each layer that takes part: who gives it its filters, these, and what they were made from.
+AlignAll = Callable[[], Iterable[tuple["Together", Tensor, tuple[Any, ...]]]]
 
 
 def is_whole_parameter(layer: Aligned) -> bool:
@@ -42,29 +52,71 @@ def state_of(layer: Aligned) -> tuple[Any, ...]:
 class Held:
     """Aligned filters of one layer."""
 
-    def __init__(self, filters: Tensor, state: tuple[Any, ...]) -> None:
+    def __init__(self, filters: Tensor, state: tuple[Any, ...], made: Made) -> None:
         self.filters = filters
         self.state = state
+        self.made = made
         self.is_kept = False
 
-    def is_right(self, layer: Aligned) -> bool:
+    def what_is_wrong(self, layer: Aligned) -> str | None:
+        """Why the layer cannot use them now."""
         if self.state != state_of(layer):
-            return False
+            return "its weight, gain, eps or scale has changed since"
         filters = self.filters
         if torch.is_grad_enabled() and not filters.requires_grad and is_trained(layer):
-            return False
-        # The dtype that an autocast asks for now.
-        return filters.dtype is result_dtype("weight", layer.weight, device_type(filters), None)
+            return "it is to be trained, but the forward of the model began without gradients"
+        asked = result_dtype("weight", layer.weight, device_type(filters), None)
+        if filters.dtype is not asked:
+            return f"autocast asks for {asked} here, and asked for {filters.dtype} when the filters were aligned"
+        return None
 
 
 class Forward:
-    """A forward of a root that runs on this thread. A backward may run inside it, and a forward inside that."""
+    """A forward of a root that runs on this thread. A backward may run inside it, and a forward inside that.
 
-    def __init__(self, root: nn.Module) -> None:
+    The layers are aligned when the first one asks, since the dtype may be that of an autocast which the forward enters;
+    but otherwise as if at its start: in its grad mode, and without the hooks of a checkpoint inside, which would run
+    the alignment again with a part of the model.
+    """
+
+    def __init__(self, root: nn.Module, layers: Iterable[Aligned], align: AlignAll) -> None:
         self.root = root
+        self.layers = set(layers)
+        self.align = align
         self.backward = torch._C._current_graph_task_id()
         self.hook = _saving_hook()
-        self.held: dict[Together, Held] = {}
+        self.is_inference, self.wants_gradients = torch.is_inference_mode_enabled(), torch.is_grad_enabled()
+        self.held: dict[Together, Held] | None = None
+
+    def held_for(self, together: "Together") -> Held | None:
+        if together.layer not in self.layers:
+            return None
+        if self.held is None:
+            with (
+                torch.inference_mode(self.is_inference),
+                torch.set_grad_enabled(self.wants_gradients),
+                contextlib.nullcontext() if _saving_hook() is self.hook else saved_tensors_hooks(_as_is, _as_is),
+            ):
+                self.held, made = {}, {}  # `align` asks whether the filters are there already
+                for each, filters, state in list(self.align()):
+                    if filters.device not in made:
+                        made[filters.device] = Made(filters.device)
+                    self.held[each] = Held(filters, state, made[filters.device])
+        return self.held.get(together)
+
+    def tell(self, layer: Aligned, reason: str) -> None:
+        """Once for a model."""
+        if self.root not in _told:
+            _told.add(self.root)
+            name = next(name for name, module in self.root.named_modules() if module is layer)
+            logger.warning("foreach: %r, and others perhaps, is aligned in a launch of its own: %s", name, reason)
+
+
+_told: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+
+
+def _as_is(t: Tensor) -> Tensor:
+    return t
 
 
 class _Running(threading.local):
@@ -117,29 +169,33 @@ class Together:
         return self.layer.align_filters() if filters is None else filters
 
     def held(self) -> Held | None:
-        """By a forward that runs here, in the same backward if it is in one. (torch.func looks at each layer's formula
-        in PyTorch's own operations, which no launch can join.)"""
+        """By a forward that runs here, the outermost one first, in the same backward if it is in one. (torch.func looks
+        at each layer's formula in PyTorch's own operations, which no launch can join.)"""
         if torch._C._are_functorch_transforms_active():
             return None
         backward = torch._C._current_graph_task_id()
-        for forward in reversed(running.forwards):
-            held = forward.held.get(self)
-            if held is not None and forward.backward == backward and held.is_right(self.layer):
-                hook = _saving_hook()
-                if _is_checkpoint(hook, "_checkpoint_hook") and hook is not forward.hook:
-                    self.keep(held)
-                return held
+        for forward in running.forwards:
+            if forward.backward != backward or (held := forward.held_for(self)) is None:
+                continue
+            if reason := held.what_is_wrong(self.layer):
+                forward.tell(self.layer, reason)
+                continue
+            hook = _saving_hook()
+            if _is_checkpoint(hook, "_checkpoint_hook") and hook is not forward.hook:
+                self.keep(held)
+            held.made.wait(held.filters)
+            return held
         return None
 
     def kept_filters(self) -> Tensor | None:
         if self.kept and _is_checkpoint(_saving_hook(), "_recomputation_hook"):
-            return next((kept.filters for kept in list(self.kept) if kept.is_right(self.layer)), None)
+            return next((kept.filters for kept in list(self.kept) if not kept.what_is_wrong(self.layer)), None)
         return None
 
     def keep(self, held: Held) -> None:
         if held.filters.requires_grad and not held.is_kept:
             held.is_kept = True
-            kept = Held(held.filters.detach().requires_grad_(), held.state)
+            kept = Held(held.filters.detach().requires_grad_(), held.state, held.made)
             self.kept.add(kept)
             held.filters.register_hook(_Release(self.kept, kept))
 

@@ -2,6 +2,8 @@
 
 import ctypes
 import pathlib
+import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -16,24 +18,36 @@ class Library:
     error: str | None = None
     architectures: tuple[int, ...] = ()  # of its CUDA kernels: 90 is sm_90
     cuda_runtime: int = 0  # 13000 is CUDA 13.0; 0: built without CUDA
-    cuda_driver: int = 0  # the newest runtime that this machine's driver serves; 0: no driver
+    # The newest runtime that this machine's driver serves; 0: no driver. Asking initialises CUDA.
+    cuda_driver: Callable[[], int] = lambda: 0
 
 
 def load() -> Library:
-    """Loads the library, which registers its kernels with torch. Call once, after the ops are defined."""
+    """Loads the library, which registers its kernels with torch; warns if there is none. Call once, after the ops are
+    defined."""
     if not PATH.exists():
-        return Library(
-            error=f"the native library is not built: no {PATH.name} beside {PATH.parent.name}/__init__.py; "
+        return _without(
+            f"the native library is not built: no {PATH.name} beside {PATH.parent.name}/__init__.py; "
             "install with 'pip install .' (in a source tree, 'pip install -e .')"
         )
     try:
         torch.ops.load_library(str(PATH))
     except OSError as failure:
-        return Library(error=f"the native library does not load with torch {torch.__version__}: {failure}")
+        return _without(f"the native library does not load with torch {torch.__version__}: {failure}")
     native = ctypes.CDLL(str(PATH))
     native.wa_cuda_architectures.restype = ctypes.c_char_p
     return Library(
         architectures=tuple(int(a) for a in native.wa_cuda_architectures().decode().split(",") if a),
         cuda_runtime=native.wa_cuda_runtime_version(),
-        cuda_driver=native.wa_cuda_driver_version(),
+        cuda_driver=native.wa_cuda_driver_version,
     )
+
+
+def _without(error: str) -> Library:
+    warnings.warn(
+        f"weightalign_cuda: {error}. Triton serves CUDA tensors if it can; everything else runs as PyTorch's own "
+        "operations, some ten times slower.",
+        RuntimeWarning,
+        stacklevel=2,
+    )
+    return Library(error=error)

@@ -73,6 +73,8 @@ def same_tf(spatial: Sequence[int], kernel: Sequence[int], stride: Sequence[int]
     """TensorFlow's "SAME": results of size ceil(input / stride); the odd one goes behind."""
     pairs = []
     for size, k, s, d in zip(spatial, kernel, stride, dilation, strict=True):
-        total = max((-(-size // s) - 1) * s + (k - 1) * d + 1 - size, 0)
+        missing = (k - 1) * d - (size - 1) % s  # for the last filter; less than 0 where strides leave some out
+        # max(missing, 0), without a comparison, which an exporter would decide once for all sizes.
+        total = (missing + abs(missing)) // 2
         pairs.append((total // 2, total - total // 2))
     return pairs

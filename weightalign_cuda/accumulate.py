@@ -13,6 +13,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from ._backend import serving
 from ._checks import check_module, result_dtype
 from ._held import is_trained, is_whole_parameter, state_of
+from ._streams import Made, is_captured
 from .autograd import in_their_places, of_used
 from .foreach import check_whole
 from .layers import Aligned, aligned_by, aligned_layers
@@ -47,9 +48,10 @@ def accumulate(model: nn.Module) -> Iterator[nn.Module]:
     Raises:
         TypeError: for a model that is none.
         RuntimeError: for a step of an optimizer of the model inside, where it is taken; for parameters that changed
-            otherwise, at their next use or at the end; for models sharded by FSDP or with torch.nn.DataParallel in
-            them; for micro-batches of DistributedDataParallel of which not exactly the last one synchronises, and for
-            its options find_unused_parameters and static_graph, which would count weights and gains as unused.
+            otherwise, at their next use or at the end; for a CUDA graph captured around a part of the context; for
+            models sharded by FSDP or with torch.nn.DataParallel in them; for micro-batches of DistributedDataParallel
+            of which not exactly the last one synchronises, and for its options find_unused_parameters and static_graph,
+            which would count weights and gains as unused.
     """
     check_module(model)
     check_whole(
@@ -131,7 +133,7 @@ class _Accumulation:
             if key not in self.groups:
                 alike = [each for each in self.layers if (each.weight.device, each.weight.dtype) == (device, own)]
                 self.groups[key] = _Group(alike, key[-1])
-        return self.groups[key].filters[layer]
+        return self.groups[key].filters_of(layer)
 
     def changed(self) -> RuntimeError:
         names = [name for name, (p, version) in self.versions.items() if p._version != version]
@@ -170,12 +172,20 @@ class _Sum:
     def __init__(self, dtype: torch.dtype) -> None:
         self.dtype = dtype
         self.value: Tensor | None = None
+        self.written: Made
         self.lock = threading.Lock()
 
     @torch.no_grad()
     def add(self, grad: Tensor) -> None:
         with self.lock:
-            self.value = grad.to(self.dtype, copy=True) if self.value is None else self.value.add_(grad)
+            value = self.get()
+            self.value = grad.to(self.dtype, copy=True) if value is None else value.add_(grad)
+            self.written = Made(grad.device)
+
+    def get(self) -> Tensor | None:
+        if self.value is not None:
+            self.written.wait(self.value)
+        return self.value
 
 
 class _Summed(torch.autograd.Function):
@@ -199,6 +209,7 @@ class _Group:
 
     def __init__(self, layers: Sequence[Aligned], dtype: torch.dtype) -> None:
         self.layers = layers
+        self.is_captured = is_captured(layers[0].weight)
         # Not inference tensors: they may be used after an inference_mode inside.
         with torch.inference_mode(False), torch.no_grad():
             self.tensors = *(layer.filters() for layer in layers), *(layer.gain for layer in layers)
@@ -209,15 +220,26 @@ class _Group:
             options = eps, self.scales, dtype, torch.preserve_format
             weights, gains = list(self.tensors[:count]), list(self.tensors[count:])
             aligned, self.statistics = self.served.align_forward(weights, gains, *options)
+        self.made = Made(layers[0].weight.device)
         self.sums = [_Sum(self.statistics.dtype) for _ in layers]
         with torch.inference_mode(False), torch.enable_grad():
             wanting = torch.empty(0, device=layers[0].weight.device, requires_grad=True)
             together = zip(layers, aligned, self.sums, strict=True)
             self.filters = {x: _Summed.apply(t, total, wanting) if is_trained(x) else t for x, t, total in together}
 
+    def filters_of(self, layer: Aligned) -> Tensor:
+        if is_captured(layer.weight) is not self.is_captured:
+            raise RuntimeError(
+                "wa.accumulate: a CUDA graph captured around some of its micro-batches would read filters, and write "
+                "sums, of this one time at each replay; capture all of the context, or none of it"
+            )
+        filters = self.filters[layer]
+        self.made.wait(filters)
+        return filters
+
     def gradients(self) -> list[tuple[Tensor, Tensor]]:
         """Weights and gains, as autograd knows them, and their gradients."""
-        grads = [total.value for total in self.sums]
+        grads = [total.get() for total in self.sums]
         used = [i for i, grad in enumerate(grads) if grad is not None]
         if not used:
             return []

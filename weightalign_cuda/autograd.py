@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from . import ops, reference
+from ._export import wants_plain_operations
 from ._layout import memory_order
 from .ops import OpSet
 from .reference_input import ACTIVATIONS, prepare_input_backward
@@ -60,8 +61,13 @@ def _numbered(eps: Any, scales: Any, dtype: torch.dtype, memory_format: torch.me
 
 
 def _is_transformed() -> bool:
-    """Whether torch.func or forward-mode differentiation looks on, which want operations that PyTorch can transform."""
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    """Whether a torch.func transform, forward-mode AD or an exporter is active: they need PyTorch's own operations."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0 or wants_plain_operations()
+
+
+def _is_batched(grad: Tensor | None) -> bool:
+    """By torch.autograd.grad(is_grads_batched=True), whose vmap is an older one than torch.func's."""
+    return grad is not None and torch._C._functorch.is_legacy_batchedtensor(grad)
 
 
 def _wants_gradients(*tensors: Tensor | None) -> bool:
@@ -93,7 +99,11 @@ class _Fused(torch.autograd.Function):
             # What the convolution keeps anyway, where that suffices.
             saved = {None: None, "relu": prepared}.get(ACTIVATIONS[options[-1]], input)
             ctx.preparation = (input.dtype, memory_order(input), *options[4:])
-        ctx.save_for_backward(saved, *tensors, statistics)
+        ctx.save_for_backward(saved)
+        # Attributes, as saved tensors are checked for changes all or none: of a list, a weight that was written to
+        # after it was aligned matters only if its own result is used. Nor has checkpointing anything to drop here.
+        ctx.tensors, ctx.statistics = tensors, statistics
+        ctx.versions = [None if t is None else t._version for t in tensors]
         ctx.served, ctx.options = served, options
         ctx.mark_non_differentiable(statistics)
         ctx.set_materialize_grads(False)
@@ -101,11 +111,13 @@ class _Fused(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_prepared: Tensor | None, *grads: Tensor | None) -> tuple[Any, ...]:
-        saved, *tensors, statistics = ctx.saved_tensors
+        tensors, statistics = ctx.tensors, ctx.statistics
         count, (_, _, input_wanted, *wanted) = len(tensors) // 2, ctx.needs_input_grad
         # Frozen weights, and those whose result nobody used, take no part; nor does such an input.
         used = [i for i in range(count) if grads[i] is not None and (wanted[i] or wanted[count + i])]
         input_used = input_wanted and grad_prepared is not None
+        _check_unchanged(used, tensors, ctx.versions)
+        (saved,) = ctx.saved_tensors if input_used else (None,)
         grad_input = None
         if torch.is_grad_enabled():
             if input_used:
@@ -114,13 +126,26 @@ class _Fused(torch.autograd.Function):
         if not (used or input_used):
             return (None,) * (3 + 2 * count)
         arguments = of_used(used, grads, tensors, statistics, ctx.options[1])
+        served = reference if _is_transformed() or any(map(_is_batched, (grad_prepared, *grads))) else ctx.served
         with _below_autograd():
             if input_used:
-                results = ctx.served.prepare_backward(grad_prepared, saved, *arguments, *ctx.preparation)
+                results = served.prepare_backward(grad_prepared, saved, *arguments, *ctx.preparation)
                 grad_input, grad_weights, grad_gains = results
             else:
-                grad_weights, grad_gains = ctx.served.align_backward(*arguments)
+                grad_weights, grad_gains = served.align_backward(*arguments)
         return None, None, grad_input, *in_their_places(used, tensors, grad_weights, grad_gains)
+
+
+def _check_unchanged(used: Sequence[int], tensors: Sequence[Tensor | None], versions: Sequence[int | None]) -> None:
+    count = len(tensors) // 2
+    for i in used:
+        for name, place in (("weights", i), ("gains", count + i)):
+            t = tensors[place]
+            if t is not None and t._version != versions[place]:
+                raise RuntimeError(
+                    "one of the variables needed for gradient computation has been modified by an inplace operation: "
+                    f"{name}[{i}] is at version {t._version}; expected version {versions[place]}"
+                )
 
 
 def of_used(
@@ -152,6 +177,7 @@ def in_their_places(
     for i, grad_weight, row in zip(used, grad_weights, rows, strict=True):
         results[i], gain = grad_weight, tensors[count + i]
         if gain is not None:
+            row = row if gain.dim() == 1 else row.view(gain.shape)
             results[count + i] = row if gain.dtype is row.dtype else row.to(gain.dtype)
     return results
 

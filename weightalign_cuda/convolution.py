@@ -6,6 +6,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function
 
 from . import _padding
 from ._backend import run
@@ -20,6 +21,7 @@ from ._checks import (
     device_type,
     result_dtype,
 )
+from ._export import wants_plain_operations
 from ._layout import CHANNELS_LAST_RANK, looks_channels_last
 from .reference_input import ACTIVATIONS
 
@@ -62,8 +64,14 @@ def prepare(
     Raises:
         TypeError, ValueError: naming the argument, what came and what is wanted, before anything runs.
     """
+    if has_torch_function((input, weight, gain)):
+        options: dict[str, Any] = {"padding": padding, "padding_mode": padding_mode, "activation": activation}
+        options |= {"eps": eps, "scale": scale, "dtype": dtype, "memory_format": memory_format}
+        return handle_torch_function(prepare, (input, weight, gain), input, weight, gain, **options)
+    check_weight("weight", weight)
+    pairs = _padding.parse(padding, weight.dim() - 2)
     prepared, aligned, _ = prepare_convolution(
-        input, weight, gain, padding, padding_mode, activation, eps, scale, dtype, memory_format
+        input, weight, gain, pairs, padding_mode, activation, eps, scale, dtype, memory_format
     )
     return prepared, aligned
 
@@ -72,7 +80,7 @@ def prepare_convolution(
     input: Tensor,
     weight: Tensor,
     gain: Tensor | None,
-    padding: Any,
+    pairs: _padding.Pairs,
     padding_mode: str,
     activation: str | None,
     eps: float,
@@ -82,30 +90,31 @@ def prepare_convolution(
     is_aligned: bool = False,
 ) -> tuple[Tensor, Tensor, list[int]]:
     """`prepare`, and what padding is left to the convolution. A weight that is aligned already is returned as it is."""
-    check_weight("weight", weight)
     check_input("input", input, weight)
     if gain is not None:
         check_gain("gain", gain, weight)
     check_number("eps", eps, positive=True)
     check_number("scale", scale)
     check_memory_format(memory_format, weight.dim())
-    pairs = _padding.parse(padding, weight.dim() - 2)
     mode = _padding.check_mode(padding_mode)
     check_activation(activation)
-    _padding.check_size(pairs, padding_mode, input.shape[2 - weight.dim() :])
     kind = device_type(weight)
     dtype = _common_dtype(input, weight, kind, dtype)
-    if memory_format is torch.preserve_format:
+    are_sizes_known = not wants_plain_operations()
+    if are_sizes_known:
+        _padding.check_size(pairs, padding_mode, input.shape[2 - weight.dim() :])
+    if memory_format is torch.preserve_format and are_sizes_known:
         memory_format = _chosen_format(input, weight)
     is_batched = input.dim() == weight.dim()
-    is_left = _padding.is_left_to_convolution(pairs, padding_mode)
+    is_left = are_sizes_known and _padding.is_left_to_convolution(pairs, padding_mode)
     left = [before if is_left else 0 for before, _ in pairs]
     explicit = [0 if is_left else n for pair in pairs for n in pair]
     # Where nothing is to be aligned the ops take a weight of no filter.
     raw, raw_gain = (weight.detach()[:0], None) if is_aligned else (weight, gain)
     weights = [raw], [raw_gain], [eps], [scale], dtype, memory_format
     batch = input if is_batched else input.unsqueeze(0)
-    if activation is None and not any(explicit) and input.dtype is dtype and _lies_in(batch, memory_format):
+    is_ready = activation is None and input.dtype is dtype and are_sizes_known and not any(explicit)
+    if is_ready and _lies_in(batch, memory_format):
         return input, weight if is_aligned else run("align_forward", kind, *weights)[0][0], left
     options = explicit, mode, ACTIVATIONS.index(activation)
     prepared, aligned, _ = run("prepare_forward", kind, batch, *weights, *options)
@@ -158,6 +167,11 @@ def convolve(
     is_aligned: bool = False,
 ) -> Tensor:
     """`convolution` of torch, of that many spatial dimensions, after `prepare_convolution`."""
+    if not is_aligned and has_torch_function(tensors := (input, weight, bias, gain)):
+        public, sizes = (conv1d, conv2d, conv3d)[spatial - 1], (stride, padding, dilation, groups)
+        options: dict[str, Any] = {"gain": gain, "padding_mode": padding_mode, "activation": activation}
+        options |= {"eps": eps, "scale": scale}
+        return handle_torch_function(public, tensors, input, weight, bias, *sizes, **options)
     check_weight("weight", weight)
     if weight.dim() != spatial + 2:
         raise ValueError(f"weight: expected rank {spatial + 2} for conv{spatial}d, got shape {tuple(weight.shape)}")
@@ -166,14 +180,16 @@ def convolve(
         steps, spread = _per_dimension("stride", stride, spatial), _per_dimension("dilation", dilation, spatial)
         kernel = weight.shape[2:]
         if padding == "valid":
-            padding = 0
+            pairs = [(0, 0)] * spatial
         elif padding == "same":
-            padding = _padding.same(kernel, steps, spread)
+            pairs = _padding.same(kernel, steps, spread)
         elif padding == "same_tf":
-            padding = _padding.same_tf(input.shape[-spatial:], kernel, steps, spread)
+            pairs = _padding.same_tf(input.shape[-spatial:], kernel, steps, spread)
         else:
             raise ValueError(f"padding: expected numbers, 'valid', 'same' or 'same_tf', got {padding!r}")
-    preparation = padding, padding_mode, activation, eps, scale
+    else:
+        pairs = _padding.parse(padding, spatial)
+    preparation = pairs, padding_mode, activation, eps, scale
     prepared, aligned, left = prepare_convolution(input, weight, gain, *preparation, is_aligned=is_aligned)
     return convolution(prepared, aligned, bias, stride, left, dilation, groups)
 

@@ -4,6 +4,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ._fx import Proxy, call_module
 from ._padding import same_tf
 from .reference_input import activate, pad
 
@@ -15,6 +16,8 @@ class Folded(nn.Module):
     pads_same: bool
 
     def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if isinstance(input, Proxy):
+            return call_module(self, input, *args)
         input = activate(input, self.activation)
         if self.pads_same:
             kernel: Any = self.kernel_size

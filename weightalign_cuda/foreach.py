@@ -1,4 +1,4 @@
-"""All layers of a model aligned together: one launch at the start of its forward, one launch in its backward."""
+"""All layers of a model aligned together: one launch when the first one is used, one launch in the backward."""
 
 import functools
 import itertools
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch._C._dynamo import eval_frame
 from torch._dynamo.decorators import skip_code  # type: ignore[attr-defined]
 
-from ._held import Forward, Held, Together, is_trained, is_whole_parameter, running, state_of
+from ._held import Forward, Together, is_trained, is_whole_parameter, running, state_of
 from .functional import align_foreach
 from .layers import Aligned, aligned_layers
 
@@ -29,7 +29,7 @@ def switch(root: nn.Module, foreach: bool | int) -> None:
     if foreach:
         root._foreach = Foreach(root, int(foreach))  # type: ignore[assignment]
         for layer in aligned_layers(root.modules()):
-            _takes_part(layer)  # now, not in the midst of torch.compile's first trace
+            _join(layer)  # now, not in the midst of torch.compile's first trace
 
 
 def switch_off_all(model: nn.Module) -> None:
@@ -74,15 +74,17 @@ class Foreach:
     @torch.compiler.disable
     def start(self, root: nn.Module, is_traced: bool) -> None:
         modules = list(root.modules())
-        check_whole(modules)
-        forward = Forward(root)
+        layers = aligned_layers(modules)
+        forward = Forward(root, layers, lambda: self.align(modules))
         running.forwards.append(forward)  # before anything can raise: `finish` is called always
+        check_whole(modules)
         if torch._C._are_functorch_transforms_active():
             return
-        for together, filters, state in self.align(modules):
-            forward.held[together] = Held(filters, state)
-            if is_traced:
-                together.traced.filters = filters
+        for layer in layers:
+            _join(layer)
+            # A graph cannot ask.
+            if is_traced and isinstance(layer.aligned_by, Together) and (held := layer.aligned_by.held()) is not None:
+                layer.aligned_by.traced.filters = held.filters
 
     @torch.compiler.disable
     def finish(self, root: nn.Module) -> None:
@@ -90,7 +92,7 @@ class Foreach:
         for i in reversed(range(len(forwards))):
             if forwards[i].root is root:
                 for forward in forwards[i:]:
-                    for together in forward.held:
+                    for together in forward.held or ():
                         together.traced.filters = None
                 del forwards[i:]
                 return
@@ -143,15 +145,19 @@ def _reason(kind: type) -> str | None:
     return next((_REASONS[c.__name__] for c in kind.__mro__ if c.__name__ in _REASONS), None)
 
 
-def _takes_part(layer: Aligned) -> bool:
+def _join(layer: Aligned) -> None:
     """Whatever else gives a layer its filters (wa.frozen) goes on doing so."""
-    if not is_whole_parameter(layer):
-        return False
-    if layer.aligned_by is None:
+    if layer.aligned_by is None and is_whole_parameter(layer):
         layer.aligned_by = Together(layer)
+
+
+def _takes_part(layer: Aligned) -> bool:
+    """Unless a model around this one has aligned it."""
+    _join(layer)
     together = layer.aligned_by
-    # Else a model around this one has aligned it.
-    return isinstance(together, Together) and (torch.compiler.is_compiling() or together.held() is None)
+    if not (isinstance(together, Together) and is_whole_parameter(layer)):
+        return False
+    return torch.compiler.is_compiling() or together.held() is None
 
 
 def _buckets(layers: list[Aligned], count: int) -> list[list[Aligned]]:

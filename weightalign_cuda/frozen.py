@@ -10,6 +10,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from ._checks import autocast_dtype, check_module, device_type
 from ._held import state_of_tensor
+from ._streams import Made, is_captured
 from .layers import Aligned, aligned_by, aligned_layers
 
 
@@ -23,8 +24,8 @@ def frozen(model: nn.Module) -> Iterator[nn.Module]:
     autocast weights are kept in its dtype.
 
     No gradient reaches weight and gain: in eval mode they are constants (gradients of inputs are right); of a layer in
-    training mode the backward raises. Inside torch.compile, and of parameters that torch.func transforms, nothing is
-    kept: each call aligns.
+    training mode the backward raises. Inside torch.compile, of parameters that torch.func transforms, and while a CUDA
+    graph is captured (whose replays outlive the context) nothing is kept: each call, or replay, aligns.
 
     Args:
         model: any module.
@@ -61,11 +62,14 @@ class _Kept:
         self.made_from: tuple[Any, ...] = ()
         self.alive: tuple[Any, ...] = ()  # what has an id or an address there, which nothing else may get meanwhile
         self.filters: Tensor
+        self.made: Made
 
     def __call__(self) -> Tensor:
         layer = self.layer
         sources = [t for t in (layer.weight, layer.gain) if t is not None]
         if torch.compiler.is_compiling() or any(map(torch._C._functorch.is_functorch_wrapped_tensor, sources)):
+            return layer.align_filters()
+        if is_captured(layer.weight):
             return layer.align_filters()
         made_from = (
             *map(state_of_tensor, sources),
@@ -78,9 +82,11 @@ class _Kept:
             # Not an inference tensor: it may be used after an inference_mode inside.
             with torch.inference_mode(False), torch.no_grad():
                 self.filters = layer.align_filters()
+            self.made = Made(self.filters.device)
             self.made_from, self.alive = made_from, (sources, [t.detach() for t in sources])
             if layer.training and any(t.requires_grad for t in sources):
                 self.filters.requires_grad_().register_hook(_refuse)
+        self.made.wait(self.filters)
         return self.filters
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function
 
 from ._backend import NATIVE, choose, run
 from ._checks import (
@@ -40,7 +41,8 @@ def align(
     Args:
         weight: (K, ...), rank 2 or more; float32, float16, bfloat16 or float64. Any strides. A DTensor placed by
             Shard(0) or Replicate() is aligned where it lies, without communication; the result is placed likewise.
-        gain: (K,), any floating dtype, on the weight's device, placed as the weight; None for 1.
+        gain: (K,) or, as timm's, (K, 1, ...); any floating dtype, on the weight's device, placed as the weight; None
+            for 1.
         eps: added to n/2 * var; greater than 0. A constant filter gives exactly 0.
         scale: a constant factor.
         dtype: of the result. Default: autocast's where autocast is on for the device and the weight is not float64,
@@ -53,6 +55,9 @@ def align(
     Raises:
         TypeError, ValueError: naming the argument, what came and what is wanted, before anything runs.
     """
+    if has_torch_function((weight, gain)):
+        options: dict[str, Any] = {"eps": eps, "scale": scale, "dtype": dtype, "memory_format": memory_format}
+        return handle_torch_function(align, (weight, gain), weight, gain, **options)
     check_weight("weight", weight)
     check_memory_format(memory_format, weight.dim())
     if gain is not None:
@@ -61,7 +66,7 @@ def align(
     check_number("scale", scale)
     if is_sharded((weight, gain)):
         options = {"eps": eps, "scale": scale, "dtype": dtype, "memory_format": memory_format}
-        return align_shards(align_foreach, [weight], [gain], [None], **options)[0]  # type: ignore[arg-type]
+        return align_shards(align_foreach, [weight], [gain], [None], **options)[0]
     kind = device_type(weight)
     dtype = result_dtype("weight", weight, kind, dtype)
     return run("align_forward", kind, [weight], [gain], [eps], [scale], dtype, memory_format)[0][0]
@@ -95,12 +100,15 @@ def align_foreach(
     weights = check_list("weights", weights)
     count = len(weights)
     gains = [None] * count if gains is None else check_list("gains", gains, count)
+    if has_torch_function((*weights, *gains)):
+        options: dict[str, Any] = {"eps": eps, "scale": scale, "dtype": dtype, "memory_format": memory_format}
+        return handle_torch_function(align_foreach, (*weights, *gains), weights, gains, **options)
     check_memory_format(memory_format)
     all_eps = per_weight("eps", eps, count, positive=True)
     scales = per_weight("scale", scale, count)
     if is_sharded((*weights, *gains)):
         options = {"eps": all_eps, "scale": scales, "dtype": dtype, "memory_format": memory_format}
-        return align_shards(align_foreach, weights, gains, list(range(count)), **options)  # type: ignore[arg-type]
+        return align_shards(align_foreach, weights, gains, list(range(count)), **options)
     if not torch.compiler.is_compiling() and _is_for_one_op(weights, gains):
         kind = result_dtype("weights", weights[0], device_type(weights[0]), dtype, 0)
         with contextlib.suppress(RuntimeError):  # of a list that the op refuses: what is wrong is found out below

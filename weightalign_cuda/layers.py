@@ -1,7 +1,9 @@
 """Layers of torch.nn that work with aligned weights (arXiv 2010.07160, eq. 10)."""
 
 import contextlib
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from types import FrameType
 from typing import Any
 
 import torch
@@ -10,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from ._checks import check_activation, check_number
+from ._fx import Proxy, call_module
 from .convolution import convolve, prepare_convolution
 from .functional import align
 from .reference_input import activate
@@ -69,21 +72,30 @@ class Aligned(nn.Module):
         return f"{super().extra_repr()}, eps={self.eps:g}{scale}{activation}"
 
     def __getstate__(self) -> dict[str, Any]:
-        state = super().__getstate__()  # type: ignore[no-untyped-call]
-        state.pop("aligned_by", None)
-        return state
+        _refuse_fusion(sys._getframe(1).f_back)
+        return {name: value for name, value in self.__dict__.items() if name != "aligned_by"}
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        """A checkpoint of the plain layer has no gain, which is 1 then; other libraries' gains are (C_out, 1, 1, 1)."""
+        """A checkpoint of the plain layer has no gain, which is 1 then. Gains are (C_out,) here, or (C_out, 1, 1, 1) as
+        timm's: either loads into the other."""
         key = prefix + "gain"
         gain, weight = state_dict.get(key), state_dict.get(prefix + "weight")
         if self._parameters.get("gain") is not None:
             own: Tensor = self._parameters["gain"]  # type: ignore[assignment]
             if gain is None and weight is not None:
                 state_dict[key] = torch.ones(own.shape, dtype=own.dtype, device=weight.device)
-            elif gain is not None and gain.dim() > 1 and gain.shape == own.shape + (1,) * (gain.dim() - 1):
-                state_dict[key] = gain.flatten()
+            elif gain is not None and gain.shape[:1] == own.shape[:1] and gain.numel() == own.numel():
+                state_dict[key] = gain.reshape(own.shape)
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def _refuse_fusion(copying: FrameType | None) -> None:
+    """torch.nn.utils.fusion copies a layer (in that frame), and then multiplies its weight, which is not aligned."""
+    if copying is not None and copying.f_globals.get("__name__") == "torch.nn.utils.fusion":
+        raise RuntimeError(
+            f"{copying.f_code.co_name}: expected a layer of torch.nn, got one of weightalign_cuda, whose weight is not "
+            "aligned yet: fuse what wa.fold returns"
+        )
 
 
 def aligned_layers(modules: Iterable[nn.Module]) -> list[Aligned]:
@@ -140,6 +152,8 @@ class _Convolution(Aligned, _ConvNd):
             self.padding = padding
 
     def forward(self, input: Tensor) -> Tensor:
+        if isinstance(input, Proxy):
+            return call_module(self, input)
         if self.activation is None and self.padding_mode == "zeros" and not isinstance(self.padding, str):
             return self._conv_forward(input, self.aligned_filters(), self.bias)
         filters, gain, is_aligned = self.to_prepare()
@@ -185,12 +199,15 @@ class _TransposedConvolution(Aligned, _ConvTransposeNd):
         return grouped.transpose(1, 2).flatten(0, 1)
 
     def forward(self, input: Tensor, output_size: Sequence[int] | None = None) -> Tensor:
+        if isinstance(input, Proxy):
+            return call_module(self, input, output_size)
         if self.activation is None:
             filters = self.aligned_filters()
         else:
             raw, gain, is_aligned = self.to_prepare()
-            options = self.activation, self.eps, self.scale
-            input, filters, _ = prepare_convolution(input, raw, gain, 0, "zeros", *options, is_aligned=is_aligned)
+            pairs = [(0, 0)] * len(self.kernel_size)
+            options = pairs, "zeros", self.activation, self.eps, self.scale
+            input, filters, _ = prepare_convolution(input, raw, gain, *options, is_aligned=is_aligned)
         stride, padding, dilation = self.stride, self.padding, self.dilation
         size = output_size, stride, padding, self.kernel_size, len(self.kernel_size), dilation
         output_padding = self._output_padding(input, *size)  # type: ignore[arg-type]
@@ -219,8 +236,8 @@ class WAConv2d(_Convolution, nn.Conv2d):
 
     Attributes:
         weight: (C_out, C_in / groups, kernel...), not aligned.
-        gain: (C_out,), starts at 1. It may be None, for 1: `layer.register_parameter("gain", None)`. A checkpoint
-            without it loads as 1, one with (C_out, 1, 1, 1) as well.
+        gain: (C_out,), starts at 1; (C_out, 1, 1, 1) in layers converted from timm's. It may be None, for 1:
+            `layer.register_parameter("gain", None)`. A checkpoint without it loads as 1, one of either shape as well.
         bias: (C_out,) or None.
 
     Raises:
@@ -276,4 +293,6 @@ class WALinear(Aligned, nn.Linear):
         super().__init__(in_features, out_features, bias, device, dtype, eps=eps, scale=scale, activation=activation)
 
     def forward(self, input: Tensor) -> Tensor:
+        if isinstance(input, Proxy):
+            return call_module(self, input)
         return F.linear(activate(input, self.activation), self.aligned_filters(), self.bias)

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ._export import wants_plain_operations
 from ._layout import empty_result, statistics_dtype
 from .reference_input import prepare_input, prepare_input_backward
 
@@ -46,7 +47,10 @@ def align(
     if gain is not None:
         factor = factor * gain.to(rstd.dtype).view_as(rstd)
     product = deviations * factor
-    aligned = empty_result(weight, dtype, memory_format, like=product).copy_(product)
+    if wants_plain_operations():
+        aligned = product.to(dtype)
+    else:
+        aligned = empty_result(weight, dtype, memory_format, like=product).copy_(product)
     return aligned, torch.stack([mean.flatten(), rstd.flatten()], dim=1)
 
 
@@ -87,7 +91,7 @@ def align_backward(
         factor = scale * rstd if gain is None else scale * rstd * gain.to(rstd.dtype).view(shape)
         product = factor * (g - g.mean(dims, keepdim=True) - x * along / 2)
         grad_weights.append(empty_result(weight, weight.dtype, torch.preserve_format, like=product).copy_(product))
-        grad_gains.append(scale * along.flatten())
+        grad_gains.append(scale * along.reshape(-1))
     return grad_weights, torch.cat(grad_gains) if grad_gains else statistics.new_empty(0)
 
 

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ._export import wants_plain_operations
 from ._layout import empty_in, empty_permuted, statistics_dtype
 
 # The ops know these by number.
@@ -34,6 +35,8 @@ def prepare_input(
 ) -> Tensor:
     """(N, C, spatial...) -> (N, C, padded spatial...) in `dtype` and `memory_format`, rounded once."""
     x = activate(input.to(statistics_dtype(input.dtype)), ACTIVATIONS[activation])
+    if wants_plain_operations():
+        return pad(x, padding, PADDING_MODES[padding_mode]).to(dtype)
     if any(padding):
         # F.pad refuses to reflect or repeat where there is no element; zeros then come to the same.
         x = pad(x, padding, "zeros" if input.numel() == 0 else PADDING_MODES[padding_mode])

@@ -92,6 +92,7 @@ def shown_value(MODE: tl.constexpr, at, n):
 @triton.jit
 def nth_place(MODE: tl.constexpr, i, at, n, before, after):
     """Candidate i of the places that show value `at`, its own first, and whether it does."""
+    i += tl.zeros_like(at)  # of what is compared as scalars, Triton 3.9's interpreter makes masks of integers
     if MODE == REFLECT:
         place = tl.where(i == 1, -at, 2 * (n - 1) - at)
     elif MODE == REPLICATE:

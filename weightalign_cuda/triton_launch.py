@@ -84,7 +84,8 @@ class Launch:
             check(weight.dim() >= 2, "weights: want rank 2 or more")
             check_dtypes(self.dtype, weight.dtype)
             if gain is not None:
-                check(gain.shape == weight.shape[:1] and gain.dtype in TYPES, "gains: want shape (filters,)")
+                is_column = gain.shape[:1] == weight.shape[:1] and gain.numel() == weight.shape[0]
+                check(is_column and gain.dtype in TYPES, "gains: want shape (filters,) or (filters, 1, ...)")
         if input.tensor is not None:
             sums = statistics_dtype(input.tensor.dtype)
             check(sums == statistics_dtype(self.dtype), "input: beside weights, want float64 exactly if they are")

@@ -47,12 +47,12 @@ public:
                                    : ScalarType::Float),
           input_(input ? input->task : nullptr) {
         STD_TORCH_CHECK(!input || (input->is_double == (type_ == ScalarType::Double) &&
-                                   input->tensor.get_device_index() == first_.get_device_index()),
+                                   on_same_device(input->tensor, first_)),
                         "input: want one device with the weights, and float64 exactly if they are");
         STD_TORCH_CHECK(gains.size() == weights.size(), "gains: want one gain or None for each weight");
         for (const Tensor& w : weights) {
             STD_TORCH_CHECK(w.dim() >= 2, "weights: want rank 2 or more, got rank ", w.dim());
-            STD_TORCH_CHECK(w.scalar_type() == type_ && w.get_device_index() == first_.get_device_index(),
+            STD_TORCH_CHECK(w.scalar_type() == type_ && on_same_device(w, first_),
                             "weights: want one dtype and one device in a list");
             filters_ += w.size(0);
         }
@@ -62,6 +62,11 @@ public:
 
     ScalarType statistics_dtype() const { return type_ == ScalarType::Double ? type_ : ScalarType::Float; }
     ScalarType weight_dtype() const { return type_; }
+    void check_statistics(const Tensor& t) const {
+        STD_TORCH_CHECK(t.dim() == 2 && t.size(0) == filters_ && t.size(1) == 2 &&
+                            t.scalar_type() == statistics_dtype() && on_same_device(t, first_),
+                        "statistics: want those of the forward, (", filters_, ", 2) on the weights' device");
+    }
     int64_t max_transposed(const AlignBackend& backend) const {
         return backend.max_transposed / (type_ == ScalarType::Double ? 8 : 4);
     }
@@ -91,9 +96,9 @@ public:
         task.aligned_dtype = dtype_of(aligned_dtype);
         if (gain) {
             gains_.push_back(gain->is_contiguous() ? *gain : torch::stable::contiguous(*gain));
-            STD_TORCH_CHECK(gain->dim() == 1 && gains_.back().numel() == filters &&
-                                gain->get_device_index() == first_.get_device_index(),
-                            "gains: want shape (", filters, ",) on the weight's device");
+            STD_TORCH_CHECK(gain->dim() >= 1 && gain->size(0) == filters && gain->numel() == filters &&
+                                on_same_device(*gain, first_),
+                            "gains: want shape (", filters, ",) or (", filters, ", 1, ...) on the weight's device");
             task.gain = gains_.back().const_data_ptr();
             task.gain_dtype = dtype_of(gain->scalar_type());
         }
@@ -184,6 +189,7 @@ AlignBackwardResult backward_beside(const InputWork* input, const AlignBackend& 
     STD_TORCH_CHECK(grads.size() == weights.size() && scales.size() == weights.size(),
                     "grads, scales: want one for each weight");
     TaskList list(weights, gains, input);
+    list.check_statistics(statistics);
     std::vector<Source> sources;
     std::vector<Target> targets;
     Strides storage;
@@ -193,8 +199,9 @@ AlignBackwardResult backward_beside(const InputWork* input, const AlignBackend& 
     used_grads.reserve(weights.size());
     for (size_t i = 0; i < weights.size(); ++i) {
         const Tensor& grad = grads[i];
-        STD_TORCH_CHECK(grad.scalar_type() == grads[0].scalar_type() && grad.numel() == weights[i].numel(),
-                        "grads: want the shape of the weight and one dtype in a list");
+        STD_TORCH_CHECK(grad.scalar_type() == grads[0].scalar_type() && grad.sizes().equals(weights[i].sizes()) &&
+                            on_same_device(grad, weights[i]),
+                        "grads: want the weight's shape and device, and one dtype in a list");
         sources.emplace_back(weights[i]);
         targets.emplace_back(sources[i], result_strides(weights[i], MemoryFormat::Preserve, storage),
                              list.weight_dtype(), 0);

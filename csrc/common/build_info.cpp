@@ -15,14 +15,16 @@ const char* wa_cuda_architectures() {
 #endif
 }
 
-// The CUDA runtime it is linked with, and the newest that the installed driver serves: 13000 is 13.0, 0 is none.
+// The CUDA runtime it is linked with: 13000 is 13.0, 0 is none.
 int wa_cuda_runtime_version() {
-    int version = 0;
 #ifdef WA_CUDA_ARCHITECTURES
-    cudaRuntimeGetVersion(&version);
+    return CUDART_VERSION;
+#else
+    return 0;
 #endif
-    return version;
 }
+
+// The newest runtime that the installed driver serves, 0 without a driver. Initialises CUDA.
 int wa_cuda_driver_version() {
     int version = 0;
 #ifdef WA_CUDA_ARCHITECTURES

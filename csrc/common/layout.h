@@ -39,6 +39,9 @@ bool same_order(const Tensor& shape, const int64_t* a, const int64_t* b);
 // `from`. Else 0. (Contiguous to channels_last: the kernel size; back: the channels.)
 int64_t transposed_columns(const Tensor& shape, const int64_t* from, const int64_t* to);
 
+// The CPU has index -1, and a list of tensors comes to one backend's op: the index says all.
+inline bool on_same_device(const Tensor& a, const Tensor& b) { return a.get_device_index() == b.get_device_index(); }
+
 // An uninitialised tensor on the device of `like`.
 Tensor empty_strided(const Tensor& like, int64_t rank, const int64_t* sizes, const int64_t* strides, ScalarType dtype);
 

@@ -136,7 +136,8 @@ PrepareBackwardResult prepare_backward(const AlignBackend& backend, const Tensor
     Tensor grad = grad_prepared, kept = grad_input;  // kept: what the derivative comes from, if anything
     if (saved) {
         const Tensor& shape = Activation(activation) == Activation::kRelu ? grad_prepared : grad_input;
-        STD_TORCH_CHECK(sizes_of(*saved) == sizes_of(shape) && saved->scalar_type() == shape.scalar_type(),
+        STD_TORCH_CHECK(sizes_of(*saved) == sizes_of(shape) && saved->scalar_type() == shape.scalar_type() &&
+                            on_same_device(*saved, grad_prepared),
                         "saved: want the prepared input for relu, the input for other activations");
         if (Activation(activation) == Activation::kRelu) grad = in_order(grad, strides_of(kept = *saved));
         else kept = in_order(*saved, strides_of(grad_input));
