@@ -14,6 +14,8 @@ import torchvision
 from timm.layers import StdConv2d, StdConv2dSame
 from timm.models.nfnet import NormFreeNet, _dm_nfnet_cfg
 from timm.models.resnetv2 import ResNetV2
+from timm.optim import param_groups_weight_decay
+from timm.utils import adaptive_clip_grad
 from torch import nn
 from truth import F64, formula, normal
 
@@ -43,11 +45,10 @@ def standardised(request, device):
 
 
 def results(model, image):
-    """Output, and gradients by name, gains flat."""
+    """Output, and gradients by name."""
     output = model(image)
     output.sin().sum().backward()
-    gradients = {k: p.grad.flatten() if k.endswith("gain") else p.grad for k, p in model.named_parameters()}
-    return output, gradients
+    return output, {name: parameter.grad for name, parameter in model.named_parameters()}
 
 
 def test_standardised_models_in_float64(native, device, standardised):
@@ -80,15 +81,52 @@ def test_standardised_models_in_float32(native, device, standardised):
     assert (ours - truth).abs().max() <= allowed
 
 
-def test_checkpoints_of_standardised_models_load(standardised):
-    ours = wa.convert(copy.deepcopy(standardised))
-    for gain in wa.gain_parameters(ours):
-        nn.init.zeros_(gain)
-    assert ours.state_dict().keys() == standardised.state_dict().keys()
-    ours.load_state_dict(standardised.state_dict())
-    gains = [p.flatten() for m in standardised.modules() for n, p in m._parameters.items() if n == "gain"]
-    assert all(torch.equal(a, b) for a, b in zip(wa.gain_parameters(ours), gains, strict=True))
-    assert all(gain.dim() == 1 for gain in wa.gain_parameters(ours))
+def test_parameters_stay_timms(standardised):
+    """The very same, in timm's shapes and order: for optimizers that hold them, and checkpoints either way."""
+    before, saved = dict(standardised.named_parameters()), copy.deepcopy(standardised).state_dict()
+    theirs = copy.deepcopy(standardised)
+    ours = wa.convert(standardised)
+    after = dict(ours.named_parameters())
+    assert list(after) == list(before) and all(after[name] is parameter for name, parameter in before.items())
+    assert all(gain.dim() == 4 for gain in wa.gain_parameters(ours))
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            parameter.zero_()
+    theirs.load_state_dict(ours.state_dict())
+    assert all(torch.equal(saved[name], value) for name, value in theirs.state_dict().items())
+    with torch.no_grad():
+        for parameter in ours.parameters():
+            parameter.zero_()
+    ours.load_state_dict(saved)
+    assert all(torch.equal(saved[name], value) for name, value in ours.state_dict().items())
+
+
+def test_training_tools_of_timm(device):
+    """Adaptive clipping goes by a parameter's dimensions, as does the choice of those without weight decay."""
+    torch.manual_seed(0)
+    theirs = timm.create_model("test_nfnet", num_classes=7).to(device, F64)
+    with torch.no_grad():
+        for gain in (p for name, p in theirs.named_parameters() if name.endswith("gain")):
+            gain.copy_(normal(*gain.shape, seed=2, mean=1, std=0.3))
+    ours = wa.convert(copy.deepcopy(theirs))
+    image = normal(2, 3, 65, 54, dtype=F64, device=device)
+    (_, gradients), (_, true_gradients) = results(ours, image), results(theirs, image)
+    unclipped = {name: gradient.clone() for name, gradient in true_gradients.items()}
+    for model in (ours, theirs):
+        adaptive_clip_grad(model.parameters(), clip_factor=0.05)
+    for name, true in true_gradients.items():
+        assert gradients[name].shape == true.shape
+        assert (gradients[name] - true).abs().max() <= 1e-9 * true.abs().max(), name
+    clipped = [(unclipped[name] != true).view(len(true), -1).any(1) for name, true in true_gradients.items()]
+    assert any(0 < rows.sum() < len(rows) for rows in clipped)  # some filters, not others
+
+    def decayed(model):
+        groups = param_groups_weight_decay(model, 0.1)
+        decays = {parameter: group["weight_decay"] for group in groups for parameter in group["params"]}
+        return {name: decays[parameter] for name, parameter in model.named_parameters()}
+
+    assert decayed(ours) == decayed(theirs)
+    assert {decay for name, decay in decayed(ours).items() if name.endswith("gain")} == {0.1}
 
 
 PLAIN = {  # and the convolutions that stay plain

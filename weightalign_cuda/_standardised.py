@@ -59,11 +59,12 @@ def pads_same(layer: nn.Module) -> bool:
 
 
 def take_over(new: Aligned, layer: nn.Module) -> None:
-    """scale and eps with which `new` computes what `layer` does: its formula, multiplied by sqrt(n/2) above and below.
-    And nothing of the rest of it."""
+    """scale, eps and gain with which `new` computes what `layer` does: its formula, multiplied by sqrt(n/2) above and
+    below. And nothing of the rest of it."""
     n = new.weight.flatten(1).shape[1]
     new.scale = getattr(layer, "scale", 1.0) * (n / 2) ** 0.5
     new.eps = n / 2 * getattr(layer, "eps", _PARAMETRIZATION_EPS)
     new._modules = {name: module for name, module in new._modules.items() if name != "pad"}
     for name in ("same_pad", "gain_init", "pad"):
         new.__dict__.pop(name, None)
+    new.register_parameter("gain", new._parameters.get("gain"))

@@ -34,8 +34,8 @@ def convert(
     timm's StdConv2d, StdConv2dSame, ScaledStdConv2d and ScaledStdConv2dSame become layers that compute the very same,
     and in a model that has some only they are converted: its authors left the other convolutions plain.
 
-    Weight and bias stay the same Parameter objects; gains are new ones, with the weight's dtype, device and
-    requires_grad (timm's gain, (C, 1, 1, 1), becomes (C,)): make the optimizer, and wrap in DDP or compile, afterwards.
+    Weight and bias stay the same Parameter objects, as does timm's gain, (C, 1, 1, 1); other gains, (C,), are new ones,
+    with the weight's dtype, device and requires_grad: make the optimizer, and wrap in DDP or compile, afterwards.
     Hooks, mode, memory layout and what is shared are kept. Converting again changes nothing. Checkpoints of the model
     before still load, with a gain of 1.
 
@@ -113,23 +113,17 @@ def _listed(names: dict[str, list[str]]) -> str:
 
 
 def _converted(layer: nn.Module, gain: str, gains: dict[object, nn.Parameter]) -> Aligned:
-    """gains: those made so far, by what they belong to: layers that share that share the gain, too."""
+    """gains: those made so far, by what they belong to: layers that share it share the gain, too."""
     new = rebuilt(original(layer), CLASSES[torch_class(layer)])
     new.activation, new.eps, new.scale = None, 1e-5, 1.0
     if pads_same(layer):
         new.padding = "same_tf"  # type: ignore[assignment]
     if is_standardised(layer):
         take_over(new, layer)
-        theirs: Tensor | None = layer._parameters.get("gain")
-        if theirs is None:
-            new.register_parameter("gain", None)
-            return new
-        key: object = theirs
-        like, values = theirs, theirs.detach().flatten()
-    else:
-        key, like = (new.weight, type(new), getattr(layer, "groups", 1)), new.weight
-        values = _preserving(new) if gain == "preserve" else like.new_ones(new.filters().shape[0])
-    new.gain = gains.setdefault(key, nn.Parameter(values, requires_grad=like.requires_grad))
+        return new
+    key = new.weight, type(new), getattr(layer, "groups", 1)
+    values = _preserving(new) if gain == "preserve" else new.weight.new_ones(new.filters().shape[0])
+    new.gain = gains.setdefault(key, nn.Parameter(values, requires_grad=new.weight.requires_grad))
     return new
 
 
