@@ -26,13 +26,23 @@ def convert(
 ) -> nn.Module:
     """Swaps the convolutions of a model, in place, for ours: `torch.nn.Conv2d` for `WAConv2d` and so on.
 
-    All of them (arXiv 2010.07160 aligns the first one, too), but: not the classifier, be it a Linear or a convolution
-    that timm's `pretrained_cfg` or torchvision's `classifier` names; not filters of one value, which would be 0; not
-    lazy layers before their first input; not subclasses whose forward is their own. What stays for one of these reasons
-    is named in one line, at level info of the logger "weightalign_cuda".
+    All of them (arXiv 2010.07160 aligns the first one, too), but for
 
-    timm's StdConv2d, StdConv2dSame, ScaledStdConv2d and ScaledStdConv2dSame become layers that compute the very same,
-    and in a model that has some only they are converted: its authors left the other convolutions plain.
+    - what predicts: classifiers, and the last layers of detection, segmentation, depth and pose heads, by the names and
+      classes of torchvision, timm, transformers, segmentation-models-pytorch, ultralytics, OpenMMLab and others; and a
+      convolution of single pixels with a bias that is the last module of the model, as a U-Net's. `include` takes them;
+    - constants: frozen filters that are all the same. Filters of one value, which would be 0;
+    - lazy layers before their first input, and layers with a forward of their own;
+    - peft's adapters, and base layers whose weight an adapter reads. Adapt first: of a converted layer peft makes
+      aligned adapters. Merge into what `fold` returns; before that it is an error.
+
+    The logger "weightalign_cuda" names what stays: as a warning where it is not known what a layer computes, or where
+    nothing is left to convert; as a warning, too, frozen layers that get a gain of 1 in a model that is trained.
+
+    Layers that standardise their weights become layers that compute the very same: timm's StdConv2d, ScaledStdConv2d
+    and their Same variants, those of transformers' BiT, and Composer's, whose parametrization ends (its checkpoints
+    load before). In a model that has some only they are converted: its authors left the other convolutions plain.
+    Formulas that no eps makes ours, as that of the original repository, have a forward of their own.
 
     Weight and bias stay the same Parameter objects, as does timm's gain, (C, 1, 1, 1); other gains, (C,), are new ones,
     with the weight's dtype, device and requires_grad: make the optimizer, and wrap in DDP or compile, afterwards.
@@ -42,7 +52,8 @@ def convert(
     Args:
         model: any module.
         gain: of plain layers, "ones" or "preserve": sqrt(n/2 * var + eps), so that a layer's aligned weight is at first
-            its weight less the mean of each filter: to fine-tune a trained model.
+            its weight less the mean of each filter: to fine-tune a trained model. Also where normalisation is frozen,
+            and where layers begin at 0: with "ones" these are at full scale after one small step.
         foreach: True aligns all layers in one launch, when the first one runs in a forward of the model, in the dtype
             that it asks for (an autocast may be inside of the forward), and has one launch in the backward; a number
             aligns them in that many, so that DistributedDataParallel sends the first gradients while the backward goes
@@ -51,8 +62,8 @@ def convert(
             one whose weight is made at each use (parametrizations, pruning), and, with a warning, one whose weight or
             autocast changes in the midst.
         include: only these layers: a pattern for their names as in `model.named_modules()` ("layer1.*", by fnmatch), a
-            list of patterns, or a function (name, module) -> bool. What it matches is converted, be it the classifier:
-            a Linear becomes a WALinear.
+            list of patterns, or a function (name, module) -> bool. What it matches is converted, be it what predicts: a
+            Linear becomes a WALinear.
         exclude: all but these.
 
     Returns:
