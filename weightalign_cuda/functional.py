@@ -35,8 +35,9 @@ def align(
 ) -> Tensor:
     """Aligned weight: scale * gain * (w - mean) / sqrt(n/2 * var + eps) for each filter (arXiv 2010.07160, eq. 10).
 
-    A filter is `weight[k]`, n values; mean and biased variance are taken over it. With scale = sqrt(n/2) and a suitable
-    eps this is any weight standardisation. One kernel launch; differentiable (twice) in weight and gain.
+    A filter is `weight[k]`, n values; mean and biased variance are taken over it. With scale = sqrt(n/2) and eps n/2
+    times theirs this is any weight standardisation that has its eps inside of the root. One kernel launch;
+    differentiable (twice) in weight and gain.
 
     Args:
         weight: (K, ...), rank 2 or more; float32, float16, bfloat16 or float64. Any strides. A DTensor placed by
