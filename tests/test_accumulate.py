@@ -3,7 +3,9 @@
 import contextlib
 import copy
 import gc
+import sys
 import threading
+import types
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 
@@ -343,39 +345,52 @@ def test_threads(device):
     assert_near(found[3:], gradients(model)[3:], 1e-5)
 
 
-def meet(both):
-    """Waits for the other thread, so that what may happen at once does; not again once one has waited in vain."""
-    with contextlib.suppress(threading.BrokenBarrierError):
-        both.wait(0.2)
-
-
-def test_threads_that_begin_at_once(native, device):
-    """Aligned once."""
+@pytest.fixture
+def both_at_once(monkeypatch):
+    """A function in which two threads wait for each other, so that what may happen at once does; it gives up where a
+    lock of accumulate keeps one of them out."""
     both = threading.Barrier(2)
 
-    class Waiting(wa.WALinear):
-        def filters(self):
-            meet(both)
-            return super().filters()
+    class Lock:
+        def __init__(self):
+            self.lock = threading.Lock()
 
-    layer = Waiting(5, 4, device=device)
+        def __enter__(self):
+            if not self.lock.acquire(blocking=False):
+                both.abort()
+                self.lock.acquire()
 
-    def run(seed):
+        def __exit__(self, *_):
+            self.lock.release()
+
+    monkeypatch.setattr(sys.modules["weightalign_cuda.accumulate"], "threading", types.SimpleNamespace(Lock=Lock))
+
+    def wait():
+        with contextlib.suppress(threading.BrokenBarrierError):
+            both.wait(60)
+
+    return wait
+
+
+def test_threads_that_begin_at_once(native, device, both_at_once):
+    """Aligned once."""
+    layer = wa.WALinear(5, 4, device=device)
+    layer.filters = lambda: both_at_once() or layer.weight
+
+    def run(x):
         with wa.use_backend(native), CountOps() as ops:
-            layer(normal(2, 5, seed=seed, device=device)).sum().backward()
+            layer(x).sum().backward()
         return ops.calls["align_forward"]
 
     with wa.accumulate(layer), ThreadPoolExecutor(2) as pool:
-        assert sum(pool.map(run, (1, 2))) == 1
+        assert sum(pool.map(run, normal(2, 3, 5, device=device))) == 1
 
 
-def test_threads_that_add_at_once(device):
-    both = threading.Barrier(2)
-
+def test_threads_that_add_at_once(device, both_at_once):
     class Waiting(torch.Tensor):
         @classmethod
         def __torch_function__(cls, func, types, args=(), kwargs=None):
-            meet(both)
+            both_at_once()
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **(kwargs or {}))
 
@@ -384,7 +399,7 @@ def test_threads_that_add_at_once(device):
     with wa.accumulate(layer):
         filters = layer.aligned_filters()
         with ThreadPoolExecutor(2) as pool:
-            list(pool.map(lambda grad: filters.backward(grad.as_subclass(Waiting)), grads))
+            list(pool.map(filters.backward, [grad.as_subclass(Waiting) for grad in grads]))
     true = formula(layer.weight, layer.gain, layer.eps, layer.scale)
     expected = torch.autograd.grad(true, (layer.weight, layer.gain), sum(grads))
     assert_near((layer.weight.grad, layer.gain.grad), expected, 1e-12)

@@ -127,6 +127,12 @@ def align_sharded(rank):
             wa.align(*pair)
         with pytest.raises(ValueError, match=r"gains\[1\]: expected the weight's placement"):
             wa.align_foreach([weight, pair[0]], [gain, pair[1]])
+    for last in (
+        wa.align(weight.detach(), memory_format=torch.channels_last),
+        *wa.align_foreach([weight.detach()], memory_format=torch.channels_last),
+    ):
+        assert last.stride() == (27, 1, 9, 3)
+        assert last.to_local().is_contiguous(memory_format=torch.channels_last)
     low = wa.align(weight.detach().float(), gain.detach(), dtype=BF16)
     assert low.dtype == BF16 and low.placements == weight.placements
 
