@@ -18,12 +18,13 @@ _ADDING = {f"peft.tuners.{name}" for name in ("lora", "loha", "lokr", "ia3")}
 
 
 def tuner_layers(model: nn.Module) -> list[nn.Module]:
-    """The layers of peft's, each with a `base_layer`."""
-    return [
-        module
-        for module in model.modules()
-        if any(cls.__name__ == "BaseTunerLayer" and cls.__module__.startswith("peft.") for cls in type(module).__mro__)
-    ]
+    """The layers of peft's that have a base layer."""
+    return [module for module in model.modules() if "base_layer" in module._modules and _is_tuner(module)]
+
+
+def _is_tuner(module: nn.Module) -> bool:
+    classes = type(module).__mro__
+    return any(cls.__name__ == "BaseTunerLayer" and cls.__module__.startswith("peft.") for cls in classes)
 
 
 def not_to_align(tuners: Iterable[nn.Module]) -> dict[nn.Module, str]:

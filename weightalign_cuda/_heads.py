@@ -72,7 +72,10 @@ def _named(model: nn.Module) -> Iterator[nn.Module]:
 
 
 def _output_convolution(modules: Sequence[nn.Module]) -> list[nn.Module]:
-    """As a U-Net ends: the last module with parameters, if it is a convolution of single pixels with a bias."""
+    """As a U-Net ends: the last module with parameters, if it is a convolution of single pixels with a bias. (timm's
+    models say themselves what classifies, and as backbones end with any layer.)"""
+    if hasattr(modules[0], "pretrained_cfg"):
+        return []
     last = [module for module in modules[1:] if any(p is not None for p in module._parameters.values())][-1:]
     return [module for module in last if _is_of_pixels(module)]
 
