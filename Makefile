@@ -1,4 +1,4 @@
-# make bench | bench-layers | bench-step | test | demo | gpu-report | lint: each makes .venv first, once.
+# make bench | bench-layers | bench-step | test | fuzz | demo | gpu-report | lint: each makes .venv first, once.
 #
 #   TORCH=torch==2.13.0   another torch to install
 #   PY=python3            an existing environment instead of .venv: nothing is downloaded, absent rivals are left out
@@ -22,7 +22,9 @@ endif
 SOURCES := setup.py pyproject.toml CMakeLists.txt $(shell find csrc -type f)
 CPP := $(shell git ls-files -co --exclude-standard '*.cpp' '*.h' '*.cu' '*.cuh')
 
-.PHONY: bench bench-layers bench-step test demo gpu-report lint format clean
+SEED ?= $(shell od -An -N4 -tu4 /dev/urandom | tr -d ' ')
+
+.PHONY: bench bench-layers bench-step test fuzz demo gpu-report lint format clean
 
 bench: $(INSTALLED)
 	$(PY) -m benchmarks.align
@@ -35,6 +37,11 @@ bench-step: $(INSTALLED)
 
 test: $(INSTALLED)
 	$(PYTEST)
+
+# Hypothesis's tests on thousands of random examples. `make fuzz SEED=...` repeats a run, the blob that a failure prints
+# (as @reproduce_failure) one example.
+fuzz: $(INSTALLED)
+	$(PYTEST) -m hypothesis --hypothesis-profile=fuzz --hypothesis-seed=$(SEED)
 
 demo: $(INSTALLED)
 	$(PY) -m benchmarks.demo

@@ -57,6 +57,14 @@ collect_ignore = [*left_out, *(["test_cuda.py"] if DEVICE == "cpu" else [])]
 if left_out and os.environ.get("WEIGHTALIGN_TESTS") == "all":
     raise pytest.UsageError(f"WEIGHTALIGN_TESTS=all, but packages are not installed: {left_out}")
 
+if importlib.util.find_spec("hypothesis"):
+    from hypothesis import settings
+
+    # The same examples every time; by `make fuzz`, which names this profile, others and many more.
+    settings.register_profile("same", derandomize=True, deadline=None, max_examples=60)
+    settings.register_profile("fuzz", deadline=None, max_examples=3000, print_blob=True)
+    settings.load_profile("same")
+
 
 def pytest_terminal_summary(terminalreporter):
     if DEVICE == "cpu":

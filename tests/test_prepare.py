@@ -6,7 +6,7 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from truth import BF16, F16, F32, F64, assert_near, assert_right, dense, name, normal, roundoff
 
@@ -326,7 +326,6 @@ def test_ops_called_with_two_accumulation_types_raise(native, device):
         ops.prepare_backward(x, None, *lists, F32, [0, 1, 2, 3], [0] * 4, 0, 0)
 
 
-@settings(max_examples=60, deadline=None)
 @given(data=st.data())
 def test_any_shape_strides_and_padding(data):
     spatial = data.draw(st.integers(1, 3))
