@@ -133,8 +133,9 @@ def align_sharded(rank):
     ):
         assert last.stride() == (27, 1, 9, 3)
         assert last.to_local().is_contiguous(memory_format=torch.channels_last)
-    low = wa.align(weight.detach().float(), gain.detach(), dtype=BF16)
-    assert low.dtype == BF16 and low.placements == weight.placements
+    pair = weight.detach().float(), gain.detach()
+    for low in (wa.align(*pair, dtype=BF16), *wa.align_foreach(*zip(pair), dtype=BF16)):
+        assert low.dtype == BF16 and low.placements == weight.placements
 
 
 def whole(t):
