@@ -33,6 +33,7 @@ NEEDS = {
     "test_abi_audit.py": ["torch_abi_audit"],
     "test_benchmarks.py": ["matplotlib", "numpy", "rich", "torchvision"],
     "test_conv_layers_benchmark.py": ["numpy", "rich", "torchvision"],
+    "test_cpu_instruction_sets.py": ["hypothesis"],
     "test_export.py": ["onnx", "onnxruntime", "onnxscript"],
     "test_cubin.py": [] if shutil.which("cuobjdump") else ["triton"],  # Triton brings a cuobjdump
     "test_fx.py": ["timm", "torchvision"],

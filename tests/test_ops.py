@@ -114,6 +114,19 @@ def test_values_of_forward_and_backward(device, implementation, dtype, result_dt
         assert grad_weights[i].stride() == weight.stride() or not torch.ops.aten.is_non_overlapping_and_dense(weight)
 
 
+@pytest.mark.parametrize("dtype", [F32, F64], ids=name)
+def test_statistics_of_any_strides(ops, device, dtype):
+    weights = image_weights(device, dtype)[:3]
+    gains, scales = some_gains(weights, F32), [0.7, 1.3, 2.1]
+    grads, statistics = ops.align_forward(weights, gains, [1e-3, 2.0, 0.1], scales, dtype, PRESERVE)
+    grad_weights, grad_gains = ops.align_backward(grads, weights, gains, statistics, scales)
+    for rows in (dense(statistics, (1, 0)), statistics.repeat_interleave(2, 0)[::2]):
+        assert not rows.is_contiguous()
+        others, other_gains = ops.align_backward(grads, weights, gains, rows, scales)
+        assert torch.equal(other_gains, grad_gains)
+        assert all(torch.equal(*pair) for pair in zip(others, grad_weights, strict=True))
+
+
 def test_statistics(device):
     """Mean and 1 / sqrt(n/2 * var + eps), one row a filter of the whole list, float32 beside float64."""
     weights = [normal(3, 50, mean=4, device=device), normal(2, 5, 3, 3, seed=1, device=device)]

@@ -2,12 +2,14 @@
 copied and what is kept."""
 
 import itertools
+import math
 
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
+from test_layout import GRADS
 from truth import BF16, F16, F32, F64, assert_near, assert_right, dense, name, normal, roundoff
 
 import weightalign_cuda as wa
@@ -43,8 +45,9 @@ def bound(activation, places, size, truth, dtype, sums):
     return computed + (roundoff(dtype) * (truth.abs() + computed)).clamp(min=torch.finfo(dtype).smallest_normal)
 
 
-def check_prepare(x, w, g=None, *, padding=0, padding_mode="zeros", activation=None, **kwargs):
-    """Runs forward and backward, asserts that all is right; returns prepared, aligned, gradients of x, w, g."""
+def check_prepare(x, w, g=None, *, padding=0, padding_mode="zeros", activation=None, lay=lambda grad: grad, **kwargs):
+    """Runs forward and backward, asserts that all is right; returns prepared, aligned, gradients of x, w, g. `lay`
+    makes the incoming gradient of a contiguous one."""
     x, w = x.detach().requires_grad_(), w.detach().requires_grad_()
     g = None if g is None else g.detach().requires_grad_()
     prepared, aligned = wa.prepare(x, w, g, padding=padding, padding_mode=padding_mode, activation=activation, **kwargs)
@@ -58,7 +61,7 @@ def check_prepare(x, w, g=None, *, padding=0, padding_mode="zeros", activation=N
     assert_near("prepared", prepared, truth, bound(activation, 0, truth.abs() + 1, truth, prepared.dtype, sums))
     if prepared is x:
         return prepared, aligned
-    grad = normal(*prepared.shape, seed=3, device=x.device).to(prepared.dtype)
+    grad = lay(normal(*prepared.shape, seed=3, device=x.device).to(prepared.dtype))
     grad_aligned = normal(*w.shape, seed=4, device=x.device).to(aligned.dtype)
     wanted = [x, w] if g is None else [x, w, g]
     grads = torch.autograd.grad([prepared, aligned], wanted, [grad, grad_aligned])
@@ -120,16 +123,35 @@ def test_channels_last_if_either_is(backend, device, spatial, input_last, weight
     assert aligned.is_contiguous(memory_format=expected)
 
 
-@pytest.mark.parametrize("memory_format", [LAST, torch.contiguous_format], ids=name)
-@pytest.mark.parametrize("order", [(0, 1, 2, 3), (0, 2, 3, 1), (3, 1, 0, 2)])
-def test_formats_and_gradients_in_the_input_strides(native, device, memory_format, order):
-    x, w = dense(normal(2, 5, 4, 3, device=device), order), normal(4, 5, 3, 3, device=device)
+ORDERS = [
+    *[(0, 1, 2, 3), (0, 2, 1, 3), (0, 2, 3, 1), (0, 1, 3, 2), (3, 1, 0, 2)],
+    *[(0, 2, 1, 3, 4), (0, 3, 1, 2, 4), (0, 1, 3, 2, 4), (0, 1, 2, 4, 3)],
+]
+
+
+@pytest.mark.parametrize("is_last", [True, False], ids=["channels_last", "contiguous"])
+@pytest.mark.parametrize("order", ORDERS, ids=str)
+@pytest.mark.parametrize("padding", [(0, 0, 0), ((1, 0), 1, 0)], ids=["unpadded", "padded"])
+@pytest.mark.parametrize("activation", ["relu", "gelu"])
+def test_formats_and_gradients_in_the_input_strides(native, device, is_last, order, padding, activation):
+    """Rows that lie as one on one side or on both, and are not padded, are taken as one."""
+    spatial = len(order) - 2
+    memory_format = FORMATS[len(order)] if is_last else torch.contiguous_format
+    x = dense(normal(2, 5, *[4, 3, 2][:spatial], device=device), order)
+    w = normal(4, 5, *[3, 2, 1][:spatial], device=device)
     prepared, aligned, grad, *_ = check_prepare(
-        x, w, activation="gelu", padding=((1, 0), 1), memory_format=memory_format
+        x, w, activation=activation, padding=padding[:spatial], memory_format=memory_format
     )
     assert prepared.is_contiguous(memory_format=memory_format)
     assert aligned.is_contiguous(memory_format=memory_format)
     assert grad.stride() == x.stride()
+
+
+@pytest.mark.parametrize("lay", GRADS.values(), ids=GRADS)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_gradients_of_any_layout(native, device, lay, activation):
+    x, w = normal(2, 5, 4, 3, device=device), normal(4, 5, 3, 3, device=device)
+    check_prepare(x, w, activation=activation, lay=lay, dtype=BF16)
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
@@ -189,11 +211,17 @@ def test_empty_inputs(backend, device):
 
 @pytest.mark.parametrize("activation", ["relu", "silu", "gelu"])
 def test_nan_and_infinity_go_where_float64_lets_them(native, device, activation):
-    """The reference is PyTorch's own, whose float32 gelu makes NaN of infinity."""
-    x = torch.tensor([0.5, float("nan"), float("inf"), float("-inf"), 100.0, -100.0] * 4, device=device).view(1, 3, 8)
+    """And a gradient that meets a derivative of 0 becomes 0 whatever it is. (The reference is PyTorch's own, whose
+    float32 gelu makes NaN of infinity.)"""
+    x = torch.tensor([0.5, math.nan, math.inf, -math.inf, 100.0, -100.0], device=device).tile(2, 3, 3).requires_grad_()
     prepared, _ = wa.prepare(x, normal(2, 3, 1, device=device), activation=activation, padding=((1, 0),))
     expected = F.pad(ACTIVATIONS[activation](x.double()), (1, 0))
-    assert torch.allclose(prepared.double(), expected, rtol=1e-6, atol=1e-5, equal_nan=True)
+    torch.testing.assert_close(prepared.double(), expected, rtol=1e-6, atol=1e-5, equal_nan=True)
+    (slope,) = torch.autograd.grad(ACTIVATIONS[activation](x).sum(), x)
+    assert (slope == 0).any()
+    for value in (math.inf, math.nan):
+        (grad,) = torch.autograd.grad(prepared, x, torch.full_like(prepared, value), retain_graph=True)
+        torch.testing.assert_close(grad, torch.where(slope == 0, 0, value * slope), rtol=0, atol=0, equal_nan=True)
 
 
 def test_nothing_asked_nothing_copied(backend, device):

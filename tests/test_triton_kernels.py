@@ -14,6 +14,7 @@ from truth import BF16, DTYPES, EPS, F16, F32, F64, PAIRS, assert_near, assert_r
 
 from weightalign_cuda import triton_kernels, triton_ops
 from weightalign_cuda._layout import memory_order
+from weightalign_cuda.triton_input_kernels import TILE
 from weightalign_cuda.triton_launch import InputWork, Launch, _cached
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's, of the interpreter
@@ -321,6 +322,19 @@ def test_prepare_inputs_of_any_strides(device, activation, order):
     for x in inputs if order is None else [dense(whole, order)]:
         _, grad = check_prepare(x, padding=((0, 1), (1, 1)), mode="replicate", activation=activation)
         assert grad.stride() == (contiguous_strides(x.shape) if order is None else x.stride())
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("spatial", [1, 2, 3])
+def test_tiles_at_the_border_of_the_padding(device, mode, spatial):
+    """4 tiles of positions along the first dimension, padded so far that what is shown twice ends with the first value
+    of the second tile, or begins with the last of the third."""
+    inner = {1: (), 2: (64,), 3: (8, 8)}[spatial]
+    tile = TILE // 32 // math.prod(inner)  # of 32 channels
+    most = {"reflect": tile, "circular": tile + 1}.get(mode, 2)
+    for ends in [(most, 0), (0, most)]:
+        x = normal(1, 5, 4 * tile, *inner, device=device)
+        check_prepare(x, padding=[ends, *[(0, 0)] * (spatial - 1)], mode=mode)
 
 
 BORDERS = [

@@ -46,9 +46,9 @@ public:
                 : input->is_double ? ScalarType::Double
                                    : ScalarType::Float),
           input_(input ? input->task : nullptr) {
-        STD_TORCH_CHECK(!input || (input->is_double == (type_ == ScalarType::Double) &&
-                                   on_same_device(input->tensor, first_)),
-                        "input: want one device with the weights, and float64 exactly if they are");
+        STD_TORCH_CHECK(
+            !input || (input->is_double == (type_ == ScalarType::Double) && on_same_device(input->tensor, first_)),
+            "input: want one device with the weights, and float64 exactly if they are");
         STD_TORCH_CHECK(gains.size() == weights.size(), "gains: want one gain or None for each weight");
         for (const Tensor& w : weights) {
             STD_TORCH_CHECK(w.dim() >= 2, "weights: want rank 2 or more, got rank ", w.dim());

@@ -1,6 +1,8 @@
 // The ops on the CPU: picks the instruction set once, deals the work of a call out to torch's threads.
 #include <algorithm>
+#include <cstdlib>
 #include <memory>
+#include <string>
 
 #include "../common/abi.h"
 #include "../common/prepare_host.h"
@@ -9,20 +11,42 @@
 namespace wa::cpu {
 namespace {
 
-const Kernels& kernels() {
-    static const Kernels& best = []() -> const Kernels& {
+struct InstructionSet {
+    const char* name;
+    const Kernels* kernels;
+};
+
+// What this machine has, the best last.
+std::vector<InstructionSet> instruction_sets() {
+    std::vector<InstructionSet> sets{{"baseline", &baseline::kKernels}};
 #ifdef WA_CPU_X86
-        __builtin_cpu_init();
-        bool v3 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c") &&
-                  __builtin_cpu_supports("bmi2");
-        if (v3 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
-            return avx512::kKernels;
-        if (v3) return avx2::kKernels;
+    __builtin_cpu_init();
+    bool v3 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c") &&
+              __builtin_cpu_supports("bmi2");
+    bool v4 = v3 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+              __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+    if (v3) sets.push_back({"avx2", &avx2::kKernels});
+    if (v4) sets.push_back({"avx512", &avx512::kKernels});
 #endif
-        return baseline::kKernels;
-    }();
-    return best;
+    return sets;
+}
+
+// The best, or the one that the environment names.
+const Kernels& choose_kernels() {
+    const std::vector<InstructionSet> sets = instruction_sets();
+    const char* variable = std::getenv("WEIGHTALIGN_CPU");
+    const std::string wanted = variable && *variable ? variable : sets.back().name;
+    std::string names;
+    for (const InstructionSet& set : sets) {
+        if (wanted == set.name) return *set.kernels;
+        names.append(names.empty() ? "" : ", ").append(set.name);
+    }
+    STD_TORCH_CHECK(false, "WEIGHTALIGN_CPU: expected one of ", names, " (what this machine has), got '", wanted, "'");
+}
+
+const Kernels& kernels() {
+    static const Kernels& chosen = choose_kernels();
+    return chosen;
 }
 
 // Work is dealt out in pieces of kPiece values, all tensors of the list laid end to end and the convolution's input

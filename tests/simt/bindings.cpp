@@ -62,9 +62,10 @@ py::list run(const Run& how, const Launcher& launcher) {
     return counts;
 }
 
-std::vector<std::tuple<unsigned, size_t, size_t>> traffic() {
-    std::vector<std::tuple<unsigned, size_t, size_t>> blocks;
-    for (const simt::Traffic& block : simt::traffic()) blocks.emplace_back(block.threads, block.read, block.written);
+std::vector<std::tuple<unsigned, size_t, size_t, size_t>> traffic() {
+    std::vector<std::tuple<unsigned, size_t, size_t, size_t>> blocks;
+    for (const simt::Traffic& block : simt::traffic())
+        blocks.emplace_back(block.threads, block.read, block.written, block.shared);
     return blocks;
 }
 

@@ -94,11 +94,12 @@ class Backward:
 
 @dataclasses.dataclass(frozen=True)
 class Block:
-    """Its size, and what it reads and writes in bytes (see simt::Traffic)."""
+    """Its size, what it reads and writes, and its dynamic shared memory, in bytes (see simt::Traffic)."""
 
     threads: int
     read: int
     written: int
+    shared: int
 
 
 @dataclasses.dataclass
@@ -123,11 +124,10 @@ class _Buffers:
 
     def add(self, name: str, t: Tensor, is_input: bool) -> int:
         assert t.device.type == "cpu"
-        assert 1 + sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True)) == t.numel(), (
-            "want a dense tensor"
-        )
+        span = 1 + sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True)) if t.numel() else 0
+        assert span >= t.numel(), "want no value twice"
         self.names.append(name)
-        self.described.append((name, t.data_ptr(), t.numel() * t.element_size(), t.element_size(), is_input))
+        self.described.append((name, t.data_ptr(), span * t.element_size(), t.element_size(), is_input))
         return t.data_ptr()
 
 
@@ -170,16 +170,16 @@ class Emulator:
         input: "Image | None" = None,
         **options: Any,
     ) -> Forward:
-        """weights of shape (filters, n); outs: where to write, otherwise new tensors; input: prepared beside them."""
+        """weights of shape (filters, n), perhaps none beside an input; outs: where to write, otherwise new tensors."""
         buffers = _Buffers()
         made = [poisoned(w.shape, dtype) for w in weights] if outs is None else list(outs)
         tasks = self._tasks(buffers, weights, gains, columns)
         for i, task in enumerate(tasks):
             task.update(eps=eps[i], scale=scales[i], aligned_dtype=_name(dtype))
             task["out"] = buffers.add(f"out {i}", made[i], False)
-        statistics = poisoned((sum(len(w) for w in weights), 2), _accumulation(weights))
+        is_double = dtype == torch.float64
+        statistics = poisoned((sum(len(w) for w in weights), 2), dtype if is_double else torch.float32)
         address = buffers.add("statistics", statistics, False)
-        is_double = statistics.dtype == torch.float64
         arguments = ("forward", tasks, self._input(buffers, input), address, 0, is_double)
         counts = self._call(self.module.align, *arguments, buffers=buffers, **options)
         return Forward(made, statistics, counts)
@@ -273,7 +273,3 @@ class Emulator:
 
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-def _accumulation(weights: Sequence[Tensor]) -> torch.dtype:
-    return torch.float64 if weights[0].dtype == torch.float64 else torch.float32

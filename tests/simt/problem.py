@@ -6,6 +6,7 @@ wide, as the kernels claim.
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from emulator import Backward, Counts, Emulator, Forward, poisoned
@@ -48,7 +49,7 @@ class Problem:
     @property
     def unit(self) -> float:
         """Half a unit of the accumulation type; twice that for float64, in which the reference errs as well."""
-        return 2 * HALF_ULP[F64] if self.weights[0].dtype == F64 else HALF_ULP[F32]
+        return 2 * HALF_ULP[F64] if self.aligned_dtype == F64 else HALF_ULP[F32]
 
 
 def problem(
@@ -58,7 +59,7 @@ def problem(
     mean: float = 0.02,
     deviation: float = 0.1,
 ) -> Problem:
-    generator = torch.Generator().manual_seed(len(layers) * 1000 + layers[0].n)
+    generator = torch.Generator().manual_seed(len(layers) * 1000 + (layers[0].n if layers else 0))
 
     def normal(*size: int) -> Tensor:
         return torch.randn(size, generator=generator, dtype=F64)
@@ -85,11 +86,11 @@ def problem(
     )
 
 
-def forward(emulator: Emulator, p: Problem, **options: int) -> Forward:
+def forward(emulator: Emulator, p: Problem, **options: Any) -> Forward:
     return emulator.forward(p.weights, p.aligned_dtype, p.gains, p.eps, p.scales, p.columns, p.outs, **options)
 
 
-def backward(emulator: Emulator, p: Problem, statistics: Tensor, **options: int) -> Backward:
+def backward(emulator: Emulator, p: Problem, statistics: Tensor, **options: Any) -> Backward:
     return emulator.backward(p.grads, p.weights, p.gains, statistics, p.scales, p.columns, p.grad_weights, **options)
 
 

@@ -184,7 +184,7 @@ void check_launched() {
     while (regions.size() > buffers) regions.pop_back();
 }
 void check_block(unsigned threads) {
-    moved.push_back({threads, 0, 0});
+    moved.push_back({threads, 0, 0, dynamic_range().second});
     for (Range range : {tls_segment, dynamic_range()}) std::fill_n(range.first, range.second, '\xff');  // NaN
 }
 

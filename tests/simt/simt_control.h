@@ -33,6 +33,7 @@ Counts counts(int buffer);
 struct Traffic {
     unsigned threads;
     size_t read, written;
+    size_t shared;  // dynamic shared memory of its launch
 };
 const std::vector<Traffic>& traffic();  // of every block since the reset, in the launch's order
 

@@ -33,11 +33,11 @@ def test_a_second_read_counts(check: Emulator, direction: launch_plan.Direction)
 
 
 @both_directions
-def test_largest_blocks_first_leave_a_short_tail(check: Emulator, direction: launch_plan.Direction) -> None:
-    """No slot waits while blocks are left: the last to begin found all slots busy, so time <= ideal + that block."""
-    found = plan(check, Case("some of ResNet-50", LAYERS), direction)
-    slots = 4
-    assert 1 <= found.tail(slots) <= 1 + max(found.moved) * slots / sum(found.moved)
+def test_largest_filters_first_leave_no_tail(check: Emulator, direction: launch_plan.Direction) -> None:
+    """4 + 2 beside 3 + 3. Smallest first, or in the list's order, one slot would have 3 + 4 and the other 2 + 3."""
+    found = plan(check, Case("a block each", tuple((1, n) for n in (3000, 4000, 2000, 3000))), direction)
+    assert found.values == [4000, 3000, 3000, 2000]
+    assert found.tail(slots=2) == 1
 
 
 @pytest.mark.parametrize(
@@ -49,5 +49,5 @@ def test_makespan(costs: list[float], slots: int, end: float) -> None:
 
 
 def test_in_flight_is_averaged_over_bytes() -> None:
-    blocks = [launch_plan.simt.Block(512, read, 0) for read in (100, 300)]
+    blocks = [launch_plan.simt.Block(512, read, 0, 0) for read in (100, 300)]
     assert launch_plan.Plan(Case("", ()), "forward", blocks).in_flight == 2 * (100 * 100 + 300 * 300) / 400

@@ -1,14 +1,17 @@
-"""The CUDA kernels that prepare a convolution's input, run by the emulator beside one weight, against PyTorch's own
-padding and activations in float64. Each value is read as often, and each access as wide, as the kernels claim."""
+"""The CUDA kernels that prepare a convolution's input, run by the emulator beside weights or alone, against PyTorch's
+own padding and activations in float64. Each value is read as often, and each access as wide, as the kernels claim."""
 
+import functools
 import itertools
 import math
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 
 import pytest
 import torch
 import torch.nn.functional as F
 from emulator import Counts, Emulator, Image, poisoned
-from problem import BF16, F16, F32, F64, HALF_ULP, Layer, check_backward, check_forward, problem
+from problem import BF16, F16, F32, F64, HALF_ULP, Layer, backward, check_backward, check_forward, forward, problem
 from torch import Tensor
 
 MODES = ("zeros", "reflect", "replicate", "circular")
@@ -32,6 +35,35 @@ def empty_like(t: Tensor, dtype: torch.dtype, channels_last: bool) -> Tensor:
     return result
 
 
+def strided(t: Tensor, strides: Sequence[int], offset: int = 0) -> Tensor:
+    """A copy in memory of its own, `offset` values behind an aligned address."""
+    span = 1 + sum((n - 1) * stride for n, stride in zip(t.shape, strides, strict=True))
+    return poisoned((offset + span,), t.dtype).as_strided(t.shape, strides, offset).copy_(t)
+
+
+def spaced(t: Tensor, dim: int) -> Tensor:
+    """With a gap of one value between the steps of this dimension alone: what lies around them takes two times the
+    stride it had."""
+    step = t.stride(dim)
+    return strided(t, [s + 1 if d == dim else s * (1 + (s > step)) for d, s in enumerate(t.stride())])
+
+
+def roomy(t: Tensor) -> Tensor:
+    """With a gap of two values after each row of neighbours."""
+    n = t.shape[t.stride().index(1)]
+    return strided(t, [s if s == 1 else s // n * (n + 2) for s in t.stride()])
+
+
+def late(t: Tensor) -> Tensor:
+    """One value behind an aligned address."""
+    return strided(t, t.stride(), 1)
+
+
+def move(image: Image, moved: Mapping[str, Callable[[Tensor], Tensor]]) -> None:
+    for name, to in moved.items():
+        setattr(image, name, to(getattr(image, name)))
+
+
 def prepared(x: Tensor, padding: list[int], mode: int, activation: int) -> Tensor:
     """By PyTorch, differentiable."""
     act = ACTIVATIONS[activation]
@@ -41,23 +73,30 @@ def prepared(x: Tensor, padding: list[int], mode: int, activation: int) -> Tenso
     return F.pad(y, flat, mode="constant" if mode == 0 else MODES[mode]) if any(flat) else y
 
 
+def once(t: Tensor) -> tuple[int, int]:
+    """Accesses of one place in its memory, least and most: each value 1, gaps none."""
+    return int(torch.ops.aten.is_non_overlapping_and_dense(t)), 1
+
+
 def check_counts(counts: dict[str, Counts], image: Image, is_wide: tuple[bool, bool] | None) -> None:
     """Written once; read once, or backward once for each place that shows the value."""
     if not counts:
         return
-    assert counts["to"]["writes_of_one"] == (1, 1)
+    assert counts["to"]["writes_of_one"] == once(image.to)
     assert not counts["to"]["reads"]
     if image.is_backward and image.mode != 0 and any(image.padding):
         assert counts["source"]["reads_of_one"][0] >= 1
         assert counts["source"]["reads_of_one"][1] <= 2  # a value shown twice reads its own place again
     elif image.mode == 0 and not any(image.padding):
-        assert counts["source"]["reads_of_one"] == (1, 1)
+        assert counts["source"]["reads_of_one"] == once(image.source)
     if image.saved is not None and not any(image.padding):
         assert counts["saved"]["reads_of_one"] == (1, 1)
     if is_wide is not None:
-        for name, kind, wide in zip(("source", "to"), ("reads", "writes"), is_wide, strict=True):
-            t = image.source if name == "source" else image.to
-            assert set(counts[name][kind]) == {16 if wide else t.element_size()}, name
+        saved_is_wide = is_wide[0 if image.activation == 1 else 1]  # it lies as the one or the other
+        for name, wide in zip(("source", "to", "saved"), (*is_wide, saved_is_wide), strict=True):
+            if (t := getattr(image, name)) is not None:
+                kind = "writes" if name == "to" else "reads"
+                assert set(counts[name][kind]) == {16 if wide else t.element_size()}, name
 
 
 def run(
@@ -70,20 +109,23 @@ def run(
     dtypes: tuple[torch.dtype, torch.dtype] = (F32, F32),
     channels_last: tuple[bool, bool] = (False, False),
     is_wide: tuple[bool, bool] | None = None,
+    layers: Sequence[Layer] = (Layer(3, 147),),
+    moved: Mapping[str, Callable[[Tensor], Tensor]] = MappingProxyType({}),
     **options: int,
 ) -> Tensor:
-    """One weight of 3 filters and one input (dtypes: its own, the prepared one's) in one launch; the input's result."""
+    """Weights and one input (dtypes: its own, the prepared one's) together; the input's result. `moved`: which of the
+    image's tensors lie elsewhere than `channels_last` says."""
     generator = torch.Generator().manual_seed(math.prod(shape))
     dtype, out_dtype = dtypes
     x = layout(torch.randn(shape, generator=generator, dtype=F64).to(dtype), channels_last[0])
     leaf = x.double().requires_grad_()
     truth = prepared(leaf, padding, mode, activation)
-    p = problem([Layer(3, 147)], F64 if dtype == F64 else F32, out_dtype)
+    p = problem(layers, F64 if dtype == F64 else F32, out_dtype)
     u = HALF_ULP[F64 if dtype == F64 else F32] * (2 if dtype == F64 else 1)
     if direction == "forward":
-        out = empty_like(truth, out_dtype, channels_last[1])
-        image = Image(x, out, padding, mode, activation)
-        result = emulator.forward(p.weights, p.aligned_dtype, p.gains, p.eps, p.scales, input=image, **options)
+        image = Image(x, empty_like(truth, out_dtype, channels_last[1]), padding, mode, activation)
+        move(image, moved)
+        result = forward(emulator, p, input=image, **options)
         check_forward(p, result)
         expected, largest = truth.detach(), prepared(leaf.abs(), padding, mode, 0).detach()
     else:
@@ -91,8 +133,8 @@ def run(
         kept = layout(truth.detach().to(out_dtype), channels_last[1]) if activation == 1 else x
         out = empty_like(x, dtype, channels_last[0])
         image = Image(grad, out, padding, mode, activation, kept if activation else None, is_backward=True)
-        statistics = emulator.forward(p.weights, p.aligned_dtype, p.gains, p.eps, p.scales).statistics
-        result = emulator.backward(p.grads, p.weights, p.gains, statistics, p.scales, input=image, **options)
+        move(image, moved)
+        result = backward(emulator, p, forward(emulator, p).statistics, input=image, **options)
         check_backward(p, result)
         (expected,) = torch.autograd.grad(truth, leaf, grad.double())
         sums = prepared(unit := leaf.detach().clone().requires_grad_(), padding, mode, 0)
@@ -100,11 +142,11 @@ def run(
     # At most 27 places are summed.
     terms = 27 * u if direction == "backward" else 0.0
     bound = (ACTIVATION_ULPS * u * (activation > 1) + terms) * 2 * largest
-    bound = bound + HALF_ULP[out.dtype] * (expected.abs() + bound) + torch.finfo(out.dtype).tiny
-    error = (out.double() - expected).abs()
+    bound = bound + HALF_ULP[image.to.dtype] * (expected.abs() + bound) + torch.finfo(image.to.dtype).tiny
+    error = (image.to.double() - expected).abs()
     assert (error <= bound).all(), f"{(error / bound).max():.3g} times the tolerance"
     check_counts(result.counts, image, is_wide)
-    return out
+    return image.to
 
 
 SHAPES = [(2, 3, 8, 8), (1, 64, 7, 7), (2, 65, 5, 9), (1, 8, 16, 16), (3, 1, 6, 5)]
@@ -171,6 +213,92 @@ def test_accesses_are_wide_on_both_sides_of_a_transposition(
 ) -> None:
     wide = is_wide if direction == "forward" else is_wide[::-1]
     run(check, direction, shape, [0] * 4, 0, 0, dtypes, channels_last=(False, True), is_wide=wide)
+
+
+@both_directions
+def test_values_of_a_padded_row_are_read_one_by_one(check: Emulator, direction: str) -> None:
+    """Its 20 places are neighbours, but 4 of them show other values than their neighbours'."""
+    run(check, direction, (2, 8, 16), [1, 3], is_wide=(False, True))
+
+
+@both_directions
+@pytest.mark.parametrize(
+    ("shape", "channels_last"),
+    [((2, 8, 2, 4, 4), True), ((2, 8, 2, 4, 4), False), ((2, 8, 4, 8), False), ((2, 8, 32), False)],
+)
+@pytest.mark.parametrize("side", ["source", "to"])
+def test_accesses_are_narrow_where_a_side_is_not_aligned(
+    check: Emulator, direction: str, shape: tuple[int, ...], channels_last: bool, side: str
+) -> None:
+    """A sliced image, one odd stride at a time, or one at an odd address: the other side stays wide."""
+    for moved in (late, *(functools.partial(spaced, dim=dim) for dim in range(len(shape)))):
+        run(
+            check,
+            direction,
+            shape,
+            [0] * 2 * (len(shape) - 2),
+            dtypes=(F32, BF16),
+            channels_last=(channels_last, channels_last),
+            is_wide=(side != "source", side != "to"),
+            moved={side: moved},
+        )
+
+
+@both_directions
+@pytest.mark.parametrize(("shape", "channels_last"), [((2, 6, 3, 5), True), ((2, 8, 30), False)])
+def test_accesses_are_narrow_where_neighbours_end_in_a_gap(
+    check: Emulator, direction: str, shape: tuple[int, ...], channels_last: bool
+) -> None:
+    """In the midst of 16 bytes, though all strides are aligned."""
+    padding, layouts = [0] * 2 * (len(shape) - 2), (channels_last, channels_last)
+    moved = {"source": roomy, "to": roomy}
+    run(check, direction, shape, padding, 0, 0, (F32, BF16), layouts, is_wide=(False, False), moved=moved)
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("activation", [1, 2, 3])
+@pytest.mark.parametrize("is_late", [False, True])
+def test_saved_is_aligned_or_the_side_that_it_lies_as_is_narrow(
+    check: Emulator, channels_last: bool, activation: int, is_late: bool
+) -> None:
+    is_wide = not is_late or activation != 1, not is_late or activation == 1
+    layouts = channels_last, channels_last
+    moved = {"saved": late} if is_late else {}
+    run(check, "backward", (2, 8, 4, 4), [0] * 4, 0, activation, (F32, BF16), layouts, is_wide, moved=moved)
+
+
+@both_directions
+def test_an_input_alone(check: Emulator, direction: str) -> None:
+    """As in the backward of a weight that wants no gradient."""
+    run(check, direction, (2, 5, 6, 5), [1, 2, 0, 3], 1, 1, layers=())
+
+
+@both_directions
+def test_the_first_launch_of_a_long_list_takes_the_input(check: Emulator, direction: str) -> None:
+    """A launch takes 16 of these weights, a block each, which need no dynamic shared memory."""
+    run(check, direction, (2, 5, 6, 5), [1, 2, 0, 3], 1, 1, layers=[Layer(3, 9 + i) for i in range(40)])
+    shared = [block.shared for block in check.blocks()]
+    assert all(shared[:-24])
+    assert not any(shared[-24:])
+
+
+@pytest.mark.parametrize("activation", [1, 2, 3])
+def test_nan_and_infinity_go_where_float64_lets_them(check: Emulator, activation: int) -> None:
+    """And a gradient that meets a derivative of 0 becomes 0 whatever it is."""
+    x = torch.tensor([0.5, math.nan, math.inf, -math.inf, 100.0, -100.0]).view(1, 1, 6)
+    out = torch.empty_like(x)
+    check.forward([], F32, [], [], [], input=Image(x, out, [0, 0], 0, activation))
+    truth = prepared(x.double(), [0, 0], 0, activation)
+    torch.testing.assert_close(out.double(), truth, rtol=1e-6, atol=1e-6, equal_nan=True)
+    leaf = x.requires_grad_()
+    (slope,) = torch.autograd.grad(prepared(leaf, [0, 0], 0, activation).sum(), leaf)
+    assert 0 in slope
+    for value in (math.inf, math.nan):
+        grad, grad_input = torch.full_like(out, value), torch.empty_like(out)
+        image = Image(grad, grad_input, [0, 0], 0, activation, out if activation == 1 else x, is_backward=True)
+        check.backward([], [], [], torch.empty(0, 2), [], input=image)
+        expected = torch.where(slope == 0, 0, value * slope)
+        torch.testing.assert_close(grad_input, expected, rtol=1e-6, atol=1e-6, equal_nan=True)
 
 
 @both_directions

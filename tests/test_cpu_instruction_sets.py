@@ -1,0 +1,110 @@
+"""The CPU kernels of each instruction set that this machine has, in a process of its own: WEIGHTALIGN_CPU is read at
+the first call."""
+
+import itertools
+import math
+import os
+import pathlib
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+from test_prepare import ACTIVATIONS, check_prepare
+from test_prepare import PAIRS as PREPARED
+from truth import BF16, F16, F32, PAIRS, check_align, dense, normal
+
+import weightalign_cuda as wa
+
+TESTS = pathlib.Path(__file__).parent
+VARIABLE = "WEIGHTALIGN_CPU"
+NAMES = ("baseline", "avx2", "avx512")
+HERE = NAMES[: {"AVX2": 2, "AVX512": 3}.get(torch.backends.cpu.get_cpu_capability(), 1)]
+
+
+def run_apart(check, instruction_set):
+    """This file's function of that name in another process."""
+    path = os.pathsep.join([str(pathlib.Path(wa.__file__).parents[1]), str(TESTS)])
+    env = {**os.environ, "PYTHONPATH": path, "WEIGHTALIGN_BACKEND": "cpu", VARIABLE: instruction_set}
+    code = f"import test_cpu_instruction_sets as t; t.{check}()"
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("name", HERE)
+def test_values_gradients_and_conversions(name):
+    run_apart("check_all", name)
+
+
+def test_names_of_what_is_not_here():
+    run_apart("check_errors", "sse9")
+
+
+def test_the_best_serves_where_nothing_is_named():
+    with wa.use_backend("cpu"):
+        assert keeps_payload() == ((os.environ.get(VARIABLE) or HERE[-1]) != "baseline")
+
+
+def check_errors():
+    """What fails is chosen again at the next call."""
+    for name in ("sse9", "AVX2", *NAMES[len(HERE) :]):
+        os.environ[VARIABLE] = name
+        wanted = f"{VARIABLE}: expected one of {', '.join(HERE)} (what this machine has), got '{name}'"
+        with pytest.raises(RuntimeError, match=re.escape(wanted)):
+            wa.align(torch.ones(2, 2))
+
+
+def check_all():
+    assert keeps_payload() == (os.environ[VARIABLE] != "baseline")
+    check_values()
+    check_conversions()
+
+
+def cast(x, dtype):
+    return wa.prepare(x, torch.ones(1, 1, 1, dtype=x.dtype), dtype=dtype)[0]
+
+
+def keeps_payload():
+    """Whether float32 to float16 keeps what is in a NaN beside the fact: only the instruction for it does."""
+    nan = torch.tensor([[[0x7FC02000]]], dtype=torch.int32).view(F32)
+    return cast(nan, F16).view(torch.int16).item() == 0x7E01
+
+
+def check_values():
+    for (weight_dtype, dtype), shape in itertools.product(PAIRS, [(5, 7, 7, 3), (3, 512, 3, 3)]):
+        gain = normal(shape[0], mean=1, std=0.3, seed=1)
+        for order in [(0, 1, 2, 3), (0, 2, 3, 1)]:
+            weight = dense(normal(*shape, dtype=weight_dtype), order)
+            check_align(weight, gain, dtype=dtype, eps=1e-3, scale=1.3, memory_format=torch.channels_last)
+    for (dtype, weight_dtype, out), activation in itertools.product(PREPARED, ACTIVATIONS):
+        x, weight = normal(2, 5, 7, 21, std=3, dtype=dtype), normal(4, 5, 3, 3, dtype=weight_dtype)
+        for padding, order in itertools.product([0, ((1, 0), (2, 3))], [(0, 1, 2, 3), (0, 2, 3, 1)]):
+            check_prepare(dense(x, order), weight, padding=padding, activation=activation, dtype=out)
+
+
+def check_conversions():
+    """Against PyTorch's, to the last bit. Rows of 16 values are converted together, of 15 one by one."""
+    for dtype in (F16, BF16):
+        every = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype)
+        for x, to in [(every, F32), (edges(every), dtype)]:
+            for row in (15, 16):
+                rows = torch.cat([x, x.new_zeros(-len(x) % row)]).view(-1, 1, row)
+                found, expected = cast(rows, to), rows.to(to)
+                assert torch.equal(found.isnan(), expected.isnan()), (x.dtype, to, row)
+                bits = torch.int32 if to == F32 else torch.int16
+                wrong = (found.view(bits) != expected.view(bits)) & ~expected.isnan()
+                assert not wrong.any(), f"{to} of {rows[wrong][:8].tolist()}: {found[wrong][:8].tolist()}, row of {row}"
+
+
+def edges(every):
+    """All numbers of a 16-bit dtype, those midway between two of them or, beyond the largest, to infinity, and the
+    nearest floats to both sides of these; some far beyond; and NaNs of the least and the largest bits."""
+    limit = 2.0**16 if every.dtype == F16 else 2.0**128
+    numbers = every.double()[every.isfinite()].unique()
+    ends = torch.cat([torch.tensor([-limit]), numbers, torch.tensor([limit])])
+    midway = ((ends[1:] + ends[:-1]) / 2).float()
+    beside = [midway.nextafter(torch.tensor(bound)) for bound in (math.inf, -math.inf)]
+    beyond = torch.tensor([2.0**17, -(2.0**17), 3e38, -3e38])
+    nan = torch.tensor([0x7F800001, 0x7FFFFFFF, 0x7F800001 - 2**31, -1], dtype=torch.int32).view(F32)
+    return torch.cat([every.float(), midway, *beside, beyond, nan])
