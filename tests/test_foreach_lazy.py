@@ -106,6 +106,27 @@ def test_first_layer_without_gradients(backend, device, context):
     assert together[0][-1] is not None
 
 
+def test_part_outside_of_the_inference_mode(device, log):
+    """Autograd cannot save filters that were made inside of it, even of frozen layers."""
+
+    inside, found = [], []
+
+    def run(block, x):
+        x = block[1](block[0](x))
+        with torch.inference_mode(False), torch.enable_grad():
+            inside.append(x.clone().requires_grad_())
+            inside.append(block[2](inside[-1]))
+        return inside[-1].detach()
+
+    for foreach in (True, False):
+        model = wa.convert(Model(run).requires_grad_(False), foreach=foreach).to(device)
+        with torch.inference_mode():
+            output = model(image(device))
+        found.append([output.clone(), *torch.autograd.grad(inside[-1].sum(), inside[-2])])
+    assert_same(*found)
+    assert "outside of the inference mode" in log.text
+
+
 def test_weight_written_to_in_a_training_forward(backend, device, log):
     """Before its layer runs, as some regularisers do: its layer aligns itself, and all backwards are right."""
 

@@ -65,6 +65,8 @@ class Held:
         filters = self.filters
         if torch.is_grad_enabled() and not filters.requires_grad and is_trained(layer):
             return "it is to be trained, but the forward of the model began without gradients"
+        if filters.is_inference() and not torch.is_inference_mode_enabled():
+            return "it is outside of the inference mode in which the forward of the model began"
         asked = result_dtype("weight", layer.weight, device_type(filters), None)
         if filters.dtype is not asked:
             return f"autocast asks for {asked} here, and asked for {filters.dtype} when the filters were aligned"
