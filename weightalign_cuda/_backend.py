@@ -2,9 +2,11 @@
 
 import contextlib
 import contextvars
+import ctypes
 import functools
 import importlib.util
 import os
+import sys
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -112,12 +114,12 @@ def use_backend(name: str) -> Iterator[None]:
     """
     token = _forced.set(check_name(name, "name"))
     before = _get_stashed()
-    torch._C._stash_obj_in_tls(_STASH, (name, threading.get_ident()))
+    _stash((name, threading.get_ident()))
     try:
         yield
     finally:
         _forced.reset(token)
-        torch._C._stash_obj_in_tls(_STASH, before)
+        _stash(before)
 
 
 # Autograd runs the backward of CUDA tensors, and the forward that checkpointing repeats in it, on threads of its own.
@@ -125,14 +127,22 @@ def use_backend(name: str) -> Iterator[None]:
 _STASH = "weightalign_backend"
 
 
-def _get_stashed() -> Any:
-    return torch._C._get_obj_in_tls(_STASH) if torch._C._is_key_in_tls(_STASH) else None
+def _get_stashed() -> tuple[str | None, int]:
+    """The name, if one is forced, and the thread on which that was done."""
+    return torch._C._get_obj_in_tls(_STASH) if torch._C._is_key_in_tls(_STASH) else (None, 0)
+
+
+def _stash(name_and_thread: tuple[str | None, int]) -> None:
+    count = sys.getrefcount(name_and_thread)
+    torch._C._stash_obj_in_tls(_STASH, name_and_thread)
+    if sys.getrefcount(name_and_thread) == count:  # torch 2.11 keeps it without a reference of its own
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(name_and_thread))
 
 
 def _get_forced() -> str | None:
     forced = _forced.get()
-    if forced is None and (stashed := _get_stashed()) is not None:
-        name, thread = stashed
+    if forced is None:
+        name, thread = _get_stashed()
         forced = name if thread != threading.get_ident() else None  # on its own thread the variable says it
     return forced or _environment
 
