@@ -68,9 +68,11 @@ class _Kept:
     def __call__(self) -> Tensor:
         layer = self.layer
         sources = [t for t in (layer.weight, layer.gain) if t is not None]
-        if torch.compiler.is_compiling() or any(map(torch._C._functorch.is_functorch_wrapped_tensor, sources)):
-            return layer.align_filters()
-        if is_captured(layer.weight):
+        if (
+            torch.compiler.is_compiling()
+            or any(map(torch._C._functorch.is_functorch_wrapped_tensor, sources))
+            or is_captured(layer.weight)
+        ):
             return layer.align_filters()
         made_from = (
             *map(state_of_tensor, sources),
