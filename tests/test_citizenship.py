@@ -214,10 +214,11 @@ def test_deterministic_algorithms(any_backend, device, model):
 
 def test_many_threads_at_once(any_backend, device, restore_threads):
     """Each with a model of its own, all with the same numbers."""
+    count = 8 if any_backend == "triton" and device == "cpu" else 32  # an interpreter runs one at a time
     torch.set_num_threads(1)
     model = Model(device)
     expected = with_gradients(model, model, images(device))
-    begin = threading.Barrier(32)
+    begin = threading.Barrier(count)
 
     def run(_):
         own = Model(device)
@@ -225,8 +226,8 @@ def test_many_threads_at_once(any_backend, device, restore_threads):
         with wa.use_backend(any_backend):  # the choice is a thread's own
             return [with_gradients(own, own, images(device)) for _ in range(2)]
 
-    with ThreadPoolExecutor(32) as pool:
-        for steps in pool.map(run, range(32)):
+    with ThreadPoolExecutor(count) as pool:
+        for steps in pool.map(run, range(count)):
             assert all(torch.equal(*pair) for step in steps for pair in zip(step, expected, strict=True))
 
 

@@ -205,6 +205,15 @@ def test_the_losses_of_one_process(in_two_processes, wrap, options):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 
 
+def convert_wrapped(rank):
+    with pytest.raises(TypeError, match=r"expected the model itself, .* got DistributedDataParallel"):
+        wa.convert(nn.parallel.DistributedDataParallel(nn.Conv2d(2, 2, 3)))
+
+
+def test_convert_asks_for_the_model_itself(in_two_processes):
+    in_two_processes(convert_wrapped)
+
+
 def refuse_fsdp2(rank):
     before, after = by_fsdp2(network()), by_fsdp2(network(foreach=True))
     with pytest.raises(RuntimeError, match=r"foreach: .*FSDP2 gathers.*convert\(model, foreach=False\)"):

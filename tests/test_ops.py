@@ -39,17 +39,16 @@ def some_gains(weights, dtype):
 
 
 @pytest.mark.parametrize(
-    ("dtype", "result_dtype", "gain_dtype", "memory_format"),
+    ("dtype", "result_dtype", "gain_dtype", "memory_format", "requires_grad"),
     [
-        (F32, F32, F32, PRESERVE),
-        (F32, BF16, BF16, LAST),
-        (F16, F16, F32, CONTIGUOUS),
-        (BF16, F32, F64, torch.channels_last_3d),
-        (F64, F64, F16, PRESERVE),
+        (F32, F32, F32, PRESERVE, False),
+        (F32, BF16, BF16, LAST, True),
+        (F16, F16, F32, CONTIGUOUS, False),
+        (BF16, F32, F64, torch.channels_last_3d, True),
+        (F64, F64, F16, PRESERVE, False),
     ],
     ids=name,
 )
-@pytest.mark.parametrize("requires_grad", [True, False])
 def test_opcheck_forward(ops, device, dtype, result_dtype, gain_dtype, memory_format, requires_grad):
     weights = [w.requires_grad_(requires_grad) for w in image_weights(device, dtype)[:7]]
     gains = [g if g is None else g.requires_grad_(requires_grad) for g in some_gains(weights, gain_dtype)]

@@ -289,7 +289,7 @@ def test_differentiable_twice(backend, device, activation, mode):
         return wa.prepare(x, w, g, activation=activation, padding=((1, 2), (0, 1)), padding_mode=mode)
 
     assert torch.autograd.gradcheck(run, inputs)
-    assert torch.autograd.gradgradcheck(run, inputs)
+    assert torch.autograd.gradgradcheck(run, inputs, fast_mode=True)
 
 
 def test_same_bits_on_any_number_of_threads(native, device, restore_threads):
@@ -315,8 +315,7 @@ def prepare_arguments(x, w, g, activation):
     return x, [w], [g], [1e-5], [1.0], F32, LAST, [1, 2, 0, 1], 1, activation
 
 
-@pytest.mark.parametrize("activation", range(4))
-@pytest.mark.parametrize("gain", [True, False])
+@pytest.mark.parametrize(("activation", "gain"), [(0, True), (1, False), (3, True)])
 def test_opcheck(ops, device, activation, gain):
     x, w = normal(2, 3, 4, 5, device=device).requires_grad_(), normal(4, 3, 3, 3, device=device).requires_grad_()
     g = normal(4, device=device).requires_grad_() if gain else None

@@ -5,8 +5,6 @@ import re
 import subprocess
 import sys
 
-import pytest
-
 README = pathlib.Path(__file__).parents[1] / "README.md"
 BLOCKS = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
 TRAINING = next(block for block in BLOCKS if block.startswith("# train.py"))
@@ -19,15 +17,17 @@ def run(*command, cwd):
 
 
 def test_examples(tmp_path):
-    """All but the script, one after another, as a reader would type them."""
-    (tmp_path / "examples.py").write_text("".join(block for block in BLOCKS if block != TRAINING))
-    run("examples.py", cwd=tmp_path)
+    """One after another, as a reader would type them; the training script, too, by one process."""
+    (tmp_path / "examples.py").write_text("".join(BLOCKS))
+    assert_trained(1, run("examples.py", cwd=tmp_path))
 
 
-@pytest.mark.parametrize("processes", [1, 2])
-def test_training_script(tmp_path, processes):
+def test_training_script_by_two_processes(tmp_path):
     (tmp_path / "train.py").write_text(TRAINING)
-    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", "2"] if processes > 1 else []
-    printed = run(*launcher, "train.py", cwd=tmp_path)
+    command = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "train.py"]
+    assert_trained(2, run(*command, cwd=tmp_path))
+
+
+def assert_trained(processes, printed):
     losses = [float(loss) for loss in re.findall(r"loss (\d+\.\d+)", printed)]
     assert len(losses) == processes and all(0 < loss < 10 for loss in losses)

@@ -1,4 +1,4 @@
-"""What torch offers for layers and models works for ours: copies, files, averages, pruning, parametrizations, DDP."""
+"""What torch offers for layers and models works for ours: copies, files, averages, pruning, parametrizations."""
 
 import copy
 import io
@@ -6,8 +6,6 @@ import pickle
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import parameters_to_vector, parametrizations, parametrize, prune, vector_to_parameters
@@ -157,43 +155,3 @@ def test_parametrized_weights_and_gains(device):
     state = layer.state_dict()
     layer.load_state_dict(state)
     assert "gain" not in state and "parametrizations.gain.original" in state
-
-
-BATCHES = [normal(8, 3, 9, 8, seed=seed) for seed in range(4)]
-
-
-def losses_of(rank, count):
-    """Of steps on this process's share of each batch; and all parameters after them."""
-    model = network()
-    model = nn.parallel.DistributedDataParallel(model) if count > 1 else model
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-    losses = []
-    for batch in BATCHES:
-        optimizer.zero_grad()
-        labels = (torch.arange(8) % 3).chunk(count)[rank]
-        loss = F.cross_entropy(model(batch.chunk(count)[rank]), labels)
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.detach())
-    return torch.stack(losses), parameters_to_vector(model.parameters()).detach()
-
-
-def work(rank, count, folder):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=count)
-    losses, parameters = losses_of(rank, count)
-    dist.all_reduce(losses)
-    if rank == 0:
-        torch.save((losses / count, parameters), f"{folder}/results")
-    with pytest.raises(TypeError, match=r"expected the model itself, .* got DistributedDataParallel"):
-        wa.convert(nn.parallel.DistributedDataParallel(nn.Conv2d(2, 2, 3)))
-    dist.destroy_process_group()
-
-
-def test_two_processes_give_the_losses_of_one(tmp_path):
-    torch.multiprocessing.spawn(work, (2, str(tmp_path)), nprocs=2)
-    losses, parameters = torch.load(tmp_path / "results")
-    expected_losses, expected_parameters = losses_of(0, 1)
-    torch.testing.assert_close(losses, expected_losses, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(parameters, expected_parameters, rtol=1e-4, atol=1e-6)
-    assert losses[-1] != losses[0]

@@ -87,13 +87,12 @@ def test_eps_and_scale(device, eps, scale, n, dtype):
 
 
 @pytest.mark.parametrize("n", [9, 122, 4001, 8193])  # n / n is not 1 in float32 if taken as n * (1 / n), n = 122, 4001
-@pytest.mark.parametrize("value", [0.0, 0.1, 1e4, -3.3])
-def test_constant_filter_gives_exactly_0(device, n, value):
+def test_constant_filter_gives_exactly_0(device, n):
     for dtype in DTYPES:
-        weight = normal(3, n, device=device, dtype=dtype)
-        weight[1] = value
-        aligned, grad_weight, grad_gain = check(weight, torch.ones(3, device=device))
-        assert bool((aligned[1] == 0).all())
+        weight = normal(6, n, device=device, dtype=dtype)
+        weight[1:5] = torch.tensor([[0.0], [0.1], [1e4], [-3.3]], device=device)
+        aligned, grad_weight, grad_gain = check(weight, torch.ones(6, device=device))
+        assert bool((aligned[1:5] == 0).all())
         assert bool(grad_weight.isfinite().all() and grad_gain.isfinite().all())
 
 
@@ -281,8 +280,9 @@ def check_prepare(x, *, padding, mode="zeros", activation=None, dtype=None, weig
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("activation", ACTIVATIONS)
-@pytest.mark.parametrize("spatial", SIZE)
+@pytest.mark.parametrize(
+    ("spatial", "activation"), [(1, "gelu"), *((2, activation) for activation in ACTIVATIONS), (3, "silu")]
+)
 def test_prepare_values(device, mode, activation, spatial):
     x = normal(*SIZE[spatial], device=device)
     check_prepare(x, padding=PADDING[:spatial], mode=mode, activation=activation)
@@ -292,7 +292,7 @@ CASTS = [(F32, F32, BF16), (F16, F32, F32), (BF16, BF16, F16), (F32, BF16, BF16)
 
 
 @pytest.mark.parametrize(("dtype", "weight_dtype", "out"), CASTS, ids=name)
-@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("activation", ["relu", "gelu"])  # one saves what it gives, one what it gets
 def test_prepare_dtypes(device, dtype, weight_dtype, out, activation):
     x = normal(2, 5, 4, 3, device=device, dtype=dtype)
     check_prepare(
@@ -314,7 +314,7 @@ def test_prepare_layouts(device, spatial, input_last, result_last):
     assert grad.stride() == x.stride()
 
 
-@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("activation", ["relu", "gelu"])
 @pytest.mark.parametrize("order", [(3, 1, 0, 2), None], ids=["permuted", "not dense"])
 def test_prepare_inputs_of_any_strides(device, activation, order):
     whole = normal(3, 5, 6, 5, device=device)

@@ -147,7 +147,6 @@ def _get_forced() -> str | None:
     return forced or _environment
 
 
-@torch.compiler.assume_constant_result
 def choose(device_type: str) -> str:
     """The backend that serves tensors of this device now. A compiled function keeps what it was traced with."""
     forced = _get_forced()
@@ -157,6 +156,7 @@ def choose(device_type: str) -> str:
     return _known[key]
 
 
+choose._dynamo_marked_constant = True  # type: ignore[attr-defined]  # torch.compiler.assume_constant_result, which imports torch._dynamo
 _known: dict[tuple[str | None, str], str] = {}
 
 

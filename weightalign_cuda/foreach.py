@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._C._dynamo import eval_frame
-from torch._dynamo.decorators import skip_code  # type: ignore[attr-defined]
 
 from ._held import Forward, Together, is_trained, is_whole_parameter, running, state_of
 from .functional import align_foreach
@@ -60,7 +59,7 @@ class Foreach:
             for together, filters, _ in self.align(list(root.modules())):
                 together.traced.filters = filters
         else:
-            # Of torch.compile(root) only the forward is traced, and its hooks run here; see `skip_code` below.
+            # Of torch.compile(root) only the forward is traced, and its hooks run here; see the end of this class.
             self.start(root, eval_frame.get_eval_frame_callback() is not None)
 
     def after(self, root: nn.Module, *_: Any) -> None:
@@ -71,7 +70,6 @@ class Foreach:
             if isinstance(layer.aligned_by, Together):
                 layer.aligned_by.traced.filters = None
 
-    @torch.compiler.disable
     def start(self, root: nn.Module, is_traced: bool) -> None:
         modules = list(root.modules())
         layers = aligned_layers(modules)
@@ -86,7 +84,6 @@ class Foreach:
             if is_traced and isinstance(layer.aligned_by, Together) and (held := layer.aligned_by.held()) is not None:
                 layer.aligned_by.traced.filters = held.filters
 
-    @torch.compiler.disable
     def finish(self, root: nn.Module) -> None:
         forwards = running.forwards
         for i in reversed(range(len(forwards))):
@@ -117,10 +114,18 @@ class Foreach:
         return results
 
 
-# Where torch.compile calls a hook, it is not compiled by itself, for what it leaves behind would depend on the thread.
-# Where torch.compile traces a call of the root inside another module, hooks and all, these are part of the graph.
-for _hook in (Foreach.before, Foreach.after):
-    skip_code(_hook.__code__)
+# Where torch.compile calls a hook, it is not compiled by itself, for what it leaves behind would depend on the thread;
+# `before` asks whether anything is compiled, which must be true in it, but not in what it calls. Where torch.compile
+# traces a call of the root inside another module, hooks and all, these are part of the graph.
+# (torch.compiler.disable would do, were it not for its import of all of torch._dynamo: 1.5 s.)
+_SKIP, _LEAVE = eval_frame._FrameAction.SKIP, eval_frame._FrameAction.DEFAULT
+for _function, _what_it_calls in (
+    (Foreach.before, _LEAVE),
+    (Foreach.after, _LEAVE),
+    (Foreach.start, _SKIP),
+    (Foreach.finish, _SKIP),
+):
+    eval_frame.set_code_exec_strategy(_function.__code__, eval_frame._FrameExecStrategy(_SKIP, _what_it_calls))
 
 
 def check_whole(

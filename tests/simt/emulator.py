@@ -4,6 +4,7 @@ Every fault of a kernel is the Python exception Fault of the loaded module; simt
 """
 
 import dataclasses
+import fcntl
 import importlib.util
 import os
 import shutil
@@ -37,9 +38,12 @@ def build(build_dir: Path = BUILD_DIR) -> Path:
     folders = ["-S", str(REPOSITORY), "-B", str(build_dir)]
     configure = [*folders, "-G", "Ninja", *(f"-D{name}={value}" for name, value in definitions.items())]
     environment = {**os.environ, "PATH": path}
-    for arguments in (configure, ["--build", str(build_dir)]):
-        done = subprocess.run([cmake, *arguments], env=environment, capture_output=True, text=True)
-        assert done.returncode == 0, done.stdout + done.stderr
+    build_dir.mkdir(parents=True, exist_ok=True)
+    with (build_dir / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # one process at a time
+        for arguments in (configure, ["--build", str(build_dir)]):
+            done = subprocess.run([cmake, *arguments], env=environment, capture_output=True, text=True)
+            assert done.returncode == 0, done.stdout + done.stderr
     return build_dir / "tests" / "simt"
 
 

@@ -39,7 +39,7 @@ def test_mixed_lists(check: Emulator, direction: str, count: int, dtypes: tuple[
 
 
 @both_directions
-@pytest.mark.parametrize("dtypes", [(F32, F32), (F32, BF16), (BF16, F16)], ids=lambda d: "-".join(map(name, d)))
+@pytest.mark.parametrize("dtypes", [(F32, F32), (BF16, F16)], ids=lambda d: "-".join(map(name, d)))
 def test_lists_of_several_launches(check: Emulator, direction: str, dtypes: tuple[torch.dtype, torch.dtype]) -> None:
     layers = [Layer(3 + i % 5, (9, 27, 64, 8)[i % 4], columns=9 * (i % 4 == 1)) for i in range(600)]
     layers[100], layers[500] = LONG[:2]
@@ -47,8 +47,8 @@ def test_lists_of_several_launches(check: Emulator, direction: str, dtypes: tupl
 
 
 @both_directions
-def test_millions_of_values_beside_short_filters(check: Emulator, direction: str) -> None:
-    layers = [Layer(19, 147), Layer(1, 4_000_004), Layer(67, 9), Layer(2, 1152, columns=9), LONG[2]]
+def test_a_million_values_beside_short_filters(check: Emulator, direction: str) -> None:
+    layers = [Layer(19, 147), Layer(1, 1_200_004), Layer(67, 9), Layer(2, 1152, columns=9), LONG[2]]
     check_all(check, problem(layers, F32, BF16), direction)
 
 
