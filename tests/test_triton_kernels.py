@@ -55,12 +55,19 @@ def check(weight, gain=None, grad=None, *, eps=EPS, scale=1.0, dtype=None, memor
     return aligned, grad_weight, grad_gain
 
 
-@pytest.mark.parametrize(("dtype", "result_dtype"), PAIRS, ids=name)
-@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize(("dtype", "result_dtype"), [(F32, BF16), (F64, F64)], ids=name)
+@pytest.mark.parametrize("shape", SHAPES)
 def test_values_and_gradients(device, shape, dtype, result_dtype):
+    shape = SHAPES[shape]
     std = (2 / math.prod(shape[1:])) ** 0.5
     gain = normal(shape[0], mean=1, std=0.3, seed=1, device=device)
     check(normal(*shape, std=std, device=device, dtype=dtype), gain, dtype=result_dtype)
+
+
+@pytest.mark.parametrize(("dtype", "result_dtype"), PAIRS, ids=name)
+@pytest.mark.parametrize("shape", ["n=75", "n=4097, in parts"])
+def test_dtypes(device, shape, dtype, result_dtype):
+    test_values_and_gradients(device, shape, dtype, result_dtype)
 
 
 @pytest.mark.parametrize("gain_dtype", [*DTYPES, None], ids=name)
@@ -325,11 +332,11 @@ def test_prepare_inputs_of_any_strides(device, activation, order):
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("spatial", [1, 2, 3])
+@pytest.mark.parametrize("spatial", [1, 3])
 def test_tiles_at_the_border_of_the_padding(device, mode, spatial):
     """4 tiles of positions along the first dimension, padded so far that what is shown twice ends with the first value
     of the second tile, or begins with the last of the third."""
-    inner = {1: (), 2: (64,), 3: (8, 8)}[spatial]
+    inner = {1: (), 3: (8, 8)}[spatial]
     tile = TILE // 32 // math.prod(inner)  # of 32 channels
     most = {"reflect": tile, "circular": tile + 1}.get(mode, 2)
     for ends in [(most, 0), (0, most)]:
