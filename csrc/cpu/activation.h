@@ -1,4 +1,4 @@
-// Activations and their derivatives, 64 bytes at a time for float; float64 takes libm's functions value by value.
+// Activations and their derivatives, a vector at a time for float; float64 takes libm's functions value by value.
 #pragma once
 
 #include <math.h>
@@ -107,7 +107,7 @@ template <class Acc>
 WA_APART void activate(Activation activation, const Acc* x, Acc* y, uint32_t n) {
     if (x == y && activation == Activation::kNone) return;
     with_activation(activation, [=](auto constant) WA_LAMBDA {
-        for_each<Acc>(n, [=](auto width, uint32_t at) WA_LAMBDA {
+        for_each<Acc>(n, [=](auto width, size_t at) WA_LAMBDA {
             store<Acc>(width, y + at, activated<decltype(constant)::value, Acc>(load<Acc>(width, x + at)));
         });
     });
@@ -118,7 +118,7 @@ template <class Acc>
 WA_APART void differentiate(Activation activation, const Acc* x, const Acc* g, Acc* y, uint32_t n) {
     if (activation == Activation::kNone) return activate(activation, g, y, n);
     with_activation(activation, [=](auto constant) WA_LAMBDA {
-        for_each<Acc>(n, [=](auto width, uint32_t at) WA_LAMBDA {
+        for_each<Acc>(n, [=](auto width, size_t at) WA_LAMBDA {
             auto slope = derivative<decltype(constant)::value, Acc>(load<Acc>(width, x + at));
             auto product = load<Acc>(width, g + at) * slope;
             store<Acc>(width, y + at, slope == Acc(0) ? decltype(product){} : product);

@@ -1,9 +1,8 @@
 // Forward and backward of filters, one after another on one core; compiled once for each instruction set.
 //
 // A filter is read from memory once and, up to some thousand values, found in the L1 cache by the later passes: forward
-// sum - centred sums - write, backward sums - write. Sums run in 4 x 64 bytes of accumulators, which hides the latency
-// of an addition, over chunks of kChunk values whose results are added in double, so that the error does not grow with
-// n.
+// sum - centred sums - write, backward sums - write. Sums run over chunks of kChunk values, whose results are added in
+// double, so that the error does not grow with n.
 //
 // The mean is subtracted twice. The first value as pivot makes the first mean exact for a constant filter, whose
 // residuals are then exactly 0; the mean of the residuals corrects what rounding left of it (mean 1e4, deviation 1e-3).
@@ -17,32 +16,37 @@
 namespace wa {
 namespace {
 
-constexpr uint32_t kChunk = 4096;
+constexpr size_t kChunk = 4096;
+// Registers of each sum: 4 hide the latency of an addition, and three sums fill AVX's 16 registers with what they are
+// made of; where halves are converted by a formula, that needs more.
+constexpr size_t kUnroll = kConvertsHalves ? 4 : 2;
 
 // total[s] = the sum over [0, n) of what term(width, at, sums) adds to sums[s] for the value or vector at `at`.
 template <class Acc, int kSums, class Term>
-WA_INLINE void sum(uint32_t n, double (&total)[kSums], const Term& term) {
-    constexpr uint32_t kLanes = Simd<Acc>::kLanes, kUnroll = 4;
+WA_INLINE void sum(size_t n, double (&total)[kSums], const Term& term) {
+    constexpr size_t kLanes = Simd<Acc>::kLanes;
     for (double& t : total) t = 0;
-    for (uint32_t begin = 0, end; begin < n; begin = end) {
+    for (size_t begin = 0, end; begin < n; begin = end) {
         end = n - begin < kChunk ? n : begin + kChunk;
-        uint32_t at = begin;
+        size_t at = begin;
         Vector<Acc> sums[kUnroll][kSums] = {};
         Acc rest[kSums] = {};
         for (; at + kUnroll * kLanes <= end; at += kUnroll * kLanes)
-            for (uint32_t u = 0; u < kUnroll; ++u) term(OneVector{}, at + u * kLanes, sums[u]);
+            for (size_t u = 0; u < kUnroll; ++u) term(OneVector{}, at + u * kLanes, sums[u]);
         for (; at + kLanes <= end; at += kLanes) term(OneVector{}, at, sums[0]);
         for (; at < end; ++at) term(OneValue{}, at, rest);
-        for (int s = 0; s < kSums; ++s)
-            total[s] += sum_of<Acc>((sums[0][s] + sums[1][s]) + (sums[2][s] + sums[3][s])) + rest[s];
+        for (int s = 0; s < kSums; ++s) {
+            for (size_t u = 1; u < kUnroll; ++u) sums[0][s] += sums[u][s];
+            total[s] += sum_of<Acc>(sums[0][s]) + rest[s];
+        }
     }
 }
 
 double gain_of(const AlignTask& task, uint32_t filter) {
     switch (task.gain ? task.gain_dtype : DType::kFloat64) {
         case DType::kFloat32: return static_cast<const float*>(task.gain)[filter];
-        case DType::kFloat16: return load_one<float>(static_cast<const Half*>(task.gain) + filter);
-        case DType::kBFloat16: return load_one<float>(static_cast<const BFloat16*>(task.gain) + filter);
+        case DType::kFloat16: return load<float>(OneValue{}, static_cast<const Half*>(task.gain) + filter);
+        case DType::kBFloat16: return load<float>(OneValue{}, static_cast<const BFloat16*>(task.gain) + filter);
         case DType::kFloat64: return task.gain ? static_cast<const double*>(task.gain)[filter] : 1.0;
     }
     return 0;
@@ -50,15 +54,15 @@ double gain_of(const AlignTask& task, uint32_t filter) {
 
 // w: (n,) -> y: (n,), statistics: mean, rstd.
 template <class Acc, class W, class Y>
-WA_INLINE void forward_filter(const W* w, Y* y, uint32_t n, double factor, double eps, Acc* statistics) {
-    Acc pivot = load_one<Acc>(w);
+WA_APART void forward_filter(const W* w, Y* y, uint32_t n, double factor, double eps, Acc* statistics) {
+    Acc pivot = load<Acc>(OneValue{}, w);
     double deviation[1], moments[2];
-    sum<Acc>(n, deviation, [=](auto width, uint32_t at, auto* sums) WA_LAMBDA {  //
+    sum<Acc>(n, deviation, [=](auto width, size_t at, auto* sums) WA_LAMBDA {  //
         sums[0] += load<Acc>(width, w + at) - pivot;
     });
     double per_value = 1.0 / n;
     Acc mean = Acc(pivot + deviation[0] * per_value);
-    sum<Acc>(n, moments, [=](auto width, uint32_t at, auto* sums) WA_LAMBDA {
+    sum<Acc>(n, moments, [=](auto width, size_t at, auto* sums) WA_LAMBDA {
         auto r = load<Acc>(width, w + at) - mean;
         sums[0] += r;
         sums[1] += r * r;
@@ -66,7 +70,7 @@ WA_INLINE void forward_filter(const W* w, Y* y, uint32_t n, double factor, doubl
     double rest = moments[0] * per_value, squares = moments[1] - moments[0] * rest;
     double rstd = 1 / sqrt(squares / 2 + eps);
     Acc correction = Acc(rest), slope = Acc(factor * rstd);
-    for_each<Acc>(n, [=](auto width, uint32_t at) WA_LAMBDA {
+    for_each<Acc>(n, [=](auto width, size_t at) WA_LAMBDA {
         store<Acc>(width, y + at, (load<Acc>(width, w + at) - mean - correction) * slope);
     });
     statistics[0] = Acc(mean + rest);
@@ -75,10 +79,10 @@ WA_INLINE void forward_filter(const W* w, Y* y, uint32_t n, double factor, doubl
 
 // w, g: (n,) -> dw: (n,); returns sum(g x).
 template <class Acc, class W, class G>
-WA_INLINE double backward_filter(const W* w, const G* g, W* dw, uint32_t n, double factor, const Acc* statistics) {
+WA_APART double backward_filter(const W* w, const G* g, W* dw, uint32_t n, double factor, const Acc* statistics) {
     Acc mean = statistics[0];
     double rstd = statistics[1], per_value = 1.0 / n, sums_[3];
-    sum<Acc>(n, sums_, [=](auto width, uint32_t at, auto* sums) WA_LAMBDA {
+    sum<Acc>(n, sums_, [=](auto width, size_t at, auto* sums) WA_LAMBDA {
         auto r = load<Acc>(width, w + at) - mean, gradient = load<Acc>(width, g + at);
         sums[0] += r;
         sums[1] += gradient;
@@ -87,7 +91,7 @@ WA_INLINE double backward_filter(const W* w, const G* g, W* dw, uint32_t n, doub
     double rest = sums_[0] * per_value, g_dot_x = (sums_[2] - rest * sums_[1]) * rstd;
     Acc correction = Acc(rest), g_mean = Acc(sums_[1] * per_value), along = Acc(g_dot_x * rstd / 2),
         slope = Acc(factor * rstd);
-    for_each<Acc>(n, [=](auto width, uint32_t at) WA_LAMBDA {
+    for_each<Acc>(n, [=](auto width, size_t at) WA_LAMBDA {
         auto d = load<Acc>(width, w + at) - mean - correction;
         store<Acc>(width, dw + at, (load<Acc>(width, g + at) - g_mean - d * along) * slope);
     });
@@ -99,7 +103,7 @@ template <class Acc, class From, class To>
 WA_INLINE void transpose(const From* from, To* to, uint32_t rows, uint32_t columns) {
     for (uint32_t c = 0; c < columns; ++c)
         for (uint32_t r = 0; r < rows; ++r)
-            store_one(to + size_t(c) * rows + r, load_one<Acc>(from + size_t(r) * columns + c));
+            store<Acc>(OneValue{}, to + size_t(c) * rows + r, load<Acc>(OneValue{}, from + size_t(r) * columns + c));
 }
 
 template <class Acc, class W, class Y>

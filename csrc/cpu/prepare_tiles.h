@@ -58,7 +58,7 @@ private:
                     copy_run<Acc>(typed, side.channel, out + w * channels, 1, channels);
             else if (end - begin == 1)
                 for (uint32_t c = 0; c < channels; ++c)
-                    out[c * width + begin] = load_one<Acc>(typed + c * side.channel);
+                    out[c * width + begin] = load<Acc>(OneValue{}, typed + c * side.channel);
             else
                 for (uint32_t c = 0; c < channels; ++c, typed += side.channel)
                     copy_run<Acc>(typed, side.spatial[2], out + c * width + begin, 1, end - begin);

@@ -1,15 +1,31 @@
-// 64 bytes of floats or doubles at a time, in the compiler's own vector types: one AVX-512 register, two of AVX, four
-// of SSE or NEON. The number of values is the same on every machine, and with it the order of every sum.
+// One register of floats or doubles at a time, in the compiler's own vector types: 64 bytes with AVX-512, 32 with AVX,
+// 16 with SSE or NEON. Wider types than the registers would be legal, too, but compilers take those apart in memory.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <cstring>
-#ifdef __F16C__
+#if defined(__F16C__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 namespace wa {
 namespace {  // compiled once for each instruction set: nothing here may be shared between those objects
+
+#if defined(__AVX512F__)
+constexpr int kVectorBytes = 64;
+#elif defined(__AVX__)
+constexpr int kVectorBytes = 32;
+#else
+constexpr int kVectorBytes = 16;
+#endif
+#if defined(__F16C__) || defined(__aarch64__)
+constexpr bool kConvertsHalves = true;  // by instructions
+#else
+constexpr bool kConvertsHalves = false;
+#endif
 
 struct Half {
     uint16_t bits;
@@ -18,108 +34,151 @@ struct BFloat16 {
     uint16_t bits;
 };
 
-template <class Acc>
+template <class Acc, int kBytes = kVectorBytes>
 struct Simd {
-    static constexpr int kLanes = 64 / sizeof(Acc);
-    typedef Acc Vector __attribute__((vector_size(64)));
+    static constexpr int kLanes = kBytes / sizeof(Acc);
+    typedef Acc Vector __attribute__((vector_size(kBytes)));
 };
 template <class Acc>
 using Vector = typename Simd<Acc>::Vector;
 
-using Bits32 = uint32_t __attribute__((vector_size(64)));
-using Bits16 = uint16_t __attribute__((vector_size(32)));
+// The bits of a vector of floats, and those of as many halves.
+using Bits32 = uint32_t __attribute__((vector_size(kVectorBytes)));
+using Signed32 = int32_t __attribute__((vector_size(kVectorBytes)));
+using Bits16 = uint16_t __attribute__((vector_size(kVectorBytes / 2)));
 
 #define WA_INLINE static inline __attribute__((always_inline))
 #define WA_LAMBDA __attribute__((always_inline))
 #define WA_APART static __attribute__((noinline))  // one copy of long code
 
-WA_INLINE float bits_to_float(uint32_t bits) {
-    float x;
-    std::memcpy(&x, &bits, sizeof x);
-    return x;
-}
-WA_INLINE uint32_t float_to_bits(float x) {
-    uint32_t bits;
-    std::memcpy(&bits, &x, sizeof x);
-    return bits;
+WA_INLINE Bits32 widened(Bits16 bits) {  // g++ 12 takes it apart into two halves, otherwise
+#if defined(__AVX512F__)
+    return (Bits32)_mm512_maskz_cvtepu16_epi32(0xffff, (__m256i)bits);
+#elif defined(__AVX2__)
+    return (Bits32)_mm256_cvtepu16_epi32((__m128i)bits);
+#else
+    return __builtin_convertvector(bits, Bits32);
+#endif
 }
 
-// One value. Rounding is to nearest even; a NaN stays one.
-template <class Acc>
-WA_INLINE Acc load_one(const Acc* p) {
-    return *p;
+template <class To, class From>
+WA_INLINE To bit_cast(From from) {
+    static_assert(sizeof(To) == sizeof(From));
+    To to;
+    std::memcpy(&to, &from, sizeof to);
+    return to;
 }
-template <class Acc>
-WA_INLINE Acc load_one(const BFloat16* p) {
-    return bits_to_float(uint32_t(p->bits) << 16);
+
+// Of numbers below 2^31: signed, for SSE has no other comparison.
+WA_INLINE bool is_less(uint32_t a, int32_t b) { return int32_t(a) < b; }
+WA_INLINE Signed32 is_less(Bits32 a, int32_t b) { return (Signed32)a < b; }
+
+// The formulas of the 16-bit formats, for one value or a vector of them (F: float, Bits: its bits). Rounding is to
+// nearest even; a NaN stays one.
+template <class F, class Bits>
+WA_INLINE F from_bfloat16(Bits bits) {
+    return bit_cast<F>(bits << 16);
 }
-template <class Acc>
-WA_INLINE Acc load_one(const Half* p) {
-#ifdef __F16C__
-    return _cvtsh_ss(p->bits);
-#else
-    uint32_t magnitude = p->bits & 0x7fffu, sign = uint32_t(p->bits & 0x8000u) << 16;
+template <class F, class Bits>
+WA_INLINE Bits to_bfloat16(F x) {
+    const Bits bits = bit_cast<Bits>(x);
+    return x != x ? Bits{} + 0x7fc0u : (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16;
+}
+template <class F, class Bits>
+WA_INLINE F from_half(Bits bits) {
+    const Bits magnitude = bits << 17 >> 4;  // exponent and fraction, where a float has them
     // Half's exponent is 112 less than float's: a product with 2^112 rebases it, subnormals included.
-    float x = bits_to_float(magnitude << 13) * bits_to_float((127u + 112u) << 23);
-    if (magnitude >= 0x7c00u) x = bits_to_float(0x7f800000u | (magnitude & 0x3ffu) << 13);
-    return bits_to_float(float_to_bits(x) | sign);
-#endif
+    const Bits finite = bit_cast<Bits>(bit_cast<F>(magnitude) * 0x1p112f);
+    const Bits infinite = is_less(magnitude, 0x0f800000) ? Bits{} : Bits{} + 0x7f800000u;
+    return bit_cast<F>(finite | infinite | bits >> 15 << 31);
 }
-template <class Acc>
-WA_INLINE void store_one(Acc* p, Acc x) {
-    *p = x;
+template <class F, class Bits>
+WA_INLINE Bits to_half(F x) {
+    const Bits bits = bit_cast<Bits>(x), magnitude = bits & 0x7fffffffu;
+    const Bits normal = (magnitude - (112u << 23) + 0xfffu + (magnitude >> 13 & 1u)) >> 13;
+    // Adding 0.5 leaves the rounded multiple of 2^-24 in the low bits.
+    const Bits subnormal = bit_cast<Bits>(bit_cast<F>(magnitude) + 0.5f) - 0x3f000000u;
+    Bits result = is_less(magnitude, 0x38800000) ? subnormal : normal;
+    result = is_less(magnitude, 0x477ff000) ? result : Bits{} + 0x7c00u;  // else it rounds to 65536 or more
+    result = is_less(magnitude, 0x7f800001) ? result : Bits{} + 0x7e00u;
+    return result | (bits >> 16 & 0x8000u);
 }
-WA_INLINE void store_one(BFloat16* p, float x) {
-    uint32_t bits = float_to_bits(x);
-    p->bits = uint16_t(x != x ? 0x7fc0u : (bits + 0x7fffu + (bits >> 16 & 1)) >> 16);
+
+// Between halves and floats by the machine's own instructions, where it has them.
+#if defined(__F16C__)
+WA_INLINE float widen(Half half) { return _cvtsh_ss(half.bits); }
+WA_INLINE Half narrow(float x) { return {_cvtss_sh(x, _MM_FROUND_TO_NEAREST_INT)}; }
+#if defined(__AVX512F__)  // maskz, of all lanes: without, g++ 12 warns of its own header
+WA_INLINE Vector<float> widen(Bits16 halves) { return (Vector<float>)_mm512_maskz_cvtph_ps(0xffff, (__m256i)halves); }
+WA_INLINE Bits16 narrow(Vector<float> x) {
+    return (Bits16)_mm512_maskz_cvtps_ph(0xffff, (__m512)x, _MM_FROUND_TO_NEAREST_INT);
 }
-WA_INLINE void store_one(Half* p, float x) {
-#ifdef __F16C__
-    p->bits = _cvtss_sh(x, _MM_FROUND_TO_NEAREST_INT);
 #else
-    uint32_t bits = float_to_bits(x), magnitude = bits & 0x7fffffffu, result;
-    if (magnitude > 0x7f800000u) result = 0x7e00u;
-    else if (magnitude >= 0x477ff000u) result = 0x7c00u;  // rounds to 65536 or more
-    else if (magnitude < 0x38800000u)  // subnormal: adding 0.5 leaves the rounded multiple of 2^-24 in the low bits
-        result = float_to_bits(bits_to_float(magnitude) + 0.5f) - 0x3f000000u;
-    else result = (magnitude - (112u << 23) + 0xfffu + (magnitude >> 13 & 1)) >> 13;
-    p->bits = uint16_t(result | (bits >> 16 & 0x8000u));
+WA_INLINE Vector<float> widen(Bits16 halves) { return (Vector<float>)_mm256_cvtph_ps((__m128i)halves); }
+WA_INLINE Bits16 narrow(Vector<float> x) { return (Bits16)_mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT); }
 #endif
+#elif defined(__aarch64__)
+WA_INLINE float widen(Half half) { return bit_cast<__fp16>(half); }
+WA_INLINE Half narrow(float x) { return bit_cast<Half>(__fp16(x)); }
+WA_INLINE Vector<float> widen(Bits16 halves) { return (Vector<float>)vcvt_f32_f16(bit_cast<float16x4_t>(halves)); }
+WA_INLINE Bits16 narrow(Vector<float> x) { return bit_cast<Bits16>(vcvt_f16_f32((float32x4_t)x)); }
+#else
+WA_INLINE float widen(Half half) { return from_half<float, uint32_t>(half.bits); }
+WA_INLINE Half narrow(float x) { return {uint16_t(to_half<float, uint32_t>(x))}; }
+WA_INLINE Vector<float> widen(Bits16 halves) {
+    return from_half<Vector<float>, Bits32>(widened(halves));
 }
+WA_INLINE Bits16 narrow(Vector<float> x) {
+    return __builtin_convertvector(to_half<Vector<float>, Bits32>(x), Bits16);
+}
+#endif
 
 // The width of an access: a formula written once over it serves the bulk of a row and its last few values.
 struct OneValue {};
 struct OneVector {};
 
-template <class Acc, class T>
-WA_INLINE Acc load(OneValue, const T* p) {
-    return load_one<Acc>(p);
-}
-template <class Acc, class T>
-WA_INLINE void store(OneValue, T* p, Acc x) {
-    store_one(p, x);
+template <class Acc>
+WA_INLINE Acc load(OneValue, const Acc* p) {
+    return *p;
 }
 template <class Acc>
-WA_INLINE Vector<Acc> load(OneVector, const Acc* p) {  // of any alignment, as all of these
-    Vector<Acc> v;
-    std::memcpy(&v, p, sizeof v);
-    return v;
+WA_INLINE Acc load(OneValue, const BFloat16* p) {
+    return from_bfloat16<float, uint32_t>(p->bits);
+}
+template <class Acc>
+WA_INLINE Acc load(OneValue, const Half* p) {
+    return widen(*p);
+}
+template <class Acc>
+WA_INLINE void store(OneValue, Acc* p, Acc x) {
+    *p = x;
+}
+template <class Acc>
+WA_INLINE void store(OneValue, BFloat16* p, float x) {
+    p->bits = uint16_t(to_bfloat16<float, uint32_t>(x));
+}
+template <class Acc>
+WA_INLINE void store(OneValue, Half* p, float x) {
+    *p = narrow(x);
+}
+
+template <class T>
+WA_INLINE T read(const void* p) {  // of any alignment, as all of these
+    T bits;
+    std::memcpy(&bits, p, sizeof bits);
+    return bits;
+}
+template <class Acc>
+WA_INLINE Vector<Acc> load(OneVector, const Acc* p) {
+    return read<Vector<Acc>>(p);
 }
 template <class Acc>
 WA_INLINE Vector<Acc> load(OneVector, const BFloat16* p) {
-    Bits16 bits;
-    std::memcpy(&bits, p, sizeof bits);
-    return (Vector<float>)(__builtin_convertvector(bits, Bits32) << 16);
+    return from_bfloat16<Vector<float>, Bits32>(widened(read<Bits16>(p)));
 }
 template <class Acc>
 WA_INLINE Vector<Acc> load(OneVector, const Half* p) {
-    float x[16];
-#ifdef __F16C__
-    for (int i = 0; i < 16; i += 8) _mm256_storeu_ps(x + i, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)(p + i))));
-#else
-    for (int i = 0; i < 16; ++i) x[i] = load_one<float>(p + i);
-#endif
-    return load<float>(OneVector{}, x);
+    return widen(read<Bits16>(p));
 }
 template <class Acc>
 WA_INLINE void store(OneVector, Acc* p, Vector<Acc> v) {
@@ -127,44 +186,34 @@ WA_INLINE void store(OneVector, Acc* p, Vector<Acc> v) {
 }
 template <class Acc>
 WA_INLINE void store(OneVector, BFloat16* p, Vector<float> v) {
-    Bits32 bits = (Bits32)v;
-    bits = v != v ? Bits32{} + 0x7fc00000u : bits + 0x7fffu + (bits >> 16 & 1);
-    Bits16 out = __builtin_convertvector(bits >> 16, Bits16);
-    std::memcpy(p, &out, sizeof out);
+    const Bits16 bits = __builtin_convertvector(to_bfloat16<Vector<float>, Bits32>(v), Bits16);
+    std::memcpy(p, &bits, sizeof bits);
 }
 template <class Acc>
 WA_INLINE void store(OneVector, Half* p, Vector<float> v) {
-    float x[16];
-    std::memcpy(x, &v, sizeof v);
-#ifdef __F16C__
-    for (int i = 0; i < 16; i += 8)
-        _mm_storeu_si128((__m128i*)(p + i), _mm256_cvtps_ph(_mm256_loadu_ps(x + i), _MM_FROUND_TO_NEAREST_INT));
-#else
-    for (int i = 0; i < 16; ++i) store_one(p + i, x[i]);
-#endif
+    const Bits16 bits = narrow(v);
+    std::memcpy(p, &bits, sizeof bits);
 }
 
 // each(width, at) for all of [0, n)
 template <class Acc, class Each>
-WA_INLINE void for_each(uint32_t n, const Each& each) {
-    constexpr uint32_t kLanes = Simd<Acc>::kLanes;
-    uint32_t at = 0;
+WA_INLINE void for_each(size_t n, const Each& each) {
+    constexpr size_t kLanes = Simd<Acc>::kLanes;
+    size_t at = 0;
     for (; at + kLanes <= n; at += kLanes) each(OneVector{}, at);
     for (; at < n; ++at) each(OneValue{}, at);
 }
 
-template <class Acc>
-WA_INLINE Acc sum_of(Vector<Acc> v) {  // a tree, always the same: halves of 32 and 16 bytes, then one by one
-    typedef Acc Lower __attribute__((vector_size(32)));
-    typedef Acc Quarter __attribute__((vector_size(16)));
-    Lower halves[2];
-    std::memcpy(halves, &v, sizeof v);
-    halves[0] += halves[1];
-    Quarter quarters[2];
-    std::memcpy(quarters, halves, sizeof quarters);
-    quarters[0] += quarters[1];
-    if constexpr (sizeof(Acc) == 8) return quarters[0][0] + quarters[0][1];
-    else return (quarters[0][0] + quarters[0][2]) + (quarters[0][1] + quarters[0][3]);
+// A tree, always the same: halves are added until two values are left.
+template <class Acc, int kBytes = kVectorBytes>
+WA_INLINE Acc sum_of(typename Simd<Acc, kBytes>::Vector v) {
+    if constexpr (kBytes == 2 * sizeof(Acc)) {
+        return v[0] + v[1];
+    } else {
+        typename Simd<Acc, kBytes / 2>::Vector halves[2];
+        std::memcpy(halves, &v, sizeof v);
+        return sum_of<Acc, kBytes / 2>(halves[0] + halves[1]);
+    }
 }
 
 }  // namespace

@@ -31,14 +31,14 @@ template <class Acc, class From, class To>
 WA_INLINE void copy_run(const From* from, int64_t from_stride, To* to, int64_t to_stride, uint32_t n) {
     if (from_stride == 1 && to_stride == 1)
         for_each<Acc>(n,
-                      [=](auto width, uint32_t i) WA_LAMBDA { store<Acc>(width, to + i, load<Acc>(width, from + i)); });
+                      [=](auto width, size_t i) WA_LAMBDA { store<Acc>(width, to + i, load<Acc>(width, from + i)); });
     else
-        for (uint32_t i = 0; i < n; ++i) store_one(to + i * to_stride, load_one<Acc>(from + i * from_stride));
+        for (uint32_t i = 0; i < n; ++i) store<Acc>(OneValue{}, to + i * to_stride, load<Acc>(OneValue{}, from + i * from_stride));
 }
 
 template <class Acc>
 void add(const Acc* term, Acc* sum, uint32_t n) {
-    for_each<Acc>(n, [=](auto width, uint32_t i) WA_LAMBDA {
+    for_each<Acc>(n, [=](auto width, size_t i) WA_LAMBDA {
         store<Acc>(width, sum + i, load<Acc>(width, sum + i) + load<Acc>(width, term + i));
     });
 }
