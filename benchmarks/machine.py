@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from weightalign_cuda.ops import library
+
 ROOT = pathlib.Path(__file__).parent.parent
 
 
@@ -47,6 +49,7 @@ def facts(device: str) -> dict[str, Any]:
         "device": device,
         "gpu": torch.cuda.get_device_name() if cuda else None,
         "cpu": cpu_name(),
+        "cpu_kernels": library.cpu_kernels(),
         "threads": torch.get_num_threads(),
         "driver": driver.splitlines()[0] if driver else None,
         "cuda": torch.version.cuda,
@@ -59,5 +62,5 @@ def facts(device: str) -> dict[str, Any]:
 
 def label(facts: dict[str, Any]) -> str:
     """The machine in a line."""
-    name = facts["gpu"] or f"{facts['cpu']}, {facts['threads']} threads"
+    name = facts["gpu"] or f"{facts['cpu']} ({facts['cpu_kernels']} kernels), {facts['threads']} threads"
     return f"{name}, torch {facts['torch']}"

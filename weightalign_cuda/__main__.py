@@ -1,4 +1,4 @@
-"""python -m weightalign_cuda: versions, compiled architectures, driver, backends."""
+"""python -m weightalign_cuda: versions, compiled architectures, instruction set, driver, backends."""
 
 import platform
 
@@ -17,6 +17,7 @@ def main() -> None:
         "torch": torch.__version__,
         "CUDA of torch, library, driver": f"{torch.version.cuda}, {library.cuda_runtime}, {library.cuda_driver()}",
         "compiled architectures": architectures,
+        "CPU kernels": library.cpu_kernels(),
         "CUDA devices": ", ".join(devices) or "none",
         **{f"backend {name}": state for name, state in backends().items()},
     }

@@ -18,6 +18,8 @@ class Library:
     error: str | None = None
     architectures: tuple[int, ...] = ()  # of its CUDA kernels: 90 is sm_90
     cuda_runtime: int = 0  # 13000 is CUDA 13.0; 0: built without CUDA
+    # The instruction set of the CPU kernels that serve here: "avx2"; or what is wrong with WEIGHTALIGN_CPU.
+    cpu_kernels: Callable[[], str] = lambda: "none"
     # The newest runtime that this machine's driver serves; 0: no driver. Asking initialises CUDA.
     cuda_driver: Callable[[], int] = lambda: 0
 
@@ -35,10 +37,11 @@ def load() -> Library:
     except OSError as failure:
         return _without(f"the native library does not load with torch {torch.__version__}: {failure}")
     native = ctypes.CDLL(str(PATH))
-    native.wa_cuda_architectures.restype = ctypes.c_char_p
+    native.wa_cuda_architectures.restype = native.wa_cpu_kernels.restype = ctypes.c_char_p
     return Library(
         architectures=tuple(int(a) for a in native.wa_cuda_architectures().decode().split(",") if a),
         cuda_runtime=native.wa_cuda_runtime_version(),
+        cpu_kernels=lambda: native.wa_cpu_kernels().decode(),
         cuda_driver=native.wa_cuda_driver_version,
     )
 

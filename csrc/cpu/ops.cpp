@@ -32,22 +32,23 @@ std::vector<InstructionSet> instruction_sets() {
 }
 
 // The best, or the one that the environment names.
-const Kernels& choose_kernels() {
+InstructionSet choose() {
     const std::vector<InstructionSet> sets = instruction_sets();
     const char* variable = std::getenv("WEIGHTALIGN_CPU");
     const std::string wanted = variable && *variable ? variable : sets.back().name;
     std::string names;
     for (const InstructionSet& set : sets) {
-        if (wanted == set.name) return *set.kernels;
+        if (wanted == set.name) return set;
         names.append(names.empty() ? "" : ", ").append(set.name);
     }
     STD_TORCH_CHECK(false, "WEIGHTALIGN_CPU: expected one of ", names, " (what this machine has), got '", wanted, "'");
 }
 
-const Kernels& kernels() {
-    static const Kernels& chosen = choose_kernels();
-    return chosen;
+const InstructionSet& chosen() {
+    static const InstructionSet set = choose();  // an error is not kept: the next call chooses again
+    return set;
 }
+const Kernels& kernels() { return *chosen().kernels; }
 
 // Work is dealt out in pieces of kPiece values, all tensors of the list laid end to end and the convolution's input
 // behind them, so that threads get equal shares whatever the list looks like; a thread is woken for no less than
@@ -122,6 +123,17 @@ const AlignBackend kBackward{[](const AlignList& list, int32_t) {
 
 }  // namespace
 }  // namespace wa::cpu
+
+// The instruction set whose kernels serve, or why none does; called through ctypes.
+extern "C" __attribute__((visibility("default"))) const char* wa_cpu_kernels() {
+    try {
+        return wa::cpu::chosen().name;
+    } catch (const std::exception& error) {
+        static thread_local std::string message;
+        message = error.what();
+        return message.c_str();
+    }
+}
 
 STABLE_TORCH_LIBRARY_IMPL(weightalign_cuda, CPU, library) {
     wa::implement_ops<wa::cpu::kForward, wa::cpu::kBackward>(library);

@@ -74,7 +74,7 @@ WA_INLINE bool is_less(uint32_t a, int32_t b) { return int32_t(a) < b; }
 WA_INLINE Signed32 is_less(Bits32 a, int32_t b) { return (Signed32)a < b; }
 
 // The formulas of the 16-bit formats, for one value or a vector of them (F: float, Bits: its bits). Rounding is to
-// nearest even; a NaN stays one.
+// nearest even; a NaN stays one. Shifts instead of masks: each constant is a register less in the loops around.
 template <class F, class Bits>
 WA_INLINE F from_bfloat16(Bits bits) {
     return bit_cast<F>(bits << 16);
@@ -94,14 +94,14 @@ WA_INLINE F from_half(Bits bits) {
 }
 template <class F, class Bits>
 WA_INLINE Bits to_half(F x) {
-    const Bits bits = bit_cast<Bits>(x), magnitude = bits & 0x7fffffffu;
-    const Bits normal = (magnitude - (112u << 23) + 0xfffu + (magnitude >> 13 & 1u)) >> 13;
+    const Bits bits = bit_cast<Bits>(x), magnitude = bits << 1 >> 1;
+    const Bits normal = (magnitude - ((112u << 23) - 0xfffu) + (bits << 18 >> 31)) >> 13;
     // Adding 0.5 leaves the rounded multiple of 2^-24 in the low bits.
     const Bits subnormal = bit_cast<Bits>(bit_cast<F>(magnitude) + 0.5f) - 0x3f000000u;
     Bits result = is_less(magnitude, 0x38800000) ? subnormal : normal;
     result = is_less(magnitude, 0x477ff000) ? result : Bits{} + 0x7c00u;  // else it rounds to 65536 or more
     result = is_less(magnitude, 0x7f800001) ? result : Bits{} + 0x7e00u;
-    return result | (bits >> 16 & 0x8000u);
+    return result | bits >> 31 << 15;
 }
 
 // Between halves and floats by the machine's own instructions, where it has them.

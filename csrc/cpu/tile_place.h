@@ -26,18 +26,21 @@ WA_INLINE void with_type(Void* tensor, DType dtype, const Run& run) {
     }
 }
 
+template <class Acc, class From, class To>
+WA_APART void convert(const From* from, To* to, uint32_t n) {
+    for_each<Acc>(n, [=](auto width, size_t i) WA_LAMBDA { store<Acc>(width, to + i, load<Acc>(width, from + i)); });
+}
+
 // n values from one place, each `from_stride` after the last, to another, each `to_stride` after the last.
 template <class Acc, class From, class To>
 WA_INLINE void copy_run(const From* from, int64_t from_stride, To* to, int64_t to_stride, uint32_t n) {
-    if (from_stride == 1 && to_stride == 1)
-        for_each<Acc>(n,
-                      [=](auto width, size_t i) WA_LAMBDA { store<Acc>(width, to + i, load<Acc>(width, from + i)); });
+    if (from_stride == 1 && to_stride == 1) convert<Acc>(from, to, n);
     else
         for (uint32_t i = 0; i < n; ++i) store<Acc>(OneValue{}, to + i * to_stride, load<Acc>(OneValue{}, from + i * from_stride));
 }
 
 template <class Acc>
-void add(const Acc* term, Acc* sum, uint32_t n) {
+WA_APART void add(const Acc* term, Acc* sum, uint32_t n) {
     for_each<Acc>(n, [=](auto width, size_t i) WA_LAMBDA {
         store<Acc>(width, sum + i, load<Acc>(width, sum + i) + load<Acc>(width, term + i));
     });
