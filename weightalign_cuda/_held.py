@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from ._checks import device_type, result_dtype
+from ._checks import autocast_dtype, device_type, result_dtype
 from ._sharded import PLAIN
 from ._streams import Made
 from .layers import Aligned
@@ -27,12 +27,29 @@ def is_whole_parameter(layer: Aligned) -> bool:
     torch's own, nor an inference tensor, whose changes torch does not count."""
     if "weight" not in layer._parameters or "gain" not in layer._parameters:
         return False
-    tensors = [t for t in (layer._parameters["weight"], layer._parameters["gain"]) if t is not None]
-    return torch.compiler.is_compiling() or all(type(t) in PLAIN and not t.is_inference() for t in tensors)
+    if torch.compiler.is_compiling():
+        return True
+    for t in (layer._parameters["weight"], layer._parameters["gain"]):
+        if type(t) not in PLAIN or (t is not None and t.is_inference()):
+            return False
+    return True
 
 
 def is_trained(layer: Aligned) -> bool:
     return any(t is not None and t.requires_grad for t in (layer._parameters["weight"], layer._parameters["gain"]))
+
+
+def _context(device_type: str) -> tuple[Any, ...]:
+    """On what it depends whether filters serve a layer, beside its own state. None of it changes between most layers of
+    a forward."""
+    return (
+        torch.is_grad_enabled(),
+        torch.is_inference_mode_enabled(),
+        torch._C._current_graph_task_id(),
+        torch._C._are_functorch_transforms_active(),
+        _saving_hook(),
+        autocast_dtype(device_type),
+    )
 
 
 def state_of_tensor(t: Tensor) -> tuple[Any, ...]:
@@ -42,11 +59,11 @@ def state_of_tensor(t: Tensor) -> tuple[Any, ...]:
 
 def state_of(layer: Aligned) -> tuple[Any, ...]:
     """What the filters are made from; they are right as long as it is the same."""
-    weight, gain = layer._parameters.get("weight"), layer._parameters.get("gain")
+    parameters = layer._parameters
+    weight, gain = parameters.get("weight"), parameters.get("gain")
     if weight is None:  # parametrized meanwhile
         return ()
-    state = *state_of_tensor(weight), layer.eps, layer.scale
-    return state if gain is None else (*state, *state_of_tensor(gain))
+    return state_of_tensor(weight), layer.eps, layer.scale, None if gain is None else state_of_tensor(gain)
 
 
 class Held:
@@ -89,11 +106,16 @@ class Forward:
         self.hook = _saving_hook()
         self.is_inference, self.wants_gradients = torch.is_inference_mode_enabled(), torch.is_grad_enabled()
         self.held: dict[Together, Held] | None = None
+        self.device_type = ""
+        self.context: tuple[Any, ...] | None = None  # in which they serve every layer that has not changed
 
     def held_for(self, together: "Together") -> Held | None:
         if together.layer not in self.layers:
             return None
         if self.held is None:
+            here = device_type(together.layer.weight)
+            context = _context(here)
+            as_at_start = self.wants_gradients, self.is_inference, self.backward, False, self.hook
             with (
                 torch.inference_mode(self.is_inference),
                 torch.set_grad_enabled(self.wants_gradients),
@@ -104,7 +126,20 @@ class Forward:
                     if filters.device not in made:
                         made[filters.device] = Made(filters.device)
                     self.held[each] = Held(filters, state, made[filters.device])
+            if context[:-1] == as_at_start and {device.type for device in made} == {here}:
+                self.device_type, self.context = here, context
         return self.held.get(together)
+
+    def filters_at_once(self, together: "Together") -> Tensor | None:
+        """Those of a layer that has not changed, where nothing else has: what `Together.held` finds, in a tenth of the
+        time."""
+        if self.context is None or self.context != _context(self.device_type):
+            return None
+        held = self.held.get(together)  # type: ignore[union-attr]
+        if held is None or held.state != state_of(together.layer):
+            return None
+        held.made.wait(held.filters)
+        return held.filters
 
     def tell(self, layer: Aligned, reason: str) -> None:
         """Once for a model."""
@@ -166,8 +201,11 @@ class Together:
         if torch.compiler.is_compiling():
             filters = self.traced.filters
         else:
-            held = self.held()
-            filters = self.kept_filters() if held is None else held.filters
+            forwards = running.forwards
+            filters = forwards[0].filters_at_once(self) if forwards else None
+            if filters is None:
+                held = self.held()
+                filters = self.kept_filters() if held is None else held.filters
         return self.layer.align_filters() if filters is None else filters
 
     def held(self) -> Held | None:

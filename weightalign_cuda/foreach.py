@@ -162,7 +162,7 @@ def _takes_part(layer: Aligned) -> bool:
     together = layer.aligned_by
     if not (isinstance(together, Together) and is_whole_parameter(layer)):
         return False
-    return torch.compiler.is_compiling() or together.held() is None
+    return torch.compiler.is_compiling() or len(running.forwards) == 1 or together.held() is None
 
 
 def _buckets(layers: list[Aligned], count: int) -> list[list[Aligned]]:
