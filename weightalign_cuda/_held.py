@@ -12,8 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from ._checks import autocast_dtype, device_type, result_dtype
-from ._sharded import PLAIN
+from ._checks import PLAIN, autocast_dtype, device_type, result_dtype
 from ._streams import Made
 from .layers import Aligned
 

@@ -5,12 +5,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ._checks import at
+from ._checks import PLAIN, at
 from ._layout import empty_result
-
-PLAIN = {Tensor, nn.Parameter, type(None)}  # None: a gain of 1
 
 
 def is_sharded(tensors: Any) -> bool:

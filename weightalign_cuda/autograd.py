@@ -25,8 +25,8 @@ def align_forward(
     if _is_transformed():
         return reference.align_forward(weights, gains, *options)
     if _wants_gradients(*weights, *gains):
-        _, *aligned, statistics = _Fused.apply(served, options, None, *weights, *gains)
-        return aligned, statistics
+        aligned = _apply(call := _Call(served, options), None, *weights, *gains)
+        return aligned, call.statistics
     with _below_autograd():
         return served.align_forward(weights, gains, *_numbered(*options))
 
@@ -38,8 +38,8 @@ def prepare_forward(
     if _is_transformed():
         return reference.prepare_forward(input, weights, gains, *options)
     if _wants_gradients(input, *weights, *gains):
-        prepared, *aligned, statistics = _Fused.apply(served, options, input, *weights, *gains)
-        return prepared, aligned, statistics
+        prepared, *aligned = _apply(call := _Call(served, options), input, *weights, *gains)
+        return prepared, aligned, call.statistics
     with _below_autograd():
         return served.prepare_forward(input, weights, gains, *_numbered(*options))
 
@@ -78,62 +78,78 @@ def _wants_gradients(*tensors: Tensor | None) -> bool:
     return False
 
 
+class _Call:
+    """The arguments of _Fused that are no tensors, and what its op gives that is not differentiable: as one more result
+    of the function it would cost as much as the op."""
+
+    __slots__ = "options", "served", "statistics"
+    statistics: Tensor
+
+    def __init__(self, served: OpSet, options: tuple[Any, ...]) -> None:
+        self.served = served  # the ops of the backend
+        self.options = options  # their arguments after the tensors
+
+
 class _Fused(torch.autograd.Function):
     """align_forward or, with an input, prepare_forward; and its derivative."""
 
     @staticmethod
-    def forward(
-        ctx: Any, served: OpSet, options: tuple[Any, ...], input: Tensor | None, *tensors: Tensor | None
-    ) -> tuple[Tensor | None, ...]:
-        """served: the ops of the backend. options: their arguments after the tensors, which are weights and as many
-        gains."""
+    def forward(ctx: Any, call: _Call, input: Tensor | None, *tensors: Tensor | None) -> tuple[Tensor, ...]:
+        """tensors: weights and as many gains."""
         count = len(tensors) // 2
         lists = tensors[:count], tensors[count:]
-        prepared = saved = None
+        served, options = call.served, call.options
         with _below_autograd():
             if input is None:
-                aligned, statistics = served.align_forward(*lists, *_numbered(*options))
+                aligned, call.statistics = served.align_forward(*lists, *_numbered(*options))
+                results = tuple(aligned)
             else:
-                prepared, aligned, statistics = served.prepare_forward(input, *lists, *_numbered(*options))
-        if input is not None and ctx.needs_input_grad[2]:
+                prepared, aligned, call.statistics = served.prepare_forward(input, *lists, *_numbered(*options))
+                results = prepared, *aligned
+        if input is not None and ctx.needs_input_grad[1]:
             # What the convolution keeps anyway, where that suffices.
-            saved = {None: None, "relu": prepared}.get(ACTIVATIONS[options[-1]], input)
+            ctx.save_for_backward({None: None, "relu": results[0]}.get(ACTIVATIONS[options[-1]], input))
             ctx.preparation = (input.dtype, memory_order(input), *options[4:])
-        ctx.save_for_backward(saved)
         # Attributes, as saved tensors are checked for changes all or none: of a list, a weight that was written to
         # after it was aligned matters only if its own result is used. Nor has checkpointing anything to drop here.
-        ctx.tensors, ctx.statistics = tensors, statistics
+        ctx.call, ctx.tensors = call, tensors
         ctx.versions = [None if t is None else t._version for t in tensors]
-        ctx.served, ctx.options = served, options
-        ctx.mark_non_differentiable(statistics)
         ctx.set_materialize_grads(False)
-        return (prepared, *aligned, statistics)
+        return results
 
     @staticmethod
-    def backward(ctx: Any, grad_prepared: Tensor | None, *grads: Tensor | None) -> tuple[Any, ...]:
-        tensors, statistics = ctx.tensors, ctx.statistics
-        count, (_, _, input_wanted, *wanted) = len(tensors) // 2, ctx.needs_input_grad
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+        tensors, (_, input_wanted, *wanted) = ctx.tensors, ctx.needs_input_grad
+        count = len(tensors) // 2
+        grad_prepared = grad_input = None
+        if len(grads) > count:
+            grad_prepared, *grads = grads  # type: ignore[assignment]
         # Frozen weights, and those whose result nobody used, take no part; nor does such an input.
         used = [i for i in range(count) if grads[i] is not None and (wanted[i] or wanted[count + i])]
         input_used = input_wanted and grad_prepared is not None
         _check_unchanged(used, tensors, ctx.versions)
         (saved,) = ctx.saved_tensors if input_used else (None,)
-        grad_input = None
+        call = ctx.call
         if torch.is_grad_enabled():
             if input_used:
                 grad_input = prepare_input_backward(grad_prepared, saved, *ctx.preparation)  # type: ignore[arg-type]
-            return None, None, grad_input, *_differentiable_gradients(ctx.options, tensors, grads, used, wanted)
+            return None, grad_input, *_differentiable_gradients(call.options, tensors, grads, used, wanted)
         if not (used or input_used):
-            return (None,) * (3 + 2 * count)
-        arguments = of_used(used, grads, tensors, statistics, ctx.options[1])
-        served = reference if _is_transformed() or any(map(_is_batched, (grad_prepared, *grads))) else ctx.served
+            return (None,) * (2 + 2 * count)
+        arguments = of_used(used, grads, tensors, call.statistics, call.options[1])
+        is_plain = _is_transformed() or any(map(_is_batched, (grad_prepared, *grads)))
+        served = reference if is_plain else call.served
         with _below_autograd():
             if input_used:
                 results = served.prepare_backward(grad_prepared, saved, *arguments, *ctx.preparation)
                 grad_input, grad_weights, grad_gains = results
             else:
                 grad_weights, grad_gains = served.align_backward(*arguments)
-        return None, None, grad_input, *in_their_places(used, tensors, grad_weights, grad_gains)
+        return None, grad_input, *in_their_places(used, tensors, grad_weights, grad_gains)
+
+
+# Function.apply itself without its Python, which is for transforms of torch.func: with these, it is not called.
+_apply = super(torch.autograd.Function, _Fused).apply
 
 
 def _check_unchanged(used: Sequence[int], tensors: Sequence[Tensor | None], versions: Sequence[int | None]) -> None:

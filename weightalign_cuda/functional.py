@@ -18,6 +18,7 @@ from ._checks import (
     check_number,
     check_weight,
     device_type,
+    is_usual,
     per_weight,
     result_dtype,
 )
@@ -56,6 +57,10 @@ def align(
     Raises:
         TypeError, ValueError: naming the argument, what came and what is wanted, before anything runs.
     """
+    if dtype is None and memory_format is torch.preserve_format and is_usual(weight, gain, eps, scale):
+        kind = device_type(weight)
+        dtype = result_dtype("weight", weight, kind, None)
+        return run("align_forward", kind, [weight], [gain], [eps], [scale], dtype, memory_format)[0][0]
     if has_torch_function((weight, gain)):
         options: dict[str, Any] = {"eps": eps, "scale": scale, "dtype": dtype, "memory_format": memory_format}
         return handle_torch_function(align, (weight, gain), weight, gain, **options)
