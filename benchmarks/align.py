@@ -1,9 +1,9 @@
 """python -m benchmarks.align: what aligning costs, against its rivals, on the convolutions of ResNet-50.
 
 Forward, backward and both, with the autograd and allocation a training step pays: each distinct weight shape alone,
-then the whole network, then the host time of calls on tiny weights. Rivals: the formula in eager PyTorch, timm's
-F.batch_norm trick, torch.compile of the formula; floors: gain * weight, the cast of a plain convolution, a flat copy.
-Writes align.jsonl (a record a line) and a plot for each dtype.
+then the whole network; the op alone beside a copy; the host's time, in calls and models that are tiny. Rivals: the
+formula in eager PyTorch, timm's F.batch_norm trick, torch.compile of the formula; floors: gain * weight, the cast of a
+plain convolution, a flat copy. Writes align.jsonl (a record a line) and a plot for each dtype.
 """
 
 import importlib.util
@@ -11,27 +11,14 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from rich.console import Console
 
 import weightalign_cuda as wa
 
-from . import command, harness, layers, machine, report
+from . import command, harness, host, layers, machine, op_alone, report
 from .harness import Case, Limits
 from .layers import Network
-from .providers import (
-    DIRECTIONS,
-    Direction,
-    Inputs,
-    Setting,
-    make_inputs,
-    ours,
-    ours_foreach,
-    providers,
-    short,
-    why_no_compile,
-)
-from .stats import spread
+from .providers import DIRECTIONS, Setting, providers, short, why_no_compile
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 NETWORK_COST = 12  # a direction of the network takes about so many times one of a layer, for the time left
@@ -50,52 +37,6 @@ def cases(network: Network, only: str | None) -> list[Case]:
     single = [Case("x".join(map(str, shape)), (shape,)) for shape in network.shapes]
     everything = [*single, Case(network.name, tuple(shape for _, shape in network.layers))]
     return command.chosen({case.name: case for case in everything}, only)
-
-
-def host_records(setting: Setting, limits: Limits) -> list[dict[str, Any]]:
-    """Wall time of calls on weights so tiny that only the host's work is left; beside them, what torch's own ops of
-    that kind take."""
-    shape = (8, 4, 1, 1)
-    one, many = make_inputs([shape], setting), make_inputs([shape] * 53, setting)
-    cuda = setting.device == "cuda"
-
-    def backward(align: Any, inputs: Inputs) -> Any:
-        return torch.autograd.grad(align(inputs.weights, inputs.gains), inputs.weights + inputs.gains, inputs.grads)
-
-    subjects = ("align, 1 weight", ours(setting), one), ("align_foreach, 53 weights", ours_foreach(setting), many)
-    calls = {}
-    for name, align, inputs in subjects:
-        forward = lambda align=align, inputs=inputs: align(inputs.weights, inputs.gains)  # noqa: E731
-        calls[f"{name}, forward without grad"] = torch.no_grad()(forward)
-        calls[f"{name}, forward with grad"] = forward
-        calls[f"{name}, forward + backward"] = lambda align=align, inputs=inputs: backward(align, inputs)
-    of_torch = {
-        "F.layer_norm, 1 weight, forward with grad": lambda: F.layer_norm(one.weights[0], shape[1:]),
-        "torch._foreach_mul, 53 weights, forward with grad": lambda: torch._foreach_mul(many.weights, 2.0),
-    }
-    calls |= of_torch
-    timers = {name: harness.wall_timer([call], cuda)[0] for name, call in calls.items()}
-    samples = harness.interleave(timers, limits)
-    common = {
-        "suite": "host", "clock": "wall", "dtype": short(setting.dtype),
-        "out_dtype": short(setting.out_dtype), "layout": "contiguous_format", "out_layout": short(setting.out_layout),
-        "shape": list(shape), "batch": None,
-    }  # fmt: skip
-    records = []
-    for name in calls:
-        inputs = many if "53" in name else one
-        direction: Direction = "both" if "backward" in name else "forward"
-        bytes_min = Case(name, (shape,) * len(inputs.weights)).bytes_min(direction, setting)
-        provider = "torch" if name in of_torch else "ours"
-        extra = {
-            "case": name,
-            "provider": provider,
-            "direction": direction,
-            "n_layers": len(inputs.weights),
-            "bytes_min": bytes_min,
-        }
-        records.append(common | extra | spread(samples[name]) | {"speedups": {}})
-    return records
 
 
 def run(
@@ -125,7 +66,10 @@ def run(
                 suite = "layer" if single else "network"
                 advance = lambda cost=cost: progress.advance(task, cost)  # noqa: E731
                 records += harness.measure(suite, case, setting, entrants, within, copy, advance=advance)
-            records += host_records(setting, limits)
+            progress.update(task, description="the op alone, and the host")
+            if device == "cpu":
+                records += op_alone.records(setting, limits)
+            records += host.records(setting, limits)
     return [{**record, **facts} for record in records], left_out
 
 

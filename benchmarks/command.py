@@ -10,7 +10,10 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from . import machine
+
 Case = TypeVar("Case")
+QUIET = 0.05  # processors that other programs may keep busy
 
 
 def parser(doc: str | None, seconds: float, cases: str) -> argparse.ArgumentParser:
@@ -39,6 +42,10 @@ def progress(console: Console) -> Progress:
 
 
 def write(records: Sequence[dict[str, Any]], path: pathlib.Path) -> None:
-    """One a line."""
+    """One a line; and a warning, if the machine was not quiet."""
+    busy = machine.others_busy()
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    path.write_text("".join(json.dumps(record | {"others_busy": busy}) + "\n" for record in records))
+    if busy is None or busy > QUIET:
+        seen = "cannot be seen here" if busy is None else f"was {busy} processors"
+        Console().print(f"[yellow]What other programs took meanwhile {seen}: repeat on a quiet machine.[/yellow]")

@@ -13,7 +13,7 @@ import pathlib
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -26,6 +26,7 @@ MAX_SETS = {"cpu": 8, "cuda": 200}
 GRAPH_BYTES = 1 << 30  # what the calls of one CUDA graph may move: their results are all kept
 Call = Callable[[], Any]
 Timer = Callable[[], float]
+Key = TypeVar("Key")
 # Largest error / largest value against float64. Gradients sum up to 4608 float32 products and, like the result, are
 # rounded to their dtype once; rivals also round in between.
 TOLERANCES = {torch.float64: 1e-12, torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
@@ -60,9 +61,9 @@ class Limits:
     seconds: float = 2.0
 
 
-def interleave(timers: dict[str, Timer], limits: Limits) -> dict[str, list[float]]:
+def interleave(timers: dict[Key, Timer], limits: Limits) -> dict[Key, list[float]]:
     """One sample of each timer a round: A B A B."""
-    samples: dict[str, list[float]] = {name: [] for name in timers}
+    samples: dict[Key, list[float]] = {name: [] for name in timers}
     collecting = gc.isenabled()
     gc.collect()
     gc.disable()

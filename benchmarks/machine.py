@@ -1,9 +1,11 @@
 """What a record says about where and when it was made."""
 
 import datetime
+import os
 import pathlib
 import platform
 import subprocess
+import time
 from typing import Any
 
 import torch
@@ -11,6 +13,29 @@ import torch
 from weightalign_cuda.ops import library
 
 ROOT = pathlib.Path(__file__).parent.parent
+
+
+def _times() -> tuple[float, float, float] | None:
+    """Seconds of all processors that any program used, that this one used, and of the clock."""
+    stat = pathlib.Path("/proc/stat")
+    if not stat.exists():
+        return None
+    user, nice, system, _, _, irq, soft_irq, stolen = map(int, stat.read_text().splitlines()[0].split()[1:9])
+    ticks = user + nice + system + irq + soft_irq + stolen
+    return ticks / os.sysconf("SC_CLK_TCK"), sum(os.times()[:4]), time.monotonic()
+
+
+_AT_IMPORT = _times()
+
+
+def others_busy() -> float | None:
+    """How many processors other programs kept busy since this file was imported, on average. While one of ours is taken
+    away, all others wait for it at OpenMP's next barrier."""
+    now = _times()
+    if now is None or _AT_IMPORT is None:
+        return None
+    everyone, own, elapsed = (after - before for before, after in zip(_AT_IMPORT, now, strict=True))
+    return round(max(everyone - own, 0) / elapsed, 2)
 
 
 def output_of(*command: str) -> str | None:

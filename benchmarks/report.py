@@ -82,8 +82,11 @@ def print_report(console: Console, records: Sequence[Record], left_out: Sequence
             name = {"ours": "", "ours per layer": ", per layer"}
             rows = [(f"{r['direction']}{name[r['provider']]}", r) for r in whole]
             console.print(table(f"align_foreach, {whole[0]['case']}, {title}", "direction", rows))
-    for r in pick(records, suite="host"):
-        console.print(f"host time: {r['case']:52}{r['p50'] * 1e6:8.1f} us", highlight=False)
+    for suite, title in (("op", "The op alone"), ("host", "The host's part")):
+        for r in [r for r in pick(records, suite=suite) if r["provider"].startswith("ours")]:
+            times = ", ".join(f"{1 / ratio['ratio']:.2f} x {rival}" for rival, ratio in r["speedups"].items())
+            what = f"{r['case']}, {r['direction']}" if suite == "op" else r["case"]
+            console.print(f"{title}: {what:56}{r['provider']:15}{r['p50'] * 1e6:9.1f} us  {times}", highlight=False)
     for line in left_out:
         console.print(f"[yellow]left out: {line}[/yellow]", highlight=False)
     console.print("Ratios: median time of the rival / of ours; yellow: the 95 % interval holds 1; red: ours is slower.")

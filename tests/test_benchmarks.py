@@ -162,7 +162,7 @@ def test_main_writes_records_and_plot(tmp_path, monkeypatch, capsys):
     assert "align_foreach, 53 weights, forward without grad" in printed
     records = [json.loads(line) for line in (tmp_path / "align.jsonl").read_text().splitlines()]
     assert all(record.keys() >= MACHINE_FIELDS for record in records)
-    assert {record["suite"] for record in records} == {"layer", "host"}
+    assert {record["suite"] for record in records} == {"layer", "op", "host"}
     assert (tmp_path / "align-cpu-float32-float32.png").stat().st_size > 10_000
 
 

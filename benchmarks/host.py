@@ -1,0 +1,124 @@
+"""The host's part: calls on weights so tiny that nothing else is left. `wa.align` beside an autograd.Function that does
+nothing, lists beside torch's own, and models of 53 tiny convolutions beside the plain one, in one process in turns."""
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import weightalign_cuda as wa
+
+from . import harness
+from .harness import Case, Limits
+from .providers import Direction, Inputs, Setting, make_inputs, ours, ours_foreach, short
+from .stats import median_ratio, spread
+
+SHAPE = (8, 4, 1, 1)
+LAYERS = 53  # as many as ResNet-50 has
+Call = Callable[[], Any]
+
+
+class Empty(torch.autograd.Function):
+    """The least that a function of two tensors written in Python costs."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, gain: Tensor) -> Tensor:
+        ctx.tensors = weight, gain
+        return weight.view_as(weight)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        return grad, ctx.tensors[1].detach()
+
+
+def records(setting: Setting, limits: Limits) -> list[dict[str, Any]]:
+    return calls_records(setting, limits) + models_records(setting, limits)
+
+
+def calls_records(setting: Setting, limits: Limits) -> list[dict[str, Any]]:
+    one, many = make_inputs([SHAPE], setting), make_inputs([SHAPE] * LAYERS, setting)
+
+    def of(align: Any, inputs: Inputs) -> dict[str, Call]:
+        forward = lambda: align(inputs.weights, inputs.gains)  # noqa: E731
+        leaves = inputs.weights + inputs.gains
+        return {
+            "forward without grad": torch.no_grad()(forward),
+            "forward with grad": forward,
+            "forward + backward": lambda: torch.autograd.grad(forward(), leaves, inputs.grads),
+        }
+
+    subjects = {
+        ("align, 1 weight", "ours"): of(ours(setting), one),
+        ("align, 1 weight", "empty"): of(lambda weights, gains: [Empty.apply(weights[0], gains[0])], one),
+        ("align, 1 weight", "layer_norm"): {
+            "forward with grad": lambda: F.layer_norm(one.weights[0], SHAPE[1:]),
+        },
+        ("align_foreach, 53 weights", "ours"): of(ours_foreach(setting), many),
+        ("align_foreach, 53 weights", "_foreach_mul"): {
+            "forward with grad": lambda: torch._foreach_mul(many.weights, 2.0),
+        },
+    }
+    calls = {
+        (f"{name}, {step}", provider): call
+        for (name, provider), steps in subjects.items()
+        for step, call in steps.items()
+    }
+    return _measured(calls, setting, limits)
+
+
+def models_records(setting: Setting, limits: Limits) -> list[dict[str, Any]]:
+    """8x8x3x3 on images of 4x4, by one thread: how many times what the plain model takes."""
+
+    def plain() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Sequential(*(nn.Conv2d(8, 8, 3, padding=1, bias=False) for _ in range(LAYERS))).to(setting.device)
+
+    image = torch.randn(1, 8, 4, 4, device=setting.device)
+    trained = {"plain": plain(), "ours per layer": wa.convert(plain()), "ours": wa.convert(plain(), foreach=True)}
+    kept = wa.convert(plain()).eval()
+    used = trained | {"ours frozen": kept, "ours folded": wa.fold(wa.convert(plain()))}
+
+    def step(model: nn.Module) -> None:
+        model.zero_grad()
+        model(image).sum().backward()
+
+    without = {
+        (f"{LAYERS} tiny convolutions, forward without grad", name): torch.no_grad()(lambda model=model: model(image))
+        for name, model in used.items()
+    }
+    steps = {
+        (f"{LAYERS} tiny convolutions, forward + backward", name): lambda model=model: step(model)
+        for name, model in trained.items()
+    }
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with ExitStack() as stack:
+            stack.enter_context(wa.frozen(kept))
+            return _measured(without | steps, setting, limits)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _measured(calls: dict[tuple[str, str], Call], setting: Setting, limits: Limits) -> list[dict[str, Any]]:
+    """Of calls by case and provider, all in turns."""
+    timers = {key: harness.wall_timer([call], setting.device == "cuda")[0] for key, call in calls.items()}
+    samples = harness.interleave(timers, limits)
+    results = []
+    for case, provider in calls:
+        count = LAYERS if str(LAYERS) in case else 1
+        direction: Direction = "both" if "backward" in case else "forward"
+        own = samples[case, provider]
+        theirs = {rival: each for (other, rival), each in samples.items() if other == case and "ours" not in rival}
+        speedups = {rival: median_ratio(each, own).to_json() for rival, each in theirs.items() if rival != provider}
+        results.append({
+            "suite": "host", "case": case, "provider": provider, "direction": direction, "clock": "wall",
+            "dtype": short(setting.dtype), "out_dtype": short(setting.out_dtype), "layout": "contiguous_format",
+            "out_layout": short(setting.out_layout), "shape": list(SHAPE), "batch": None, "n_layers": count,
+            "bytes_min": Case(case, (SHAPE,) * count).bytes_min(direction, setting),
+            **spread(own), "speedups": speedups if "ours" in provider else {},
+        })  # fmt: skip
+    return results
