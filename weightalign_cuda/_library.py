@@ -18,10 +18,10 @@ class Library:
     error: str | None = None
     architectures: tuple[int, ...] = ()  # of its CUDA kernels: 90 is sm_90
     cuda_runtime: int = 0  # 13000 is CUDA 13.0; 0: built without CUDA
-    # The instruction set of the CPU kernels that serve here: "avx2"; or what is wrong with WEIGHTALIGN_CPU.
-    cpu_kernels: Callable[[], str] = lambda: "none"
     # The newest runtime that this machine's driver serves; 0: no driver. Asking initialises CUDA.
     cuda_driver: Callable[[], int] = lambda: 0
+    # The instruction set of the CPU kernels that serve here: "avx2"; or what is wrong with WEIGHTALIGN_CPU.
+    cpu_kernels: Callable[[], str] = lambda: "none"
 
 
 def load() -> Library:
