@@ -67,20 +67,20 @@ class _Kept:
 
     def __call__(self) -> Tensor:
         layer = self.layer
-        sources = [t for t in (layer.weight, layer.gain) if t is not None]
+        weight, gain = layer.weight, layer.gain
+        sources = (weight,) if gain is None else (weight, gain)
         if (
             torch.compiler.is_compiling()
-            or any(map(torch._C._functorch.is_functorch_wrapped_tensor, sources))
-            or is_captured(layer.weight)
+            or (
+                torch._C._are_functorch_transforms_active()
+                and any(map(torch._C._functorch.is_functorch_wrapped_tensor, sources))
+            )
+            or is_captured(weight)
         ):
             return layer.align_filters()
-        made_from = (
-            *map(state_of_tensor, sources),
-            layer.eps,
-            layer.scale,
-            layer.training,
-            autocast_dtype(device_type(layer.weight)),
-        )
+        of_gain = None if gain is None else state_of_tensor(gain)
+        dtype = autocast_dtype(device_type(weight))
+        made_from = state_of_tensor(weight), of_gain, layer.eps, layer.scale, layer.training, dtype
         if made_from != self.made_from:
             # Not an inference tensor: it may be used after an inference_mode inside.
             with torch.inference_mode(False), torch.no_grad():
