@@ -5,6 +5,8 @@ import re
 import subprocess
 import sys
 
+import pytest
+
 README = pathlib.Path(__file__).parents[1] / "README.md"
 BLOCKS = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
 TRAINING = next(block for block in BLOCKS if block.startswith("# train.py"))
@@ -31,3 +33,11 @@ def test_training_script_by_two_processes(tmp_path):
 def assert_trained(processes, printed):
     losses = [float(loss) for loss in re.findall(r"loss (\d+\.\d+)", printed)]
     assert len(losses) == processes and all(0 < loss < 10 for loss in losses)
+
+
+def test_tables_are_those_of_the_records():
+    pytest.importorskip("rich")
+    from benchmarks import readme
+
+    text = README.read_text()
+    assert readme.with_tables(text) == text

@@ -16,7 +16,8 @@ struct InstructionSet {
     const Kernels* kernels;
 };
 
-// What this machine has, the best last.
+// What this machine has, the best last: the widest, whose loops have the fewest instructions. AVX2 against baseline is
+// 2.1x on Zen 3; AVX-512 against AVX2 has not been measured, least of all where it lowers the clock (Skylake).
 std::vector<InstructionSet> instruction_sets() {
     std::vector<InstructionSet> sets{{"baseline", &baseline::kKernels}};
 #ifdef WA_CPU_X86
