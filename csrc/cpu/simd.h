@@ -125,12 +125,8 @@ WA_INLINE Bits16 narrow(Vector<float> x) { return bit_cast<Bits16>(vcvt_f16_f32(
 #else
 WA_INLINE float widen(Half half) { return from_half<float, uint32_t>(half.bits); }
 WA_INLINE Half narrow(float x) { return {uint16_t(to_half<float, uint32_t>(x))}; }
-WA_INLINE Vector<float> widen(Bits16 halves) {
-    return from_half<Vector<float>, Bits32>(widened(halves));
-}
-WA_INLINE Bits16 narrow(Vector<float> x) {
-    return __builtin_convertvector(to_half<Vector<float>, Bits32>(x), Bits16);
-}
+WA_INLINE Vector<float> widen(Bits16 halves) { return from_half<Vector<float>, Bits32>(widened(halves)); }
+WA_INLINE Bits16 narrow(Vector<float> x) { return __builtin_convertvector(to_half<Vector<float>, Bits32>(x), Bits16); }
 #endif
 
 // The width of an access: a formula written once over it serves the bulk of a row and its last few values.

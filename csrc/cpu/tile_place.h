@@ -36,7 +36,8 @@ template <class Acc, class From, class To>
 WA_INLINE void copy_run(const From* from, int64_t from_stride, To* to, int64_t to_stride, uint32_t n) {
     if (from_stride == 1 && to_stride == 1) convert<Acc>(from, to, n);
     else
-        for (uint32_t i = 0; i < n; ++i) store<Acc>(OneValue{}, to + i * to_stride, load<Acc>(OneValue{}, from + i * from_stride));
+        for (uint32_t i = 0; i < n; ++i)
+            store<Acc>(OneValue{}, to + i * to_stride, load<Acc>(OneValue{}, from + i * from_stride));
 }
 
 template <class Acc>
