@@ -16,6 +16,7 @@ from test_prepare import PAIRS as PREPARED
 from truth import BF16, F16, F32, PAIRS, check_align, dense, normal
 
 import weightalign_cuda as wa
+from weightalign_cuda.ops import library
 
 TESTS = pathlib.Path(__file__).parent
 VARIABLE = "WEIGHTALIGN_CPU"
@@ -50,11 +51,13 @@ def check_errors():
         wanted = f"{VARIABLE}: expected one of {', '.join(HERE)} (what this machine has), got '{name}'"
         with pytest.raises(RuntimeError, match=re.escape(wanted)):
             wa.align(torch.ones(2, 2))
+        assert wanted in library.cpu_kernels()
     os.environ[VARIABLE] = asked
 
 
 def check_all():
     check_errors()
+    assert library.cpu_kernels() == os.environ[VARIABLE]
     assert keeps_payload() == (os.environ[VARIABLE] != "baseline")
     check_values()
     check_conversions()

@@ -116,6 +116,8 @@ def test_part_outside_of_the_inference_mode(device, log):
         with torch.inference_mode(False), torch.enable_grad():
             inside.append(x.clone().requires_grad_())
             inside.append(block[2](inside[-1]))
+        with torch.inference_mode(False), torch.no_grad():
+            assert not block[2].aligned_filters().is_inference()
         return inside[-1].detach()
 
     for foreach in (True, False):

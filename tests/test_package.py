@@ -27,6 +27,7 @@ def test_command():
     assert done.returncode == 0, done.stderr
     for expected in (f"weightalign_cuda {wa.__version__}", f"torch {torch.__version__}", "compiled architectures"):
         assert expected in " ".join(done.stdout.split())
+    assert f"CPU kernels {library.cpu_kernels()} " in " ".join(done.stdout.split())
     for name, state in wa.backends().items():
         assert f"backend {name} {state}" in " ".join(done.stdout.split())
 
@@ -128,12 +129,14 @@ def test_with_a_library_that_does_not_load(tmp_path):
 
 OF_ENVIRONMENT = """
 import os, sys, torch
+before = set(sys.modules)
 try:
     import weightalign_cuda
 except ValueError as refused:
     print(refused)
 os.environ["WEIGHTALIGN_BACKEND"] = "reference"
 import weightalign_cuda as wa
+print([name for name in ("torch._dynamo", "triton") if name in set(sys.modules) - before])
 from weightalign_cuda import _backend
 print(_backend.choose("cpu"))
 with wa.use_backend("cpu"):
@@ -144,6 +147,7 @@ with wa.use_backend("cpu"):
 def test_environment_variable():
     done = python("-c", OF_ENVIRONMENT, WEIGHTALIGN_BACKEND="gpu")
     assert done.returncode == 0, done.stderr
-    refused, chosen, used = done.stdout.splitlines()
+    refused, heavy, chosen, used = done.stdout.splitlines()
+    assert heavy == "[]"  # they take longer to import than all the rest
     assert refused == "WEIGHTALIGN_BACKEND: expected one of cuda, cpu, triton, reference, got 'gpu'"
     assert (chosen, used) == ("reference", "cpu")  # use_backend goes before it
