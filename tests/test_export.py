@@ -37,6 +37,7 @@ LAYERS = {
         wa.WAConv2d(3, 4, 3, padding=1, padding_mode="reflect", activation="relu"),
         wa.WAConv2d(4, 4, 3, padding=1, padding_mode="circular"),
         wa.WAConv2d(4, 4, 3, padding="same", activation="silu", eps=0.7),
+        wa.WAConv2d(4, 4, (2, 3), padding=1, eps=0.4, scale=1.2),  # nothing but an alignment
         wa.WAConvTranspose2d(4, 6, 3, groups=2, activation="silu", scale=0.6),
     ),
     "foreach": lambda: wa.convert(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3)), foreach=True),
