@@ -133,10 +133,37 @@ def _get_stashed() -> tuple[str | None, int]:
 
 
 def _stash(name_and_thread: tuple[str | None, int]) -> None:
-    count = sys.getrefcount(name_and_thread)
-    torch._C._stash_obj_in_tls(_STASH, name_and_thread)
-    if sys.getrefcount(name_and_thread) == count:  # torch 2.11 keeps it without a reference of its own
-        ctypes.pythonapi.Py_IncRef(ctypes.py_object(name_and_thread))
+    pair = _kept(*name_and_thread)
+    _give_references(pair, 1)
+    torch._C._stash_obj_in_tls(_STASH, pair)
+
+
+@functools.cache
+def _kept(name: str | None, thread: int) -> tuple[str | None, int]:
+    """The one such pair, for good, with references to spare: torch 2.11 gives back now and then more than one for each
+    time that it was stashed."""
+    pair = (name, thread)
+    _give_references(pair, 1 << 14)
+    return pair
+
+
+def _give_references(pair: Any, count: int) -> None:
+    """To torch 2.11, which stashes an object without a reference of its own, and gives one back all the same."""
+    if not _torch_counts_references():
+        for _ in range(count):
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(pair))
+
+
+@functools.cache
+def _torch_counts_references() -> bool:
+    """Asked once, of an object that nobody else has: other threads change the count of any other meanwhile."""
+    probe = (object(),)
+    count = sys.getrefcount(probe)
+    torch._C._stash_obj_in_tls(f"{_STASH}_probe", probe)
+    if sys.getrefcount(probe) > count:
+        return True
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(probe))
+    return False
 
 
 def _get_forced() -> str | None:
