@@ -26,6 +26,7 @@ ALIGN = {
     "integer gain": ((W, G.int()), {}, TypeError, f"gain: {FLOATS}torch.int32"),
     "sparse gain": ((W, G.to_sparse()), {}, TypeError, "gain: expected a strided tensor, got layout torch.sparse_coo"),
     "long gain": ((W, W[0]), {}, ValueError, "gain: expected shape (4,)...got (9,)"),
+    "gain like the weight": ((W, W), {}, ValueError, "gain: expected shape (4,)...got (4, 9)"),
     "gain in a row": (
         (IMAGE, G.view(1, 4, 1, 1)), {}, ValueError, "gain: expected shape (4,)...got (1, 4, 1, 1)"),
     "gain elsewhere": ((W, G.to("meta")), {}, ValueError, "gain: expected the weight's device cpu, got meta"),
