@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 import torch
 
 from .layers import Shape
-from .providers import DIRECTIONS, Direction, Inputs, Provider, Setting, make_inputs, short
+from .providers import DIRECTIONS, Direction, Inputs, Provider, Setting, make_inputs
 from .stats import Ratio, median_ratio, quantiles, spread
 
 MIN_ROUNDS = 10
@@ -226,8 +226,7 @@ def measure(
                 samples = interleave({name: timer for name, (timer, _) in pairs.items()}, limits)
                 common = {
                     "suite": suite, "case": case.name, "direction": direction, "clock": clock,
-                    "dtype": short(setting.dtype), "out_dtype": short(setting.out_dtype),
-                    "layout": "contiguous_format", "out_layout": short(setting.out_layout),
+                    **setting.fields,
                     "shape": list(case.shapes[0]) if len(case.shapes) == 1 else None, "n_layers": len(case.shapes),
                     "batch": None, "bytes_min": bytes_min, "sets": sets,
                     "bytes_rotated": sets * footprint,

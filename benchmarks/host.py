@@ -1,8 +1,6 @@
 """The host's part: calls on weights so tiny that nothing else is left. `wa.align` beside an autograd.Function that does
 nothing, lists beside torch's own, and models of 53 tiny convolutions beside the plain one, in one process in turns."""
 
-from collections.abc import Callable
-from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -12,13 +10,12 @@ from torch import Tensor, nn
 import weightalign_cuda as wa
 
 from . import harness
-from .harness import Case, Limits
-from .providers import Direction, Inputs, Setting, make_inputs, ours, ours_foreach, short
+from .harness import Call, Case, Limits
+from .providers import Direction, Inputs, Setting, make_inputs, ours, ours_foreach
 from .stats import median_ratio, spread
 
 SHAPE = (8, 4, 1, 1)
 LAYERS = 53  # as many as ResNet-50 has
-Call = Callable[[], Any]
 
 
 class Empty(torch.autograd.Function):
@@ -62,7 +59,7 @@ def calls_records(setting: Setting, limits: Limits) -> list[dict[str, Any]]:
         },
     }
     calls = {
-        (f"{name}, {step}", provider): call
+        (Case(f"{name}, {step}", (SHAPE,) * (LAYERS if "foreach" in name else 1)), provider): call
         for (name, provider), steps in subjects.items()
         for step, call in steps.items()
     }
@@ -76,6 +73,7 @@ def models_records(setting: Setting, limits: Limits) -> list[dict[str, Any]]:
         torch.manual_seed(0)
         return nn.Sequential(*(nn.Conv2d(8, 8, 3, padding=1, bias=False) for _ in range(LAYERS))).to(setting.device)
 
+    shapes = ((8, 8, 3, 3),) * LAYERS
     image = torch.randn(1, 8, 4, 4, device=setting.device)
     trained = {"plain": plain(), "ours per layer": wa.convert(plain()), "ours": wa.convert(plain(), foreach=True)}
     kept = wa.convert(plain()).eval()
@@ -85,40 +83,34 @@ def models_records(setting: Setting, limits: Limits) -> list[dict[str, Any]]:
         model.zero_grad()
         model(image).sum().backward()
 
-    without = {
-        (f"{LAYERS} tiny convolutions, forward without grad", name): torch.no_grad()(lambda model=model: model(image))
-        for name, model in used.items()
-    }
-    steps = {
-        (f"{LAYERS} tiny convolutions, forward + backward", name): lambda model=model: step(model)
-        for name, model in trained.items()
-    }
+    forward, both = (
+        Case(f"{LAYERS} tiny convolutions, {what}", shapes) for what in ("forward without grad", "forward + backward")
+    )
+    without = {(forward, name): torch.no_grad()(lambda model=model: model(image)) for name, model in used.items()}
+    steps = {(both, name): lambda model=model: step(model) for name, model in trained.items()}
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        with ExitStack() as stack:
-            stack.enter_context(wa.frozen(kept))
+        with wa.frozen(kept):
             return _measured(without | steps, setting, limits)
     finally:
         torch.set_num_threads(threads)
 
 
-def _measured(calls: dict[tuple[str, str], Call], setting: Setting, limits: Limits) -> list[dict[str, Any]]:
+def _measured(calls: dict[tuple[Case, str], Call], setting: Setting, limits: Limits) -> list[dict[str, Any]]:
     """Of calls by case and provider, all in turns."""
     timers = {key: harness.wall_timer([call], setting.device == "cuda")[0] for key, call in calls.items()}
     samples = harness.interleave(timers, limits)
     results = []
     for case, provider in calls:
-        count = LAYERS if str(LAYERS) in case else 1
-        direction: Direction = "both" if "backward" in case else "forward"
+        direction: Direction = "both" if "backward" in case.name else "forward"
         own = samples[case, provider]
         theirs = {rival: each for (other, rival), each in samples.items() if other == case and "ours" not in rival}
         speedups = {rival: median_ratio(each, own).to_json() for rival, each in theirs.items() if rival != provider}
         results.append({
-            "suite": "host", "case": case, "provider": provider, "direction": direction, "clock": "wall",
-            "dtype": short(setting.dtype), "out_dtype": short(setting.out_dtype), "layout": "contiguous_format",
-            "out_layout": short(setting.out_layout), "shape": list(SHAPE), "batch": None, "n_layers": count,
-            "bytes_min": Case(case, (SHAPE,) * count).bytes_min(direction, setting),
-            **spread(own), "speedups": speedups if "ours" in provider else {},
+            "suite": "host", "case": case.name, "provider": provider, "direction": direction, "clock": "wall",
+            **setting.fields, "shape": list(case.shapes[0]), "batch": None, "n_layers": len(case.shapes),
+            "bytes_min": case.bytes_min(direction, setting), **spread(own),
+            "speedups": speedups if "ours" in provider else {},
         })  # fmt: skip
     return results

@@ -11,7 +11,7 @@ import weightalign_cuda as wa
 
 from . import harness
 from .harness import Limits
-from .providers import EPS, Direction, Setting, make_inputs, short
+from .providers import EPS, Direction, Setting, make_inputs
 from .stats import median_ratio, spread
 
 SHAPES = {"L1": (16, 16, 3, 3), "L2": (128, 128, 3, 3), "memory": (2048, 1024, 1, 1)}
@@ -36,7 +36,7 @@ def _records_of(
     inputs = make_inputs([shape], setting)
     (weight,), (gain,), (grad,) = inputs.weights, inputs.gains, inputs.grads
     options = [EPS], [1.0], setting.out_dtype, torch.preserve_format
-    with torch.no_grad(), torch._C._AutoDispatchBelowAutograd(), wa.use_backend(setting.device):
+    with torch.no_grad(), torch._C._AutoDispatchBelowAutograd():
         _, statistics = wa.ops.native.align_forward([weight], [gain], *options)
         calls: dict[tuple[Direction, str], Callable[[], Any]] = {
             ("forward", "ours"): lambda: wa.ops.native.align_forward([weight], [gain], *options),
@@ -52,8 +52,7 @@ def _records_of(
         case = f"{'x'.join(map(str, shape))} ({where}), {threads} thread{'s' * (threads > 1)}"
         results.append({
             "suite": "op", "case": case, "provider": "ours", "direction": direction, "clock": "wall",
-            "dtype": short(setting.dtype), "out_dtype": short(setting.out_dtype), "layout": "contiguous_format",
-            "out_layout": short(setting.out_layout), "shape": list(shape), "batch": None, "n_layers": 1,
+            **setting.fields, "shape": list(shape), "batch": None, "n_layers": 1,
             "bytes_min": math.prod(shape) * setting.dtype.itemsize * (2 if direction == "forward" else 3),
             **spread(ours), "speedups": {rival: median_ratio(theirs, ours).to_json()},
         })  # fmt: skip

@@ -38,6 +38,16 @@ class Setting:
         layout = "" if self.out_layout == torch.preserve_format else f" {short(self.out_layout)}"
         return f"{short(self.dtype)} -> {short(self.out_dtype)}{layout}"
 
+    @property
+    def fields(self) -> dict[str, str]:
+        """Of records."""
+        return {
+            "dtype": short(self.dtype),
+            "out_dtype": short(self.out_dtype),
+            "layout": "contiguous_format",
+            "out_layout": short(self.out_layout),
+        }
+
 
 @dataclass
 class Inputs:

@@ -62,7 +62,12 @@ def state_of(layer: Aligned) -> tuple[Any, ...]:
     weight, gain = parameters.get("weight"), parameters.get("gain")
     if weight is None:  # parametrized meanwhile
         return ()
-    return state_of_tensor(weight), layer.eps, layer.scale, None if gain is None else state_of_tensor(gain)
+    return state_with(layer, weight, gain)
+
+
+def state_with(layer: Aligned, weight: Tensor, gain: Tensor | None) -> tuple[Any, ...]:
+    """The same of a layer whose weight and gain are these, which something may make at each use."""
+    return state_of_tensor(weight), None if gain is None else state_of_tensor(gain), layer.eps, layer.scale
 
 
 class Held:
@@ -130,8 +135,8 @@ class Forward:
         return self.held.get(together)
 
     def filters_at_once(self, together: "Together") -> Tensor | None:
-        """Those of a layer that has not changed, where nothing else has: what `Together.held` finds, in a tenth of the
-        time."""
+        """Those of a layer that has not changed, where nothing else has: what `Together.held` finds, for
+        one comparison."""
         if self.context is None or self.context != _context(self.device_type):
             return None
         held = self.held.get(together)  # type: ignore[union-attr]

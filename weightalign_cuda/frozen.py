@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from ._checks import autocast_dtype, check_module, device_type
-from ._held import state_of_tensor
+from ._held import state_with
 from ._streams import Made, is_captured
 from .layers import Aligned, aligned_by, aligned_layers
 
@@ -78,9 +78,7 @@ class _Kept:
             or is_captured(weight)
         ):
             return layer.align_filters()
-        of_gain = None if gain is None else state_of_tensor(gain)
-        dtype = autocast_dtype(device_type(weight))
-        made_from = state_of_tensor(weight), of_gain, layer.eps, layer.scale, layer.training, dtype
+        made_from = state_with(layer, weight, gain), layer.training, autocast_dtype(device_type(weight))
         if made_from != self.made_from:
             # Not an inference tensor: it may be used after an inference_mode inside.
             with torch.inference_mode(False), torch.no_grad():

@@ -57,22 +57,18 @@ def align(
     Raises:
         TypeError, ValueError: naming the argument, what came and what is wanted, before anything runs.
     """
-    if dtype is None and memory_format is torch.preserve_format and is_usual(weight, gain, eps, scale):
-        kind = device_type(weight)
-        dtype = result_dtype("weight", weight, kind, None)
-        return run("align_forward", kind, [weight], [gain], [eps], [scale], dtype, memory_format)[0][0]
-    if has_torch_function((weight, gain)):
+    if memory_format is not torch.preserve_format or not is_usual(weight, gain, eps, scale):
         options: dict[str, Any] = {"eps": eps, "scale": scale, "dtype": dtype, "memory_format": memory_format}
-        return handle_torch_function(align, (weight, gain), weight, gain, **options)
-    check_weight("weight", weight)
-    check_memory_format(memory_format, weight.dim())
-    if gain is not None:
-        check_gain("gain", gain, weight)
-    check_number("eps", eps, positive=True)
-    check_number("scale", scale)
-    if is_sharded((weight, gain)):
-        options = {"eps": eps, "scale": scale, "dtype": dtype, "memory_format": memory_format}
-        return align_shards(align_foreach, [weight], [gain], [None], **options)[0]
+        if has_torch_function((weight, gain)):
+            return handle_torch_function(align, (weight, gain), weight, gain, **options)
+        check_weight("weight", weight)
+        check_memory_format(memory_format, weight.dim())
+        if gain is not None:
+            check_gain("gain", gain, weight)
+        check_number("eps", eps, positive=True)
+        check_number("scale", scale)
+        if is_sharded((weight, gain)):
+            return align_shards(align_foreach, [weight], [gain], [None], **options)[0]
     kind = device_type(weight)
     dtype = result_dtype("weight", weight, kind, dtype)
     return run("align_forward", kind, [weight], [gain], [eps], [scale], dtype, memory_format)[0][0]
