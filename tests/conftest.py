@@ -1,7 +1,8 @@
 """Which tests run here, and the fixtures they share.
 
-A test file that needs a package which is not installed is left out, and named in the summary; with
-WEIGHTALIGN_TESTS=all that is an error.
+A test file that needs a package which is not installed is left out, and named in the summary. So are slow tests, other
+cases of which always run, unless -m asks for them. With WEIGHTALIGN_TESTS=all every test runs, and a package that is not
+installed is an error.
 """
 
 import importlib.util
@@ -55,7 +56,8 @@ left_out = {
     if (absent := [package for package in needed if importlib.util.find_spec(package) is None])
 }
 collect_ignore = [*left_out, *(["test_cuda.py"] if DEVICE == "cpu" else [])]
-if left_out and os.environ.get("WEIGHTALIGN_TESTS") == "all":
+ALL = os.environ.get("WEIGHTALIGN_TESTS") == "all"
+if left_out and ALL:
     raise pytest.UsageError(f"WEIGHTALIGN_TESTS=all, but packages are not installed: {left_out}")
 
 if importlib.util.find_spec("hypothesis"):
@@ -67,7 +69,14 @@ if importlib.util.find_spec("hypothesis"):
     settings.load_profile("same")
 
 
+def pytest_configure(config):
+    if not ALL and not config.option.markexpr:
+        config.option.markexpr = "not slow"
+
+
 def pytest_terminal_summary(terminalreporter):
+    if terminalreporter.config.option.markexpr == "not slow":
+        terminalreporter.write_line("left out: slow tests, which -m slow or WEIGHTALIGN_TESTS=all runs")
     if DEVICE == "cpu":
         terminalreporter.write_line("left out: tests/test_cuda.py, for torch sees no CUDA device")
     for name, absent in left_out.items():

@@ -271,7 +271,7 @@ def _align_in_child(queue):
     queue.put(bits_of_an_aligned_weight())
 
 
-@pytest.mark.parametrize("method", ["fork", "spawn"])
+@pytest.mark.parametrize("method", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])
 def test_child_process(method):
     """After this process used all its threads, which a forked one does not have."""
     here = bits_of_an_aligned_weight()

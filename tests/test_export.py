@@ -75,9 +75,12 @@ def test_traced(quiet, model):
     assert_agrees(torch.jit.trace(model, normal(1, 3, 32, 33)), model)
 
 
-@pytest.mark.parametrize("is_folded", [True, False])
-@pytest.mark.parametrize("dynamo", [True, False])
-def test_onnx(quiet, model, is_folded, dynamo, tmp_path):
+EXPORTS = [(True, True), (False, False)]
+ALSO = [pytest.param(*others, marks=pytest.mark.slow) for others in [(True, False), (False, True)]]
+
+
+@pytest.mark.parametrize(("dynamo", "is_folded"), EXPORTS + ALSO)
+def test_onnx(quiet, model, dynamo, is_folded, tmp_path):
     path, image = tmp_path / "model.onnx", normal(1, 3, 32, 33)
     if dynamo:
         any_size = torch.export.Dim.DYNAMIC

@@ -315,7 +315,10 @@ def prepare_arguments(x, w, g, activation):
     return x, [w], [g], [1e-5], [1.0], F32, LAST, [1, 2, 0, 1], 1, activation
 
 
-@pytest.mark.parametrize(("activation", "gain"), [(0, True), (1, False), (3, True)])
+@pytest.mark.parametrize(
+    ("activation", "gain"),
+    [(3, True), *(pytest.param(*few, marks=pytest.mark.slow) for few in [(0, True), (1, False)])],
+)
 def test_opcheck(ops, device, activation, gain):
     x, w = normal(2, 3, 4, 5, device=device).requires_grad_(), normal(4, 3, 3, 3, device=device).requires_grad_()
     g = normal(4, device=device).requires_grad_() if gain else None

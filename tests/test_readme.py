@@ -24,6 +24,7 @@ def test_examples(tmp_path):
     assert_trained(1, run("examples.py", cwd=tmp_path))
 
 
+@pytest.mark.slow
 def test_training_script_by_two_processes(tmp_path):
     (tmp_path / "train.py").write_text(TRAINING)
     command = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "train.py"]

@@ -62,7 +62,7 @@ def resources(architecture):
     return json.loads(subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE).stdout)
 
 
-@pytest.mark.parametrize("architecture", [80, 90, 100])
+@pytest.mark.parametrize("architecture", [90, *(pytest.param(a, marks=pytest.mark.slow) for a in (80, 100))])
 def test_registers_spills_shared_memory_and_accesses(architecture):
     """One test, for compiling takes most of a minute."""
     kernels = resources(architecture)
