@@ -1,8 +1,8 @@
 """Which tests run here, and the fixtures they share.
 
-A test file that needs a package which is not installed is left out, and named in the summary. So are slow tests, other
-cases of which always run, unless -m asks for them. With WEIGHTALIGN_TESTS=all every test runs, and a package that is not
-installed is an error.
+A test file that needs a package which is not installed is left out, and named in the summary. Slow cases of a test
+whose other cases always run are left out as well, unless -m asks for them. With WEIGHTALIGN_TESTS=all every test runs,
+and a package that is not installed is an error.
 """
 
 import importlib.util
