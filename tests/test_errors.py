@@ -121,7 +121,7 @@ PREPARE = {
         "memory_format: torch.channels_last_3d is for rank 5, got a weight of rank 4"),
     "activation": (
         (X, IMAGE), {"activation": "tanh"}, ValueError,
-        "activation: expected None, 'relu', 'silu' or 'gelu', got 'tanh'"),
+        "activation: expected None, 'relu', 'silu', 'gelu' or 'hardswish', got 'tanh'"),
     "mode": (
         (X, IMAGE), {"padding_mode": "constant"}, ValueError,
         "padding_mode: expected one of zeros, reflect, replicate, circular, got 'constant'"),

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from truth import BF16, F32, F64, formula, normal
+from truth import ACTIVATIONS, BF16, F32, F64, formula, normal
 from varied import vary
 
 import weightalign_cuda as wa
@@ -186,7 +186,7 @@ def truth(layer, arguments, image, eps=1e-5, scale=1.0):
     return torch.func.functional_call(plain, leaves, image)
 
 
-@pytest.mark.parametrize("activation", [None, "relu", "silu", "gelu"])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_every_layer_against_torch(backend, device, case, activation):
     cls, arguments, shape = case
     layer = cls(*arguments, eps=1e-3, scale=1.5, activation=activation, device=device, dtype=F64)
@@ -233,7 +233,7 @@ def test_every_layer_on_meta_and_copied(case):
 
 def test_activation_is_shown_and_checked():
     assert repr(wa.WALinear(3, 2, activation="gelu")).endswith("bias=True, eps=1e-05, activation=gelu)")
-    with pytest.raises(ValueError, match="activation: expected None, 'relu', 'silu' or 'gelu', got 'tanh'"):
+    with pytest.raises(ValueError, match=r"activation: expected None, 'relu', .* or .*, got 'tanh'"):
         wa.WAConv1d(3, 2, 3, activation="tanh")
     with pytest.raises(ValueError, match="eps: expected a finite number greater than 0, got 0"):
         wa.WAConvTranspose1d(3, 2, 3, eps=0)

@@ -21,7 +21,8 @@ def compiled(architecture):
     from triton.backends.compiler import GPUTarget
 
     from weightalign_cuda import triton_kernels
-    from weightalign_cuda.triton_input_kernels import GELU, REFLECT, TILE
+    from weightalign_cuda.triton_activations import gelu
+    from weightalign_cuda.triton_input_kernels import REFLECT, TILE
     from weightalign_cuda.triton_launch import OPTIONS, TYPES
 
     cuobjdump = pathlib.Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
@@ -33,7 +34,8 @@ def compiled(architecture):
         from_, to = (weight, aligned) if kernel is triton_kernels.forward else (aligned, weight)
         constants = {"WEIGHT": weight, "ALIGNED": aligned, "ACC": weight, "FROM": from_, "TO": to, "SAVED": to}
         constants |= {"FROM_BY_CHANNELS": True, "TO_BY_CHANNELS": False, "SAVED_BY_CHANNELS": False}
-        constants |= {"MODE": REFLECT, "ACTIVATION": GELU, "CHANNELS": 32, "POSITIONS": TILE // 32}
+        constants |= {"MODE": REFLECT, "ACTIVATION": gelu, "SAVED_IS_RESULT": False}
+        constants |= {"CHANNELS": 32, "POSITIONS": TILE // 32}
         constants = {name: constants[name] for name in kernel.arg_names if name in constants}
         signature = {name: "constexpr" if name in constants else f"*{weight}" for name in kernel.arg_names}
         source = triton.compiler.ASTSource(kernel, signature | {"table": "*i64"}, constants)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ._export import wants_plain_operations
 from ._layout import CHANNELS_LAST_RANK
-from .reference_input import ACTIVATIONS
+from .reference_activations import ACTIVATIONS
 
 PLAIN = {Tensor, nn.Parameter, type(None)}  # classes that no function is overridden for; None: a gain of 1
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -108,7 +108,8 @@ def check_number(name: str, value: Any, positive: bool = False, index: int | Non
 
 def check_activation(activation: Any) -> None:
     if activation not in ACTIVATIONS:
-        raise ValueError(f"activation: expected None, 'relu', 'silu' or 'gelu', got {activation!r}")
+        *names, last = map(repr, ACTIVATIONS)
+        raise ValueError(f"activation: expected {', '.join(names)} or {last}, got {activation!r}")
 
 
 def per_weight(name: str, value: Any, count: int, positive: bool = False) -> list[float]:

@@ -13,7 +13,8 @@ from . import ops, reference
 from ._export import wants_plain_operations
 from ._layout import memory_order
 from .ops import OpSet
-from .reference_input import ACTIVATIONS, prepare_input_backward
+from .reference_activations import find
+from .reference_input import prepare_input_backward
 
 _below_autograd = torch._C._AutoDispatchBelowAutograd
 
@@ -107,8 +108,9 @@ class _Fused(torch.autograd.Function):
                 prepared, aligned, call.statistics = served.prepare_forward(input, *lists, *_numbered(*options))
                 results = prepared, *aligned
         if input is not None and ctx.needs_input_grad[1]:
-            # What the convolution keeps anyway, where that suffices.
-            ctx.save_for_backward({None: None, "relu": results[0]}.get(ACTIVATIONS[options[-1]], input))
+            activation = find(options[-1])
+            # The result where that suffices: the convolution keeps it alive anyway.
+            ctx.save_for_backward(activation and (results[0] if activation.is_from_result else input))
             ctx.preparation = (input.dtype, memory_order(input), *options[4:])
         # Attributes, as saved tensors are checked for changes all or none: of a list, a weight that was written to
         # after it was aligned matters only if its own result is used. Nor has checkpointing anything to drop here.

@@ -23,7 +23,7 @@ from ._checks import (
 )
 from ._export import wants_plain_operations
 from ._layout import CHANNELS_LAST_RANK, looks_channels_last
-from .reference_input import ACTIVATIONS
+from .reference_activations import ACTIVATIONS
 
 
 def prepare(
@@ -52,7 +52,7 @@ def prepare(
             convolution exactly if the mode is "zeros" and every dimension has as much before as after: the result is
             then unpadded. Otherwise it is padded, and the convolution's padding is to be 0.
         padding_mode: "zeros", "reflect", "replicate" or "circular", within torch's limits on sizes.
-        activation: None, "relu", "silu" or "gelu" (exact, with erf), of the input, before anything else.
+        activation: None, "relu", "silu", "gelu" (exact, with erf) or "hardswish", of the input, before anything else.
         dtype: of both results. Default: autocast's where it is on for the device and the weight is not float64, else
             that of input and weight, which then must be the same. float64 goes to float64 only.
         memory_format: of both results. Default: channels_last(_3d) if either has such strides, as torch's convolutions

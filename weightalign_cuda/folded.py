@@ -6,7 +6,8 @@ from torch import Tensor, nn
 
 from ._fx import Proxy, call_module
 from ._padding import same_tf
-from .reference_input import activate, pad
+from .reference_activations import activate
+from .reference_input import pad
 
 
 class Folded(nn.Module):

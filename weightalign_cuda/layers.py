@@ -15,7 +15,7 @@ from ._checks import check_activation, check_number
 from ._fx import Proxy, call_module
 from .convolution import convolve, prepare_convolution
 from .functional import align
-from .reference_input import activate
+from .reference_activations import activate
 
 
 class Aligned(nn.Module):
@@ -231,8 +231,8 @@ class WAConv2d(_Convolution, nn.Conv2d):
         padding: also "same_tf", TensorFlow's "same", for any stride.
         eps: added to n/2 * var of each filter; see `weightalign_cuda.align`.
         scale: a constant factor of the aligned weight.
-        activation: None, "relu", "silu" or "gelu" (exact, with erf), of the layer's input. Like any padding but
-            symmetric zeros, it takes place in the launch that aligns the weight.
+        activation: None, "relu", "silu", "gelu" (exact, with erf) or "hardswish", of the layer's input. Like any
+            padding but symmetric zeros, it takes place in the launch that aligns the weight.
 
     Attributes:
         weight: (C_out, C_in / groups, kernel...), not aligned.

@@ -9,7 +9,8 @@ whole list are one tensor (filters,) of the same dtype.
 prepare_* do what align_* do and, in the same launch, prepare a convolution's input (N, C, spatial...): activation, cast
 to `dtype`, padding, and layout: channels_last(_3d) if that is `memory_format` and fits the rank, else contiguous.
 `padding` holds before and after for each spatial dimension; `padding_mode` and `activation` are the places of their
-names in `reference_input`. `saved`: with relu the prepared input, with silu and gelu the input, else nothing.
+names in `reference_input` and `reference_activations`. `saved`: what the activation's derivative comes from, the
+prepared input or the input; nothing without an activation.
 `input_order`: the dimensions of the input's gradient, outermost first in memory.
 """
 

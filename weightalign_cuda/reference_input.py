@@ -1,6 +1,5 @@
 """The input's part of prepare in plain PyTorch: activation, cast, padding, layout, and the gradient of all that."""
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -9,14 +8,9 @@ from torch import Tensor
 
 from ._export import wants_plain_operations
 from ._layout import empty_in, empty_permuted, statistics_dtype
+from .reference_activations import ACTIVATIONS, activate, find
 
-# The ops know these by number.
-PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
-ACTIVATIONS = (None, "relu", "silu", "gelu")
-
-
-def activate(x: Tensor, activation: str | None) -> Tensor:
-    return x if activation is None else getattr(F, activation)(x)
+PADDING_MODES = ("zeros", "reflect", "replicate", "circular")  # the ops know them by number
 
 
 def pad(x: Tensor, padding: Sequence[int], mode: str) -> Tensor:
@@ -56,20 +50,20 @@ def prepare_input_backward(
 
     Args:
         grad: of the prepared input, any dtype and strides.
-        saved: with relu the prepared input, with silu and gelu the input, else None.
+        saved: what the activation's derivative comes from, the prepared input or the input; None without activation.
         input_dtype, input_order: of the result: its dtype, and its dimensions outermost first in memory.
     """
     g = grad.to(statistics_dtype(input_dtype))
     pairs = list(zip(padding[::2], padding[1::2], strict=True))
     for dim, (before, after) in enumerate(pairs, start=2):
         g = _unpad(g, dim, before, after, PADDING_MODES[padding_mode])
-    kind = ACTIVATIONS[activation]
-    if saved is not None and kind == "relu":
-        for dim, (before, _) in enumerate(pairs, start=2):
-            saved = saved.narrow(dim, before, g.shape[dim])
-        g = g.where(saved.gt(0), 0)
-    elif saved is not None and kind is not None:
-        g = g * _derivative(kind, saved.to(g.dtype))
+    if formula := find(activation):
+        if formula.is_from_result:
+            for dim, (before, _) in enumerate(pairs, start=2):
+                saved = saved.narrow(dim, before, g.shape[dim])  # type: ignore[union-attr]
+        derivative = formula.derivative(saved.to(g.dtype))  # type: ignore[union-attr]
+        # A gradient that meets a derivative of 0 becomes 0 whatever it is.
+        g = (g * derivative).where(derivative != 0, 0)
     return empty_permuted(g, g.shape, input_order, input_dtype).copy_(g)
 
 
@@ -90,11 +84,3 @@ def _unpad(g: Tensor, dim: int, before: int, after: int, mode: str) -> Tensor:
         interior.narrow(dim, size - before, before).add_(head)
         interior.narrow(dim, 0, after).add_(tail)
     return interior
-
-
-def _derivative(kind: str, x: Tensor) -> Tensor:
-    if kind == "silu":  # x * s(x)
-        s = x.sigmoid()
-        return s * (1 + x * (1 - s))
-    # x * Phi(x), Phi the standard normal distribution
-    return (1 + (x * 0.5**0.5).erf()) / 2 + x * (x.square() / -2).exp() * (2 * math.pi) ** -0.5

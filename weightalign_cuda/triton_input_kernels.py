@@ -15,7 +15,6 @@ import triton
 import triton.language as tl
 
 ZEROS, REFLECT, REPLICATE, CIRCULAR = (tl.constexpr(i) for i in range(4))  # the op's numbers
-NONE, RELU, SILU, GELU = (tl.constexpr(i) for i in range(4))  # gelu: exact, with erf
 TILE = 2048
 
 # The input's numbers in the table, and how many each of them is. Spatial dimensions are 3, absent ones coming first
@@ -24,7 +23,7 @@ FIELDS = {
     "align_programs": 1,  # the programs before those of the input
     "from": 1,  # addresses: forward the input, backward the gradient of the prepared input
     "to": 1,  # forward the prepared input, backward the input's gradient
-    "saved": 1,  # backward, what the activation's derivative comes from: for relu the prepared input, else the input
+    "saved": 1,  # backward, what the activation's derivative comes from: the prepared input or the input
     "channels": 1,
     "channel_tiles": 1,
     "position_tiles": 1,
@@ -113,37 +112,14 @@ def candidates(MODE: tl.constexpr, at, n, before, after):
 
 
 @triton.jit
-def activated(ACTIVATION: tl.constexpr, x):
-    y = x
-    if ACTIVATION == RELU:
-        y = tl.where(x < 0, 0.0, x)
-    elif ACTIVATION == SILU:
-        y = x / (1 + tl.exp(-x))
-    elif ACTIVATION == GELU:
-        y = 0.5 * x * (1 + tl.erf(x * 0.7071067811865476))
-    return y
-
-
-@triton.jit
-def differentiated(ACTIVATION: tl.constexpr, x, g):
-    """activation'(x) g; of relu, x may be the result. A gradient that meets a derivative of 0 becomes 0 whatever it
-    is."""
-    if ACTIVATION == RELU:
-        slope = tl.where(x <= 0, 0.0, 1.0).to(x.dtype)
-    elif ACTIVATION == SILU:
-        s = 1 / (1 + tl.exp(-x))
-        slope = s * (1 + x * (1 - s))
-    else:
-        slope = 0.5 * (1 + tl.erf(x * 0.7071067811865476)) + x * tl.exp(x * x * -0.5) * 0.3989422804014327
-    return tl.where(slope == 0, 0.0, g * slope)
-
-
-@triton.jit
 def prepare_forward(
     row, FROM: tl.constexpr, TO: tl.constexpr, ACC: tl.constexpr, MODE: tl.constexpr, ACTIVATION: tl.constexpr,
     FROM_BY_CHANNELS: tl.constexpr, TO_BY_CHANNELS: tl.constexpr, CHANNELS: tl.constexpr, POSITIONS: tl.constexpr,
 ):  # fmt: skip
-    """prepared = pad(cast(activation(input))): a tile of the prepared input. (Every activation makes 0 of 0.)"""
+    """prepared = pad(cast(activation(input))): a tile of the prepared input. (Every activation makes 0 of 0.)
+
+    ACTIVATION: a function of triton_activations, or None.
+    """
     image, c, at, is_value = tile_of(row, CHANNELS, POSITIONS)
     from_, to = tl.zeros_like(at[0]).to(tl.int64), tl.zeros_like(at[0]).to(tl.int64)
     is_shown = is_value
@@ -153,7 +129,9 @@ def prepare_forward(
         from_ += value * number(row, "from_strides", 2 + d)
         to += at[d] * number(row, "to_strides", 2 + d)
     source = origin(row, "from", "from_strides", FROM, image, c, FROM_BY_CHANNELS) + from_
-    y = activated(ACTIVATION, tl.load(source, mask=is_shown, other=0.0).to(ACC))
+    y = tl.load(source, mask=is_shown, other=0.0).to(ACC)
+    if ACTIVATION is not None:
+        y, _ = ACTIVATION(y)
     tl.store(origin(row, "to", "to_strides", TO, image, c, TO_BY_CHANNELS) + to, y.to(TO), mask=is_value)
 
 
@@ -185,18 +163,20 @@ def gathered(row, source, at, is_value, ACC: tl.constexpr, MODE: tl.constexpr):
 def prepare_backward(
     row, FROM: tl.constexpr, TO: tl.constexpr, SAVED: tl.constexpr, ACC: tl.constexpr, MODE: tl.constexpr,
     ACTIVATION: tl.constexpr, FROM_BY_CHANNELS: tl.constexpr, TO_BY_CHANNELS: tl.constexpr,
-    SAVED_BY_CHANNELS: tl.constexpr, CHANNELS: tl.constexpr, POSITIONS: tl.constexpr,
+    SAVED_BY_CHANNELS: tl.constexpr, SAVED_IS_RESULT: tl.constexpr, CHANNELS: tl.constexpr, POSITIONS: tl.constexpr,
 ):  # fmt: skip
-    """d input = activation'(input) * sum of d prepared over the places that show the value: a tile of it."""
+    """d input = activation'(input) * sum of d prepared over the places that show the value: a tile of it. A gradient
+    that meets a derivative of 0 becomes 0 whatever it is."""
     image, c, at, is_value = tile_of(row, CHANNELS, POSITIONS)
     source = origin(row, "from", "from_strides", FROM, image, c, FROM_BY_CHANNELS)
     g = gathered(row, source, at, is_value, ACC, MODE)
-    if ACTIVATION != NONE:
+    if ACTIVATION is not None:
         saved = origin(row, "saved", "saved_strides", SAVED, image, c, SAVED_BY_CHANNELS)
         for d in tl.static_range(3):
-            before = size(row, "before", d) if ACTIVATION == RELU else 0
+            before = size(row, "before", d) if SAVED_IS_RESULT else 0
             saved += (at[d] + before) * number(row, "saved_strides", 2 + d)
-        g = differentiated(ACTIVATION, tl.load(saved, mask=is_value, other=0.0).to(ACC), g)
+        _, slope = ACTIVATION(tl.load(saved, mask=is_value, other=0.0).to(ACC))
+        g = tl.where(slope == 0, 0.0, g * slope)
     to = origin(row, "to", "to_strides", TO, image, c, TO_BY_CHANNELS)
     for d in tl.static_range(3):
         to += at[d] * number(row, "to_strides", 2 + d)

@@ -38,7 +38,8 @@ def backward(
     WEIGHT: tl.constexpr, ALIGNED: tl.constexpr, ACC: tl.constexpr,
     FROM: tl.constexpr = None, TO: tl.constexpr = None, SAVED: tl.constexpr = None,
     MODE: tl.constexpr = None, ACTIVATION: tl.constexpr = None,
-    FROM_BY_CHANNELS: tl.constexpr = None, TO_BY_CHANNELS: tl.constexpr = None, SAVED_BY_CHANNELS: tl.constexpr = None,
+    FROM_BY_CHANNELS: tl.constexpr = None, TO_BY_CHANNELS: tl.constexpr = None,
+    SAVED_BY_CHANNELS: tl.constexpr = None, SAVED_IS_RESULT: tl.constexpr = None,
     CHANNELS: tl.constexpr = None, POSITIONS: tl.constexpr = None,
 ):  # fmt: skip
     """Gradients of weights and gains (filters,); that of the input."""
@@ -50,5 +51,5 @@ def backward(
     else:
         prepare_backward(
             table, FROM, TO, SAVED, ACC, MODE, ACTIVATION, FROM_BY_CHANNELS, TO_BY_CHANNELS, SAVED_BY_CHANNELS,
-            CHANNELS, POSITIONS,
+            SAVED_IS_RESULT, CHANNELS, POSITIONS,
         )  # fmt: skip

@@ -10,9 +10,11 @@ from torch import Tensor
 from . import triton_kernels
 from ._layout import empty_in, empty_permuted, empty_result, is_dense, memory_order, padded_shape
 from ._padding import at_most
+from .reference_activations import find
 from .reference_input import PADDING_MODES
+from .triton_activations import ACTIVATIONS
 from .triton_align_kernels import WIDTHS
-from .triton_input_kernels import FIELDS, RELU, TILE
+from .triton_input_kernels import FIELDS, TILE
 from .triton_launch import TYPES, InputWork, Launch, check, check_dtypes
 
 
@@ -80,8 +82,9 @@ def prepare_backward(
     check(sorted(input_order) == list(range(len(shape))), "input_order: want each dimension once")
     check((saved is None) == (activation == 0), "saved: want a tensor exactly if there is an activation")
     if saved is not None:
-        wanted = list(grad_prepared.shape) if activation == RELU.value else shape
-        check(list(saved.shape) == wanted, "saved: want the prepared input for relu, the input for other activations")
+        is_result = _is_from_result(activation)
+        wanted, what = (list(grad_prepared.shape), "the prepared input") if is_result else (shape, "the input")
+        check(list(saved.shape) == wanted, f"saved: want {what} for this activation")
         check(saved.device == grad_prepared.device, "saved: want the gradient's device")
         check_dtypes(saved.dtype, input_dtype)
     grad_input = empty_permuted(grad_prepared, shape, input_order, input_dtype)
@@ -192,7 +195,7 @@ def _check_padding(shape: Sequence[int], padding: Sequence[int], padding_mode: i
     check(len(padding) == 2 * (rank - 2), "padding: want two numbers for each spatial dimension")
     check(min(padding) >= 0 and min(shape) >= 0, f"padding: want numbers from 0 to the whole of a gradient: {padding}")
     check(0 <= padding_mode <= 3, f"padding_mode: want 0 to 3, got {padding_mode}")
-    check(0 <= activation <= 3, f"activation: want 0 to 3, got {activation}")
+    check(0 <= activation < len(ACTIVATIONS), f"activation: want 0 to {len(ACTIVATIONS) - 1}, got {activation}")
     for size, *ends in zip(shape[2:], padding[::2], padding[1::2], strict=True):
         most = at_most(PADDING_MODES[padding_mode], size, max(ends))
         check(max(ends) <= most, f"padding: too much for a dimension of {size} in this mode: {ends}")
@@ -236,16 +239,25 @@ def _input_work(
         "FROM": TYPES[source.dtype],
         "TO": TYPES[to.dtype],
         "MODE": padding_mode,
-        "ACTIVATION": activation,
+        "ACTIVATION": ACTIVATIONS[activation],
         "FROM_BY_CHANNELS": _is_by_channels(source),
         "TO_BY_CHANNELS": _is_by_channels(to),
         "CHANNELS": tile_channels,
         "POSITIONS": tile_positions,
     }
     if saved is not None:
-        constants |= {"SAVED": TYPES[saved.dtype], "SAVED_BY_CHANNELS": _is_by_channels(saved)}
+        constants |= {
+            "SAVED": TYPES[saved.dtype],
+            "SAVED_BY_CHANNELS": _is_by_channels(saved),
+            "SAVED_IS_RESULT": _is_from_result(activation),
+        }
     flat = tuple(number for name in list(FIELDS)[1:] for number in numbers[name])
     return InputWork(source, flat, batch * tiles[0] * tiles[1], tuple(constants.items()))
+
+
+def _is_from_result(activation: int) -> bool:
+    formula = find(activation)
+    return formula is not None and formula.is_from_result
 
 
 def _is_by_channels(t: Tensor) -> bool:

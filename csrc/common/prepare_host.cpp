@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <limits>
 
+#include "activations.h"
 #include "layout.h"
 
 namespace wa {
@@ -34,11 +35,16 @@ void merge_rows(PrepareTask& task) {
     }
 }
 
+void check_activation(int64_t activation) {
+    STD_TORCH_CHECK(activation >= 0 && activation <= Activations::kCount, "activation: want 0 to ", Activations::kCount,
+                    ", got ", activation);
+}
+
 // All but what is specific to a direction; `unpadded` has the input's shape.
 PrepareTask task_of(const Tensor& from, const Tensor& to, const Tensor& unpadded, const std::vector<int64_t>& padding,
                     int64_t padding_mode, int64_t activation) {
     STD_TORCH_CHECK(padding_mode >= 0 && padding_mode <= 3, "padding_mode: want 0 to 3, got ", padding_mode);
-    STD_TORCH_CHECK(activation >= 0 && activation <= 3, "activation: want 0 to 3, got ", activation);
+    check_activation(activation);
     PrepareTask task{};
     task.from = from.const_data_ptr();
     task.to = to.data_ptr();
@@ -47,7 +53,8 @@ PrepareTask task_of(const Tensor& from, const Tensor& to, const Tensor& unpadded
     task.batch = uint32_t(to.size(0));
     task.channels = uint32_t(to.size(1));
     task.mode = PaddingMode(padding_mode);
-    task.activation = Activation(activation);
+    task.activation = uint8_t(activation);
+    task.saved_is_result = Activations::is_from_result(activation);
     int64_t absent = kSpatial + 2 - to.dim(), positions = 1;
     for (int64_t d = 0; d < kSpatial; ++d) {
         int64_t size = 1, to_size = 1, before = 0, after = 0;
@@ -121,6 +128,8 @@ PrepareBackwardResult prepare_backward(const AlignBackend& backend, const Tensor
     bool is_double = input_dtype == ScalarType::Double;
     STD_TORCH_CHECK(is_double == (grad_prepared.scalar_type() == ScalarType::Double),
                     "input_dtype: float64 goes with a gradient of float64 only");
+    check_activation(activation);
+    const bool is_from_result = Activations::is_from_result(activation);
     STD_TORCH_CHECK(saved.has_value() == (activation != 0), "saved: want a tensor exactly if there is an activation");
     std::vector<int64_t> sizes = padded_sizes(grad_prepared, padding, -1);
     std::vector<int> order(sizes.size(), -1);
@@ -135,11 +144,11 @@ PrepareBackwardResult prepare_backward(const AlignBackend& backend, const Tensor
     Tensor grad_input = new_tensor(grad_prepared, sizes, order, input_dtype);
     Tensor grad = grad_prepared, kept = grad_input;  // kept: what the derivative comes from, if anything
     if (saved) {
-        const Tensor& shape = Activation(activation) == Activation::kRelu ? grad_prepared : grad_input;
+        const Tensor& shape = is_from_result ? grad_prepared : grad_input;
         STD_TORCH_CHECK(sizes_of(*saved) == sizes_of(shape) && saved->scalar_type() == shape.scalar_type() &&
                             on_same_device(*saved, grad_prepared),
-                        "saved: want the prepared input for relu, the input for other activations");
-        if (Activation(activation) == Activation::kRelu) grad = in_order(grad, strides_of(kept = *saved));
+                        "saved: want ", is_from_result ? "the prepared input" : "the input", " for this activation");
+        if (is_from_result) grad = in_order(grad, strides_of(kept = *saved));
         else kept = in_order(*saved, strides_of(grad_input));
     }
     PrepareTask task = task_of(grad, grad_input, grad_input, padding, padding_mode, activation);

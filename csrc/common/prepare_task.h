@@ -5,8 +5,7 @@
 
 namespace wa {
 
-enum class PaddingMode : uint8_t { kZeros, kReflect, kReplicate, kCircular };  // in the order of the op's numbers
-enum class Activation : uint8_t { kNone, kRelu, kSilu, kGelu };                // gelu: exact, with erf
+enum class PaddingMode : uint8_t { kZeros, kReflect, kReplicate, kCircular };  // in the order of the ops' numbers
 
 constexpr int kSpatial = 3;  // spatial dimensions; absent ones come first and have size 1
 
@@ -24,15 +23,16 @@ struct ImageSide {
 struct PrepareTask {
     const void* from;
     void* to;
-    const void* saved;  // backward, what the activation's derivative comes from: for relu the prepared input, which
-                        // lies as `from`; for silu and gelu the input, which lies as `to`, in to's dtype
+    const void* saved;  // backward, what the activation's derivative comes from: the prepared input, which lies as
+                        // `from` (saved_is_result), or the input, which lies as `to`, in to's dtype
     ImageSide from_side, to_side;
     uint32_t batch, channels;
     uint32_t size[kSpatial];                     // of the input
     uint32_t before[kSpatial], after[kSpatial];  // what pads it
     uint32_t to_size[kSpatial];                  // of `to`: forward padded, backward not
     PaddingMode mode;
-    Activation activation;
+    uint8_t activation;  // a number of `Activations`; 0: none
+    bool saved_is_result;
 };
 
 }  // namespace wa

@@ -1,9 +1,12 @@
-// Activations and their derivatives, a vector at a time for float; float64 takes libm's functions value by value.
+// Runs of activated values, a vector at a time. exp and erf are formulas of our own for float; float64 takes libm's
+// functions value by value.
 #pragma once
 
 #include <math.h>
 
-#include "../common/prepare_task.h"
+#include <algorithm>
+
+#include "../common/activations.h"
 #include "simd.h"
 
 namespace wa {
@@ -67,61 +70,36 @@ WA_INLINE Vector<double> erf_of(Vector<double> x) {
     return x;
 }
 
-// Of one value or a vector of them. relu keeps NaN.
-template <Activation kActivation, class Acc, class V>
-WA_INLINE V activated(V x) {
-    if constexpr (kActivation == Activation::kRelu) return x < Acc(0) ? V{} : x;
-    if constexpr (kActivation == Activation::kSilu) return x / (Acc(1) + exp_of(-x));
-    if constexpr (kActivation == Activation::kGelu)
-        return Acc(0.5) * x * (Acc(1) + erf_of(x * Acc(0.70710678118654752440)));
-    return x;
-}
-
-// The activation's derivative at x; of relu, x may be its result.
-template <Activation kActivation, class Acc, class V>
-WA_INLINE V derivative(V x) {
-    if constexpr (kActivation == Activation::kRelu) return x <= Acc(0) ? V{} : V{} + Acc(1);
-    if constexpr (kActivation == Activation::kSilu) {
-        V s = Acc(1) / (Acc(1) + exp_of(-x));
-        return s * (Acc(1) + x * (Acc(1) - s));
+struct Math {
+    template <class V>
+    static constexpr WA_LAMBDA V exp(V x) {
+        return exp_of(x);
     }
-    if constexpr (kActivation == Activation::kGelu)
-        return Acc(0.5) * (Acc(1) + erf_of(x * Acc(0.70710678118654752440))) +
-               x * exp_of(x * x * Acc(-0.5)) * Acc(0.39894228040143267794);
-    return V{} + Acc(1);
-}
-
-// run(constant) with the activation as a type.
-template <class Run>
-WA_INLINE void with_activation(Activation activation, const Run& run) {
-    switch (activation) {
-        case Activation::kNone: return run(std::integral_constant<Activation, Activation::kNone>());
-        case Activation::kRelu: return run(std::integral_constant<Activation, Activation::kRelu>());
-        case Activation::kSilu: return run(std::integral_constant<Activation, Activation::kSilu>());
-        case Activation::kGelu: return run(std::integral_constant<Activation, Activation::kGelu>());
+    template <class V>
+    static constexpr WA_LAMBDA V erf(V x) {
+        return erf_of(x);
     }
-}
+};
 
 // y = activation(x); y may be x
 template <class Acc>
-WA_APART void activate(Activation activation, const Acc* x, Acc* y, uint32_t n) {
-    if (x == y && activation == Activation::kNone) return;
-    with_activation(activation, [=](auto constant) WA_LAMBDA {
+WA_APART void activate(uint8_t activation, const Acc* x, Acc* y, uint32_t n) {
+    if (activation == 0 && x != y) std::copy_n(x, n, y);
+    Activations::with(activation, [=](auto formula) WA_LAMBDA {
         for_each<Acc>(n, [=](auto width, size_t at) WA_LAMBDA {
-            store<Acc>(width, y + at, activated<decltype(constant)::value, Acc>(load<Acc>(width, x + at)));
+            store<Acc>(width, y + at, formula.template value<Math, Acc>(load<Acc>(width, x + at)));
         });
     });
 }
 
-// y = activation'(x) g; y may be g. A gradient that meets a derivative of 0 becomes 0 whatever it is.
+// y = activation'(x) g; y may be g
 template <class Acc>
-WA_APART void differentiate(Activation activation, const Acc* x, const Acc* g, Acc* y, uint32_t n) {
-    if (activation == Activation::kNone) return activate(activation, g, y, n);
-    with_activation(activation, [=](auto constant) WA_LAMBDA {
+WA_APART void differentiate(uint8_t activation, const Acc* x, const Acc* g, Acc* y, uint32_t n) {
+    if (activation == 0) return activate(activation, g, y, n);
+    Activations::with(activation, [=](auto formula) WA_LAMBDA {
         for_each<Acc>(n, [=](auto width, size_t at) WA_LAMBDA {
-            auto slope = derivative<decltype(constant)::value, Acc>(load<Acc>(width, x + at));
-            auto product = load<Acc>(width, g + at) * slope;
-            store<Acc>(width, y + at, slope == Acc(0) ? decltype(product){} : product);
+            auto grad = load<Acc>(width, g + at);
+            store<Acc>(width, y + at, differentiated<decltype(formula), Math, Acc>(load<Acc>(width, x + at), grad));
         });
     });
 }

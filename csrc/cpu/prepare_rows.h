@@ -72,7 +72,7 @@ private:
         if constexpr (std::is_same_v<To, Acc>) {
             activate(task.activation, x, to, n);
         } else {
-            if (task.activation != Activation::kNone) {
+            if (task.activation != 0) {
                 activate(task.activation, x, buffer, n);
                 x = buffer;
             }
@@ -103,9 +103,8 @@ struct BackwardRow {
     void run(const TilePlace& tile) {
         const auto n = uint32_t(tile.width * unit);
         const Acc* grad = sum_of_places(tile, n);
-        const bool is_relu = task.activation == Activation::kRelu;  // saved lies as `from`, else as `to`
         const Acc* x = nullptr;
-        if (is_relu)
+        if (task.saved && task.saved_is_result)
             x = values_at(task.saved, task.from_side.dtype, tile.from + own_source(task, tile.first), n, other);
         else if (task.saved) x = values_at(task.saved, task.to_side.dtype, tile.to, n, other);
         with_type<Acc>(task.to, task.to_side.dtype, [&](auto* to) WA_LAMBDA {

@@ -25,9 +25,8 @@ struct Tile : TilePlace {
     }
 
     void backward() {
-        const bool is_relu = task.activation == Activation::kRelu;
         load_places();
-        if (is_relu) {
+        if (task.saved && task.saved_is_result) {
             load_columns(task.saved, own_source(task, first), 0, width, other);
             differentiate(task.activation, other, values, values, size());
         }
@@ -35,7 +34,7 @@ struct Tile : TilePlace {
         with_type<Acc>(task.to, task.to_side.dtype, [&](auto* typed) WA_LAMBDA {
             auto saved = static_cast<decltype(typed)>(const_cast<void*>(task.saved));
             for_each_run([&](Acc* run, int64_t at, int64_t stride, uint32_t n) WA_LAMBDA {
-                if (saved && !is_relu) {
+                if (saved && !task.saved_is_result) {
                     copy_run<Acc>(saved + at, stride, input, 1, n);
                     differentiate(task.activation, input, run, run, n);
                 }

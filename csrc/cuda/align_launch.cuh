@@ -55,8 +55,7 @@ uint64_t tiles_of(const PrepareTask& task, PrepareEntry& entry) {
     auto is_wide = [&](const ImageSide& side, bool along_channels, bool is_from) {
         int chunk = 16 / (side.dtype == DType::kFloat64 ? 8 : side.dtype == DType::kFloat32 ? 4 : 2);
         auto address = reinterpret_cast<uintptr_t>(is_from ? task.from : task.to);
-        // relu's saved tensor lies as `from`, that of other activations as `to`
-        if (is_from == (task.activation == Activation::kRelu)) address |= reinterpret_cast<uintptr_t>(task.saved);
+        if (is_from == task.saved_is_result) address |= reinterpret_cast<uintptr_t>(task.saved);
         int64_t others = side.batch;  // all strides but the 1 of the neighbours
         if (along_channels) {
             for (int64_t stride : side.spatial) others |= stride;

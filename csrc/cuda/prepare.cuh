@@ -8,6 +8,7 @@
 // both sides wide, and 64 x 64 floats are 8 for each of a block's 512 threads; tiles of fewer channels are longer
 // instead.
 #pragma once
+#include "../common/activations.h"
 #include "../common/padding.h"
 #include "align_table.cuh"
 #include "chunk.cuh"
@@ -33,35 +34,16 @@ constexpr size_t prepare_shared_bytes(int channels_log2, bool is_kept) {
            2 * (kTileValues<Acc> >> channels_log2) * sizeof(int64_t);
 }
 
-template <class Acc>
-__device__ Acc activated(Activation activation, Acc x) {
-    switch (activation) {
-        case Activation::kRelu: return x < 0 ? Acc(0) : x;
-        case Activation::kSilu: return x / (1 + exp(-x));
-        case Activation::kGelu: return Acc(0.5) * x * (1 + erf(x * Acc(0.70710678118654752440)));
-        default: return x;
+struct Math {
+    template <class Acc>
+    static __device__ constexpr Acc exp(Acc x) {
+        return ::exp(x);
     }
-}
-
-// activation'(x) g; of relu, x may be the result. A gradient that meets a derivative of 0 becomes 0 whatever it is.
-template <class Acc>
-__device__ Acc differentiated(Activation activation, Acc x, Acc g) {
-    Acc slope = 1;
-    switch (activation) {
-        case Activation::kRelu: slope = x <= 0 ? Acc(0) : Acc(1); break;
-        case Activation::kSilu: {
-            Acc s = 1 / (1 + exp(-x));
-            slope = s * (1 + x * (1 - s));
-            break;
-        }
-        case Activation::kGelu:
-            slope = Acc(0.5) * (1 + erf(x * Acc(0.70710678118654752440))) +
-                    x * exp(x * x * Acc(-0.5)) * Acc(0.39894228040143267794);
-            break;
-        default: break;
+    template <class Acc>
+    static __device__ constexpr Acc erf(Acc x) {
+        return ::erf(x);
     }
-    return slope == 0 ? Acc(0) : g * slope;
-}
+};
 
 // The sum over all places that show the value at a position; its image and channel begin at `origin`.
 template <class Acc>
@@ -231,19 +213,20 @@ struct InputTile {
     // What is done to the values between reading and writing them.
     __device__ void change() const {
         const bool gathers = kBackward && task.mode != PaddingMode::kZeros;
-        const bool activates = task.activation != Activation::kNone;
         if (gathers)
             for_each_value([&](int c, int p, int at) {
                 if (from_at[p] < 0)
                     values[at] = sum_of_places<Acc>(task, origin(task.from_side) + c * task.from_side.channel,
                                                     uint32_t(position + p));
             });
-        if (activates)  // of the same values: no barrier between
+        Activations::with(task.activation, [&](auto formula) {  // of the same values: no barrier between
             for_each_value([&](int, int, int at) {
-                values[at] = kBackward ? differentiated(task.activation, kept[at], values[at])
-                                       : activated(task.activation, values[at]);
+                if constexpr (kBackward)
+                    values[at] = differentiated<decltype(formula), Math, Acc>(kept[at], values[at]);
+                else values[at] = formula.template value<Math, Acc>(values[at]);
             });
-        if (gathers || activates) __syncthreads();
+        });
+        if (gathers || task.activation != 0) __syncthreads();
     }
 
     // One place in the code reads both images: it is unrolled for every dtype and width.
@@ -251,7 +234,7 @@ struct InputTile {
         const int images = kBackward && task.saved ? 2 : 1;
 #pragma unroll 1
         for (int i = 0; i < images; ++i)
-            read(i ? task.saved : task.from, i == 0 || task.activation == Activation::kRelu, i ? kept : values);
+            read(i ? task.saved : task.from, i == 0 || task.saved_is_result, i ? kept : values);
     }
 };
 

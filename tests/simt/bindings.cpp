@@ -9,6 +9,7 @@
 #include <utility>
 #include <vector>
 
+#include "../../csrc/common/activations.h"
 #include "kernels.h"
 #include "simt_control.h"
 
@@ -124,7 +125,8 @@ wa::PrepareTask input_of(const py::dict& fields) {
     each("after", task.after);
     each("to_size", task.to_size);
     task.mode = wa::PaddingMode(fields["mode"].cast<int>());
-    task.activation = wa::Activation(fields["activation"].cast<int>());
+    task.activation = fields["activation"].cast<uint8_t>();
+    task.saved_is_result = wa::Activations::is_from_result(task.activation);
     return task;
 }
 
