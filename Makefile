@@ -1,4 +1,4 @@
-# make bench | bench-layers | bench-step | test | fuzz | demo | gpu-report | lint: each makes .venv first, once.
+# make bench | bench-layers | bench-step | test | fuzz | demo | gpu-report | lint | docs: each makes .venv first, once.
 #
 #   TORCH=torch==2.13.0   another torch to install
 #   PY=python3            an existing environment instead of .venv: nothing is downloaded, absent rivals are left out
@@ -15,7 +15,7 @@ PY := $(VENV)/bin/python
 PYTEST = OMP_WAIT_POLICY=passive $(PY) -m pytest -n 2 --dist worksteal
 INSTALLED := $(VENV)/installed
 # torch first: it is then what the library is built against, instead of a second one in pip's build environment.
-INSTALL = $(PY) -m pip install -q "$(TORCH)" && $(PY) -m pip install -q "$(TORCH)" -e ".[test,libraries,bench,lint]"
+INSTALL = $(PY) -m pip install -q "$(TORCH)" && $(PY) -m pip install -q "$(TORCH)" -e ".[test,libraries,bench,lint,docs]"
 $(INSTALLED): $(VENV)/bin/python
 endif
 # An editable install, for the repository's root shadows an installed package; its library is rebuilt when this changes.
@@ -24,7 +24,7 @@ CPP := $(shell git ls-files -co --exclude-standard '*.cpp' '*.h' '*.cu' '*.cuh')
 
 SEED ?= $(shell od -An -N4 -tu4 /dev/urandom | tr -d ' ')
 
-.PHONY: bench bench-layers bench-step test fuzz demo gpu-report lint format clean
+.PHONY: bench bench-layers bench-step test fuzz demo gpu-report lint docs format clean
 
 bench: $(INSTALLED)
 	$(PY) -m benchmarks.align
@@ -59,6 +59,10 @@ lint: $(INSTALLED)
 	$(PY) -m ruff format --check
 	$(PY) -m mypy
 	$(VENV)/bin/clang-format --dry-run --Werror $(CPP)
+
+# The site, in build/site. Nothing is fetched; a broken link or anchor is an error.
+docs: $(INSTALLED)
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict -f docs/mkdocs.yml
 
 format: $(INSTALLED)
 	$(PY) -m ruff check --fix

@@ -42,7 +42,7 @@ NEEDS = {
     "test_layout.py": ["hypothesis"],
     "test_peft.py": ["peft"],
     "test_prepare.py": ["hypothesis"],
-    "test_readme.py": ["torchvision"],
+    "test_readme.py": ["peft", "timm", "torchvision"],
     "test_step_benchmark.py": ["numpy", "rich", "timm", "torchvision"],
     "test_timm.py": ["timm", "torchvision"],
     "test_timm_models.py": ["timm", "torchvision"],

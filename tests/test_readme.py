@@ -1,4 +1,4 @@
-"""What the README shows runs as it stands there."""
+"""What README and the pages of docs show: code runs, tables are those of the records, links lead somewhere."""
 
 import pathlib
 import re
@@ -7,9 +7,22 @@ import sys
 
 import pytest
 
-README = pathlib.Path(__file__).parents[1] / "README.md"
-BLOCKS = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
-TRAINING = next(block for block in BLOCKS if block.startswith("# train.py"))
+import weightalign_cuda as wa
+
+ROOT = pathlib.Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs/pages").glob("*.md"))]
+LINKING = [*PAGES, ROOT / "CHANGELOG.md", ROOT / ".github/CONTRIBUTING.md", ROOT / "benchmarks/NOTES.md"]
+BLOCK = re.compile(r"^```python\n(.*?)^```", re.DOTALL | re.MULTILINE)
+
+
+def code_of(page):
+    """All blocks of a page, on the lines where they stand, for tracebacks."""
+    lines = [""] * page.count("\n")
+    for block in BLOCK.finditer(page):
+        first = page.count("\n", 0, block.start(1))
+        code = block[1].splitlines()
+        lines[first : first + len(code)] = code
+    return "\n".join(lines) + "\n"
 
 
 def run(*command, cwd):
@@ -18,15 +31,25 @@ def run(*command, cwd):
     return done.stdout
 
 
+EACH = """
+import pathlib, sys
+for path in sys.argv[2:]:
+    code = pathlib.Path(sys.argv[1], pathlib.Path(path).name).read_text()
+    exec(compile(code, path, "exec"), {"__name__": "__main__"})
+"""
+
+
 def test_examples(tmp_path):
-    """One after another, as a reader would type them; the training script, too, by one process."""
-    (tmp_path / "examples.py").write_text("".join(BLOCKS))
-    assert_trained(1, run("examples.py", cwd=tmp_path))
+    """One after another, as a reader would type them, each page by itself; the training script, too, by one process."""
+    for page in PAGES:
+        (tmp_path / page.name).write_text(code_of(page.read_text()))
+    assert_trained(1, run("-c", EACH, str(tmp_path), *map(str, PAGES), cwd=tmp_path))
 
 
 @pytest.mark.slow
 def test_training_script_by_two_processes(tmp_path):
-    (tmp_path / "train.py").write_text(TRAINING)
+    page = (ROOT / "docs/pages/training.md").read_text()
+    (tmp_path / "train.py").write_text(next(code for code in BLOCK.findall(page) if code.startswith("# train.py")))
     command = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "train.py"]
     assert_trained(2, run(*command, cwd=tmp_path))
 
@@ -38,7 +61,31 @@ def assert_trained(processes, printed):
 
 def test_tables_are_those_of_the_records():
     pytest.importorskip("rich")
-    from benchmarks import readme
+    from benchmarks import tables
 
-    text = README.read_text()
-    assert readme.with_tables(text) == text
+    shown = []
+    for document in tables.DOCUMENTS:
+        text = document.read_text()
+        assert tables.with_tables(text) == text
+        shown += tables.PLACE.findall(text)
+    assert sorted(shown) == sorted(tables.TABLES)
+
+
+def test_every_public_name_is_in_the_reference():
+    page = (ROOT / "docs/pages/api.md").read_text()
+    assert sorted(re.findall(r"^::: weightalign_cuda\.(?:\w+\.)*(\w+)$", page, re.MULTILINE)) == sorted(wa.__all__)
+
+
+def anchors_of(page):
+    """Of its headings, as GitHub and mkdocs call them."""
+    text = re.sub(r"^```.*?^```", "", page, flags=re.DOTALL | re.MULTILINE)
+    headings = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", LINKING, ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    for target, anchor in re.findall(r"\]\((?![a-z]+:)([^)#\s]*)(?:#([^)\s]+))?\)", page.read_text()):
+        path = page.parent / target if target else page
+        assert path.exists(), target
+        assert not anchor or anchor in anchors_of(path.read_text()), f"{target}#{anchor}"

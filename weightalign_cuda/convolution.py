@@ -47,19 +47,21 @@ def prepare(
     Args:
         input: (N, C_in, spatial...) or (C_in, spatial...), of the weight's rank or one less; 1 to 3 spatial dimensions.
         weight: (C_out, C_in / groups, kernel...); float32, float16, bfloat16 or float64.
-        gain, eps, scale: as for `align`.
+        gain: as for `align`.
         padding: an int, or one entry for each spatial dimension, an int or a (before, after) pair. It is left to the
             convolution exactly if the mode is "zeros" and every dimension has as much before as after: the result is
             then unpadded. Otherwise it is padded, and the convolution's padding is to be 0.
         padding_mode: "zeros", "reflect", "replicate" or "circular", within torch's limits on sizes.
         activation: None, "relu", "silu", "gelu" (exact, with erf) or "hardswish", of the input, before anything else.
+        eps: as for `align`.
+        scale: as for `align`.
         dtype: of both results. Default: autocast's where it is on for the device and the weight is not float64, else
             that of input and weight, which then must be the same. float64 goes to float64 only.
         memory_format: of both results. Default: channels_last(_3d) if either has such strides, as torch's convolutions
             choose; else the input is contiguous and the weight keeps its strides.
 
     Returns:
-        (prepared input, aligned weight). The input itself if nothing is asked of it.
+        (prepared input, aligned weight). The input itself if it needs no activation, cast, padding or change of layout.
 
     Raises:
         TypeError, ValueError: naming the argument, what came and what is wanted, before anything runs.
@@ -222,9 +224,16 @@ def conv1d(
     Args:
         input: (N, C_in, L) or (C_in, L).
         weight: (C_out, C_in / groups, k), not aligned.
-        bias, stride, dilation, groups: as in torch.
+        bias: as in torch.
+        stride: as in torch.
         padding: as for `prepare`, or "valid", "same" (torch's, stride 1) or "same_tf" (TensorFlow's, any stride).
-        gain, padding_mode, activation, eps, scale: as for `prepare`.
+        dilation: as in torch.
+        groups: as in torch.
+        gain: as for `align`.
+        padding_mode: as for `prepare`.
+        activation: as for `prepare`.
+        eps: as for `align`.
+        scale: as for `align`.
 
     Returns:
         (N, C_out, L_out) or (C_out, L_out).

@@ -88,7 +88,8 @@ def align_foreach(
     Args:
         weights: tensors as for `align`. They may differ in device and dtype: each kind is a launch of its own.
         gains: one gain or None for each weight; None for none at all.
-        eps, scale: a number, or one for each weight.
+        eps: a number, or one for each weight.
+        scale: a number, or one for each weight.
         dtype: as for `align`, decided for each weight.
         memory_format: as for `align`; channels_last means rank 4, channels_last_3d rank 5, other ranks keep their
             layout.

@@ -27,7 +27,8 @@
 #include <vector_functions.h>
 #include <vector_types.h>
 
-#include <math.h>  // unlike <cmath>, brings sqrt(float) and the like into the global namespace
+#include <math.h>   // unlike <cmath>, brings sqrt(float) and the like into the global namespace
+#include <stdio.h>  // printf, which nvcc declares in device code
 
 #include <algorithm>
 #include <cstdint>

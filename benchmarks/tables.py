@@ -1,0 +1,185 @@
+"""python -m benchmarks.tables: writes the documents' tables anew, from the records in benchmarks/results.
+
+Each stands between two comments, of which the first names it. A test keeps them the same as the records.
+"""
+
+import json
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from . import machine
+from .report import Record, pick
+from .stats import geometric_mean
+
+DOCUMENTS = (machine.ROOT / "README.md", machine.ROOT / "docs/pages/performance.md")
+RESULTS = machine.ROOT / "benchmarks/results"
+END = "<!-- end of table -->"
+PLACE = re.compile(rf"<!-- table of benchmarks/tables.py: (\w+) -->\n.*?{END}", re.DOTALL)
+# The machines: how their files of records end, and what is to be known beside what the records of benchmarks.align say.
+NEWEST = "epyc-avx2-2-cores.jsonl"
+MACHINES = {
+    NEWEST: "AVX2 without AVX-512",
+    "epyc-2-cores.jsonl": "AVX-512, measured with earlier kernels and an earlier Python layer",
+}
+RIVALS = {
+    "eager": "the formula in eager PyTorch",
+    "timm": "timm's `F.batch_norm` trick",
+    "compile": "torch.compile of the formula",
+    "multiply": "gain * weight, the least that autograd allows",
+    "cast": "cast of a plain convolution (here a clone)",
+}
+
+
+def times(value: float) -> str:
+    """1.83x; 12.8x."""
+    return f"{value:.1f}x" if value >= 10 else f"{value:.2f}x"
+
+
+def row(*cells: str) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def head(*cells: str) -> list[str]:
+    return [row(*cells), "|---" * len(cells) + "|"]
+
+
+def read(benchmark: str, file: str) -> list[Record]:
+    return [json.loads(line) for line in (RESULTS / f"{benchmark}-{file}").read_text().splitlines()]
+
+
+def ratio(record: Record, rival: str) -> str:
+    """Empty where the rival did not run."""
+    return times(record["speedups"][rival]["ratio"]) if rival in record["speedups"] else ""
+
+
+def shapes_table(single: Sequence[Record]) -> list[str]:
+    lines = head("against", "mean", "minimum", "shapes not slower", "mean, forward; backward")
+    for rival, name in RIVALS.items():
+        ratios = {
+            direction: [r["speedups"][rival]["ratio"] for r in pick(single, direction=direction)]
+            for direction in ("forward", "backward", "both")
+        }
+        both, (forward, backward) = ratios["both"], (geometric_mean(ratios[d]) for d in ("forward", "backward"))
+        not_slower = f"{sum(ratio >= 1 for ratio in both)} of {len(both)}"
+        directions = f"{times(forward)}; {times(backward)}"
+        lines.append(row(name, times(geometric_mean(both)), times(min(both)), not_slower, directions))
+    return lines
+
+
+def network_table(whole: Sequence[Record]) -> list[str]:
+    lines = head("the whole model, `wa.align_foreach`", "ours", *RIVALS)
+    for r in whole:
+        lines.append(row(r["direction"], f"{r['p50'] * 1e3:.1f} ms", *(ratio(r, rival) for rival in RIVALS)))
+    return lines
+
+
+def ratios_table(title: str, records: Sequence[Record]) -> list[str]:
+    """How many times what something else takes."""
+    lines = head(title, "us", "times as long as")
+    for r in records:
+        case = r["case"] if r["suite"] == "host" else f"{r['case']}, {r['direction']}"
+        by = {"ours": "", "ours per layer": ", layer by layer", "ours frozen": ", frozen", "ours folded": ", folded"}
+        others = ", ".join(f"{1 / each['ratio']:.2f} {rival}" for rival, each in r["speedups"].items())
+        lines.append(row(case + by[r["provider"]], f"{r['p50'] * 1e6:.0f}", others))
+    return lines
+
+
+def of_align(file: str, about: str) -> list[str]:
+    records = read("align", file)
+    ours = [r for r in records if r["provider"].startswith("ours")]
+    facts: dict[str, Any] = records[0]
+    busy = facts.get("others_busy")
+    noise = "" if busy is None else f"; other programs kept {busy} processors busy"
+    title = f"{facts['cpu']}, {facts['threads']} cores, torch {facts['torch']}: {about}{noise}."
+    lines = [f"**{title}**", "", *shapes_table(pick(ours, suite="layer")), ""]
+    lines += [*network_table(pick(ours, suite="network", provider="ours")), ""]
+    if op := pick(ours, suite="op"):
+        lines += [*ratios_table("the op alone, float32", op), ""]
+    if host := [r for r in pick(ours, suite="host") if r["speedups"]]:
+        lines += [*ratios_table("the host's part", host), ""]
+    return lines
+
+
+def align() -> list[str]:
+    """One block for each machine."""
+    return [line for file, about in MACHINES.items() for line in of_align(file, about)][:-1]
+
+
+def short_name(about: str) -> str:
+    """AVX2."""
+    return about.split(" ")[0].rstrip(",")
+
+
+def layers() -> list[str]:
+    lines = head("", "mean", "minimum", "layers not slower")
+    for file, about in MACHINES.items():
+        records = read("conv-layers", file)
+        for part, name in (("prep", "preparation alone"), ("conv", "preparation and convolution")):
+            ratios = [r["speedups"][f"{part} eager"]["ratio"] for r in pick(records, provider=f"{part} ours")]
+            not_slower = f"{sum(ratio >= 1 for ratio in ratios)} of {len(ratios)}"
+            mean, least = geometric_mean(ratios), min(ratios)
+            lines.append(row(f"{name}, {short_name(about)}", times(mean), times(least), not_slower))
+    return lines
+
+
+STEP_RIVALS = ("plain", "eager", "timm", "compile")
+
+
+def steps() -> list[str]:
+    lines = head("", "ours", *STEP_RIVALS, "peak memory of plain, float32; autocast")
+    for file, about in MACHINES.items():
+        records = read("step", file)
+        for together in pick(records, suite="step", provider="ours foreach"):
+            same = {key: together[key] for key in ("case", "batch")}
+            (alone,) = pick(records, suite="step", provider="ours per layer", **same)
+            memory = pick(records, suite="step memory", provider="ours foreach", **same)
+            lines.append(
+                row(
+                    f"{together['case']}, batch {together['batch']}, {short_name(about)}",
+                    f"{together['p50'] * 1e3:.0f} ({alone['p50'] * 1e3:.0f}) ms",
+                    *(
+                        f"{found} ({ratio(alone, rival)})" if (found := ratio(together, rival)) else ""
+                        for rival in STEP_RIVALS
+                    ),
+                    "; ".join(ratio(r, "plain") for r in memory),
+                )
+            )
+    return lines
+
+
+def summary() -> list[str]:
+    """Of the machine that was measured last."""
+    rivals = ("eager", "timm", "compile", "plain")
+    records, step_records = read("align", NEWEST), read("step", NEWEST)
+    single = pick(records, suite="layer", provider="ours", direction="both")
+    (whole,) = pick(records, suite="network", provider="ours", direction="both")
+    means = (geometric_mean([r["speedups"][rival]["ratio"] for r in single]) for rival in rivals[:3])
+    facts = records[0]
+    where = f"{facts['cpu']}, {facts['threads']} cores, {short_name(MACHINES[NEWEST])}, torch {facts['torch']}"
+    lines = [f"Time of each alternative over ours, forward + backward ({where}); above 1x ours is faster:", ""]
+    lines += head("ResNet-50, float32", *(RIVALS[rival] for rival in rivals[:3]), "no alignment")
+    lines.append(row(f"`wa.align`, mean of {len(single)} weight shapes", *map(times, means), ""))
+    one_call = f"`wa.align_foreach`, all {whole['n_layers']} weights"
+    lines.append(row(one_call, *(ratio(whole, rival) for rival in rivals)))
+    for r in pick(step_records, suite="step", provider="ours foreach", case="resnet50"):
+        lines.append(row(f"a training step, batch {r['batch']}", *(ratio(r, rival) for rival in rivals)))
+    return lines
+
+
+TABLES = {"summary": summary, "align": align, "layers": layers, "steps": steps}
+
+
+def with_tables(text: str) -> str:
+    """A document's text with the tables of today."""
+
+    def renewed(place: re.Match[str]) -> str:
+        name = place.group(1)
+        return "\n".join((f"<!-- table of benchmarks/tables.py: {name} -->", "", *TABLES[name](), "", END))
+
+    return PLACE.sub(renewed, text)
+
+
+if __name__ == "__main__":
+    for document in DOCUMENTS:
+        document.write_text(with_tables(document.read_text()))
