@@ -363,7 +363,7 @@ def both_at_once(monkeypatch):
         def __exit__(self, *_):
             self.lock.release()
 
-    monkeypatch.setattr(sys.modules["weightalign_cuda.accumulate"], "threading", types.SimpleNamespace(Lock=Lock))
+    monkeypatch.setattr(sys.modules["weightalign_cuda.model.accumulate"], "threading", types.SimpleNamespace(Lock=Lock))
 
     def wait():
         with contextlib.suppress(threading.BrokenBarrierError):

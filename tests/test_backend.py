@@ -9,8 +9,8 @@ from test_foreach import CountOps
 from truth import normal
 
 import weightalign_cuda as wa
-from weightalign_cuda import _backend
-from weightalign_cuda._library import Library
+from weightalign_cuda.ops import backend as ops_backend
+from weightalign_cuda.ops.native_library import Library
 
 ALL = (75, 80, 90, 100, 120)
 
@@ -28,9 +28,9 @@ def test_names_and_states():
 
 
 def test_native_backend_is_the_default(device):
-    assert _backend.choose(device) == device
+    assert ops_backend.choose(device) == device
     assert served_by_op(normal(4, 9, device=device))
-    assert _backend.choose("meta") == "reference"
+    assert ops_backend.choose("meta") == "reference"
 
 
 def test_nesting(device):
@@ -80,16 +80,16 @@ def test_choice_goes_with_a_backward_to_its_threads(device):
 
     def backward():
         torch._C._stash_obj_in_tls("weightalign_backend", carried)
-        found["there"] = _backend.choose(device)
+        found["there"] = ops_backend.choose(device)
         with wa.use_backend(device):
-            found["inside"] = _backend.choose(device)
-        found["after"] = _backend.choose(device)
+            found["inside"] = ops_backend.choose(device)
+        found["after"] = ops_backend.choose(device)
 
     thread = threading.Thread(target=backward)
     thread.start()
     thread.join()
     assert found == {"there": "reference", "inside": device, "after": "reference"}
-    assert _backend.choose(device) == device
+    assert ops_backend.choose(device) == device
 
 
 @pytest.mark.parametrize("forward_by_op", [True, False])
@@ -127,19 +127,19 @@ def plant(monkeypatch):
     """States of backends, in place of those that hold here."""
 
     def plant(**states):
-        monkeypatch.setattr(_backend, "state", lambda name: states.get(name, "available"))
-        monkeypatch.setattr(_backend, "_known", {})
+        monkeypatch.setattr(ops_backend, "state", lambda name: states.get(name, "available"))
+        monkeypatch.setattr(ops_backend, "_known", {})
 
     return plant
 
 
 def test_what_serves_where_everything_is_available(plant):
     plant()
-    assert [_backend.choose(device) for device in ("cuda", "cpu", "meta")] == ["cuda", "cpu", "reference"]
+    assert [ops_backend.choose(device) for device in ("cuda", "cpu", "meta")] == ["cuda", "cpu", "reference"]
     plant(cuda="no nvcc")
-    assert [_backend.choose(device) for device in ("cuda", "cpu")] == ["triton", "cpu"]
+    assert [ops_backend.choose(device) for device in ("cuda", "cpu")] == ["triton", "cpu"]
     plant(cuda="no nvcc", triton="not installed", cpu="not built")
-    assert [_backend.choose(device) for device in ("cuda", "cpu")] == ["reference", "reference"]
+    assert [ops_backend.choose(device) for device in ("cuda", "cpu")] == ["reference", "reference"]
 
 
 def test_a_backend_that_is_not_there_never_falls_back(plant):
@@ -149,7 +149,7 @@ def test_a_backend_that_is_not_there_never_falls_back(plant):
         pytest.raises(RuntimeError, match=r"^backend 'cpu' was asked for, but: broken: mend it$"),
     ):
         wa.align(normal(4, 9))
-    assert _backend.choose("cpu") == "reference"
+    assert ops_backend.choose("cpu") == "reference"
 
 
 @pytest.mark.parametrize(
@@ -164,8 +164,8 @@ def test_a_backend_that_is_not_there_never_falls_back(plant):
     ids=str,
 )
 def test_architectures_that_a_library_serves(monkeypatch, compiled, serves, serves_not):
-    monkeypatch.setattr(_backend, "library", Library(architectures=compiled))
-    assert [c for c in (*serves, *serves_not) if _backend._runs_on(c)] == list(serves)
+    monkeypatch.setattr(ops_backend, "library", Library(architectures=compiled))
+    assert [c for c in (*serves, *serves_not) if ops_backend._runs_on(c)] == list(serves)
 
 
 @pytest.fixture
@@ -176,8 +176,8 @@ def cuda_machine(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: [(9, 0), (7, 0)][device])
 
     def plant(architectures=ALL, runtime=13000, driver=13000):
-        monkeypatch.setattr(_backend, "library", Library(None, architectures, runtime, lambda: driver))
-        return _backend._cuda()
+        monkeypatch.setattr(ops_backend, "library", Library(None, architectures, runtime, lambda: driver))
+        return ops_backend._cuda()
 
     return plant
 
@@ -204,18 +204,18 @@ def test_why_cuda_is_not_available(cuda_machine, monkeypatch):
 def test_triton_serves_cuda_tensors_where_the_kernels_are_absent(cuda_machine, monkeypatch, library, serving):
     pytest.importorskip("triton")
     reason = cuda_machine(**library)
-    monkeypatch.setattr(_backend, "_known", {})
-    monkeypatch.setattr(_backend, "state", _backend.state.__wrapped__)
+    monkeypatch.setattr(ops_backend, "_known", {})
+    monkeypatch.setattr(ops_backend, "state", ops_backend.state.__wrapped__)
     assert wa.backends()["cuda"] == reason and wa.backends()["triton"] == "available"
-    assert (_backend.choose("cuda"), _backend.choose("cpu")) == (serving, "cpu")
+    assert (ops_backend.choose("cuda"), ops_backend.choose("cpu")) == (serving, "cpu")
 
 
 def test_forced_triton(monkeypatch, plant):
     """CPU tensors only where it is interpreted."""
     pytest.importorskip("triton")
-    monkeypatch.setattr(_backend, "_is_interpreted", False)
+    monkeypatch.setattr(ops_backend, "_is_interpreted", False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    plant(triton=_backend._triton())
+    plant(triton=ops_backend._triton())
     with wa.use_backend("triton"), pytest.raises(RuntimeError, match=r"'triton' was asked for, but: .*TRITON"):
         wa.align(normal(4, 9))
     plant()  # a CUDA machine

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from truth import BF16, F16, F32, F64, formula, name, normal
 
 import weightalign_cuda as wa
-from weightalign_cuda import _backend
+from weightalign_cuda.ops import backend as ops_backend
 
 
 class Model(nn.Module):
@@ -236,11 +236,11 @@ def test_choice_is_of_one_asyncio_task(device):
         with wa.use_backend(name):
             for _ in range(3):
                 await asyncio.sleep(0)
-                assert _backend.choose(device) == name
+                assert ops_backend.choose(device) == name
 
     async def both():
         await asyncio.gather(run(device), run("reference"))
-        assert _backend.choose(device) == device
+        assert ops_backend.choose(device) == device
 
     asyncio.run(both())
 

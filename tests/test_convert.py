@@ -38,7 +38,7 @@ def network():
 
 
 def names_of_aligned(model):
-    return [name for name, module in model.named_modules() if isinstance(module, wa.layers.Aligned)]
+    return [name for name, module in model.named_modules() if isinstance(module, wa.nn.layers.Aligned)]
 
 
 def less_mean(conv):

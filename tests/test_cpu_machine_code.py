@@ -10,7 +10,7 @@ import subprocess
 import pytest
 from machine_code import functions, innermost_loops
 
-from weightalign_cuda import _library
+from weightalign_cuda.ops import native_library
 
 pytestmark = pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="reads x86-64's machine code")
 
@@ -45,7 +45,7 @@ def assert_off_the_stack(loops):
 
 
 def test_loops_of_the_library_keep_off_the_stack():
-    loops = list(loops_of(_library.PATH))
+    loops = list(loops_of(native_library.PATH))
     for register in SETS:
         names = {name for r, name, _ in loops if r == register}
         for function in ("forward_filter<", "backward_filter<"):

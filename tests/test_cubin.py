@@ -8,8 +8,7 @@ import subprocess
 
 import pytest
 
-from weightalign_cuda import _library
-from weightalign_cuda.ops import library
+from weightalign_cuda.ops import library, native_library
 
 KERNELS = 8  # forward and backward, float and double, small and large table
 MAX_REGISTERS = 64
@@ -22,7 +21,8 @@ def cuobjdump(*options: str) -> str:
         import triton
 
         program = str(pathlib.Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump")
-    return subprocess.run([program, *options, str(_library.PATH)], check=True, capture_output=True, text=True).stdout
+    command = [program, *options, str(native_library.PATH)]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
 @functools.cache

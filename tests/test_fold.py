@@ -81,7 +81,7 @@ def ops_of(program):
 def test_every_layer(case):
     layer, image, folded_class = case
     folded = wa.fold(layer)
-    assert type(folded) is folded_class and isinstance(layer, wa.layers.Aligned)
+    assert type(folded) is folded_class and isinstance(layer, wa.nn.layers.Aligned)
     torch.testing.assert_close(folded(image), layer(image), rtol=1e-13, atol=1e-13)
     assert list(folded.state_dict()) == [k for k in layer.state_dict() if k != "gain"]
     assert folded.weight.shape == layer.weight.shape and isinstance(folded.weight, nn.Parameter)
@@ -114,7 +114,7 @@ def test_a_model(device, inplace):
     folded = wa.fold(model, inplace=inplace)
     assert (folded is model) == inplace
     torch.testing.assert_close(folded(image), expected, rtol=1e-5, atol=1e-5)
-    assert not [m for m in folded.modules() if isinstance(m, wa.layers.Aligned)]
+    assert not [m for m in folded.modules() if isinstance(m, wa.nn.layers.Aligned)]
     assert set(keys) - set(folded.state_dict()) == {k for k in keys if k.endswith("gain")}
     assert folded[-1] is folded[-2] and folded[2].weight is folded[3].weight is not folded[4].weight
     if not inplace:
@@ -209,13 +209,13 @@ def test_errors():
 @pytest.fixture
 def count(monkeypatch):
     """How often a layer has aligned its own weight."""
-    calls, original = [], wa.layers.Aligned.align_filters
+    calls, original = [], wa.nn.layers.Aligned.align_filters
 
     def counted(self):
         calls.append(self)
         return original(self)
 
-    monkeypatch.setattr(wa.layers.Aligned, "align_filters", counted)
+    monkeypatch.setattr(wa.nn.layers.Aligned, "align_filters", counted)
     return calls
 
 
@@ -233,7 +233,7 @@ def test_frozen_aligns_once(device, count):
         assert len(count) > 6
     count.clear()
     assert torch.equal(model(image), expected) and count
-    assert all(layer.aligned_by is None for layer in model.modules() if isinstance(layer, wa.layers.Aligned))
+    assert all(layer.aligned_by is None for layer in model.modules() if isinstance(layer, wa.nn.layers.Aligned))
 
 
 def test_frozen_is_undone_after_an_error_and_may_be_nested(count):

@@ -21,7 +21,7 @@ def stays_plain(model):
     return [
         name
         for name, module in model.named_modules()
-        if isinstance(module, convolutions) and not isinstance(module, wa.layers.Aligned)
+        if isinstance(module, convolutions) and not isinstance(module, wa.nn.layers.Aligned)
     ]
 
 

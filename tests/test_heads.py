@@ -121,13 +121,13 @@ OUTPUTS = {
 @pytest.mark.parametrize(("last", "predicts"), OUTPUTS.values(), ids=OUTPUTS)
 def test_the_last_convolution_of_a_model(last, predicts):
     model = wa.convert(nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 1), last))
-    assert [isinstance(m, wa.layers.Aligned) for m in model] == [True, True, not predicts]
-    assert isinstance(wa.convert(last), wa.layers.Aligned)  # a model of its own
+    assert [isinstance(m, wa.nn.layers.Aligned) for m in model] == [True, True, not predicts]
+    assert isinstance(wa.convert(last), wa.nn.layers.Aligned)  # a model of its own
     followed = wa.convert(nn.Sequential(type(last)(4, 4, 1), nn.BatchNorm2d(4)))
-    assert isinstance(followed[0], wa.layers.Aligned)
+    assert isinstance(followed[0], wa.nn.layers.Aligned)
 
 
 def test_a_backbone_of_timm_predicts_nothing():
     backbone = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 1))
     backbone.pretrained_cfg = {"classifier": "head"}  # with num_classes=0
-    assert all(isinstance(layer, wa.layers.Aligned) for layer in wa.convert(backbone))
+    assert all(isinstance(layer, wa.nn.layers.Aligned) for layer in wa.convert(backbone))

@@ -349,7 +349,7 @@ def test_filters_aligned_elsewhere(backend, device, options):
 
 def test_plain_padding_is_left_to_the_convolution(monkeypatch):
     """Symmetric zeros and no activation: align and torch's convolution, nothing of prepare."""
-    monkeypatch.setattr(wa.layers, "convolve", None)
+    monkeypatch.setattr(wa.nn.layers, "convolve", None)
     for arguments in ({}, {"padding": 1}, {"padding": (2, 1), "stride": 2}):
         wa.WAConv2d(3, 4, 3, **arguments)(normal(1, 3, 6, 6))
     with pytest.raises(TypeError):

@@ -7,8 +7,8 @@ from truth import BF16, F16, F32, F64, assert_right, check_align, dense, formula
 from varied import numbers
 
 import weightalign_cuda as wa
-from weightalign_cuda import reference
 from weightalign_cuda.ops import native as ops
+from weightalign_cuda.ops import reference
 
 PRESERVE, CONTIGUOUS, LAST = torch.preserve_format, torch.contiguous_format, torch.channels_last
 

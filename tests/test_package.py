@@ -75,9 +75,9 @@ def test_cpu_tensors_ask_nothing_about_cuda(tmp_path):
 
 WITHOUT_LIBRARY = """
 import torch, weightalign_cuda as wa
-from weightalign_cuda import _backend
+from weightalign_cuda.ops import backend as ops_backend
 from weightalign_cuda.ops import native as ops
-print(wa.backends()["cpu"]); print(wa.backends()["cuda"]); print(_backend.choose("cpu"))
+print(wa.backends()["cpu"]); print(wa.backends()["cuda"]); print(ops_backend.choose("cpu"))
 
 def grads(align):
     w = torch.arange(12, dtype=torch.float64).sin().view(3, 4).requires_grad_()
@@ -91,7 +91,7 @@ def formula(w, g):
 def op(w, g):  # where nothing native is registered, the reference is the op's kernel
     return ops.align_forward([w], [g], [1e-5], [1.0], torch.float64, torch.preserve_format)[0][0]
 
-can_interpret = _backend._is_interpreted and wa.backends()["triton"] == "available"
+can_interpret = ops_backend._is_interpreted and wa.backends()["triton"] == "available"
 
 def in_triton(w, g):
     with wa.use_backend("triton"):
@@ -137,10 +137,10 @@ except ValueError as refused:
 os.environ["WEIGHTALIGN_BACKEND"] = "reference"
 import weightalign_cuda as wa
 print([name for name in ("torch._dynamo", "triton") if name in set(sys.modules) - before])
-from weightalign_cuda import _backend
-print(_backend.choose("cpu"))
+from weightalign_cuda.ops import backend as ops_backend
+print(ops_backend.choose("cpu"))
 with wa.use_backend("cpu"):
-    print(_backend.choose("cpu"))
+    print(ops_backend.choose("cpu"))
 """
 
 

@@ -53,7 +53,7 @@ def adapted(config):
 def test_adapters_stay_plain(log, config):
     """What the adapter adds to, or scales, is aligned; it is not. Of what predicts, neither."""
     model, plain = wa.convert(adapted(config)), adapted(config)
-    aligned = [name for name, module in model.named_modules() if isinstance(module, wa.layers.Aligned)]
+    aligned = [name for name, module in model.named_modules() if isinstance(module, wa.nn.layers.Aligned)]
     assert aligned == ["base_model.model.first", "base_model.model.second.base_layer"]
     assert "base_model.model.cls_logits.base_layer, base_model.model.out.base_layer (predictions)" in log.text
     assert ("peft's adapters" in log.text) == (config is LORA)  # the others have no layers below theirs
@@ -80,7 +80,7 @@ def test_adapters_stay_plain(log, config):
 @pytest.mark.parametrize("config", [LoraConfig(**LAYERS, r=3, use_dora=True), BOFTConfig(**LAYERS, boft_block_size=2)])
 def test_base_layers_whose_weight_is_read_are_left(log, config):
     model = wa.convert(get_peft_model(Model(), config), include="*")
-    aligned = [name for name, module in model.named_modules() if isinstance(module, wa.layers.Aligned)]
+    aligned = [name for name, module in model.named_modules() if isinstance(module, wa.nn.layers.Aligned)]
     assert aligned == ["base_model.model.first"]
     names = [f"base_model.model.{name}.base_layer" for name in LAYERS["target_modules"]]
     assert f"{', '.join(names)} (peft's adapter works on its weight)" in log.text

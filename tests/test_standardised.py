@@ -55,7 +55,7 @@ def test_composer(device, make, shape):
     model.zero_grad()
     is_theirs = [parametrize.is_parametrized(layer) for layer in model]
     wa.convert(model)
-    assert [isinstance(layer, wa.layers.Aligned) for layer in model] == is_theirs
+    assert [isinstance(layer, wa.nn.layers.Aligned) for layer in model] == is_theirs
     output = model(image)
     output.div(1e-4).sin().sum().backward()
     assert (output - expected).abs().max() <= 1e-10 * expected.abs().max()

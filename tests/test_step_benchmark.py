@@ -42,7 +42,7 @@ def test_networks_have_the_layers_that_convert_takes(network):
         model = network.build()
         layers = network.layers(model)
         wa.convert(model)
-    assert len(layers) == sum(isinstance(module, wa.layers.Aligned) for module in model.modules()) > 30
+    assert len(layers) == sum(isinstance(module, wa.nn.layers.Aligned) for module in model.modules()) > 30
     assert not network.layers(model)
 
 

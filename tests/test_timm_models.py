@@ -158,7 +158,7 @@ def test_plain_models(device, make, plain):
     with torch.no_grad():
         for name, module in model.named_modules():
             if isinstance(module, (nn.Conv2d, nn.Conv3d)):
-                assert isinstance(converted.get_submodule(name), wa.layers.Aligned) == (name not in plain), name
+                assert isinstance(converted.get_submodule(name), wa.nn.layers.Aligned) == (name not in plain), name
                 if name not in plain:
                     module.weight.copy_(formula(module.weight))
         expected, output = model(image), converted(image)

@@ -20,18 +20,17 @@ def compiled(architecture):
     import triton.language as tl
     from triton.backends.compiler import GPUTarget
 
-    from weightalign_cuda import triton_kernels
-    from weightalign_cuda.triton_activations import gelu
-    from weightalign_cuda.triton_input_kernels import REFLECT, TILE
-    from weightalign_cuda.triton_launch import OPTIONS, TYPES
+    from weightalign_cuda.ops.triton import kernels
+    from weightalign_cuda.ops.triton.activations import gelu
+    from weightalign_cuda.ops.triton.launch import OPTIONS, TYPES
+    from weightalign_cuda.ops.triton.prepare_kernels import REFLECT, TILE
 
     cuobjdump = pathlib.Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    kernels = triton_kernels.forward, triton_kernels.backward
-    cases = [(kernel, tl.float32, tl.bfloat16) for kernel in kernels]
+    cases = [(kernel, tl.float32, tl.bfloat16) for kernel in (kernels.forward, kernels.backward)]
     if architecture == 90:
-        cases.append((triton_kernels.backward, tl.float64, tl.float64))  # the most of all, and slow to compile
+        cases.append((kernels.backward, tl.float64, tl.float64))  # the most of all, and slow to compile
     for kernel, weight, aligned in cases:
-        from_, to = (weight, aligned) if kernel is triton_kernels.forward else (aligned, weight)
+        from_, to = (weight, aligned) if kernel is kernels.forward else (aligned, weight)
         constants = {"WEIGHT": weight, "ALIGNED": aligned, "ACC": weight, "FROM": from_, "TO": to, "SAVED": to}
         constants |= {"FROM_BY_CHANNELS": True, "TO_BY_CHANNELS": False, "SAVED_BY_CHANNELS": False}
         constants |= {"MODE": REFLECT, "ACTIVATION": gelu, "SAVED_IS_RESULT": False}

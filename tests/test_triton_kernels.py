@@ -12,10 +12,10 @@ from test_layout import FORMATS, GRADS, ORDERS, SIZES, SLICES, contiguous_stride
 from test_prepare import MODES, bound, padded
 from truth import ACTIVATIONS, BF16, DTYPES, EPS, F16, F32, F64, PAIRS, assert_near, assert_right, dense, name, normal
 
-from weightalign_cuda import triton_kernels, triton_ops
-from weightalign_cuda._layout import memory_order
-from weightalign_cuda.triton_input_kernels import TILE
-from weightalign_cuda.triton_launch import InputWork, Launch, _cached
+from weightalign_cuda.ops.layout import memory_order
+from weightalign_cuda.ops.triton import kernels, ops
+from weightalign_cuda.ops.triton.launch import InputWork, Launch, _cached
+from weightalign_cuda.ops.triton.prepare_kernels import TILE
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's, of the interpreter
 KEPT = torch.preserve_format
@@ -37,8 +37,8 @@ SHAPES = {
 
 def align(weights, gains, grads, eps, scales, dtype, memory_format=KEPT):
     """Forward and backward of a list: aligned weights, their gradients, one gain gradient for each."""
-    aligned, statistics = triton_ops.align_forward(weights, gains, eps, scales, dtype, memory_format)
-    grad_weights, grad_gains = triton_ops.align_backward(grads, weights, gains, statistics, scales)
+    aligned, statistics = ops.align_forward(weights, gains, eps, scales, dtype, memory_format)
+    grad_weights, grad_gains = ops.align_backward(grads, weights, gains, statistics, scales)
     return aligned, grad_weights, grad_gains.split([w.shape[0] for w in weights])
 
 
@@ -139,9 +139,7 @@ def test_nan_and_inf_stay_in_their_filter(device, n, bad, where):
 @pytest.mark.parametrize("result_dtype", [BF16, F16], ids=name)
 def test_rounding_is_to_nearest_even(device, result_dtype):
     weight = normal(16, 512, device=device)
-    exact, rounded = (
-        triton_ops.align_forward([weight], [None], [EPS], [1e-5], d, KEPT)[0][0] for d in (F32, result_dtype)
-    )
+    exact, rounded = (ops.align_forward([weight], [None], [EPS], [1e-5], d, KEPT)[0][0] for d in (F32, result_dtype))
     assert torch.equal(rounded, exact.to(result_dtype))
 
 
@@ -227,14 +225,14 @@ def test_list_equals_each_alone(device, monkeypatch, dtypes, result_dtype, launc
 
 def test_same_bits_and_one_table_every_time(device):
     weights, gains, eps, scales = network(device, [F32])
-    (*_, statistics), grads = triton_ops.align_forward(weights, gains, eps, scales, F32, KEPT), weights
+    (*_, statistics), grads = ops.align_forward(weights, gains, eps, scales, F32, KEPT), weights
     launch, outs = Launch(weights, gains, InputWork()), [torch.empty_like(w) for w in weights]
     for weight, gain, grad, out, scale in zip(weights, gains, grads, outs, scales, strict=True):
         launch.add(weight, grad, out, gain, 0.0, scale, 0)
     grad_gains, before = launch.per_filter(), _cached.cache_info()
     results = []
     for _ in range(3):
-        launch.run(triton_kernels.backward, statistics, grad_gains)
+        launch.run(kernels.backward, statistics, grad_gains)
         results.append([t.clone() for t in (*outs, grad_gains)])
     after = _cached.cache_info()
     assert (after.misses - before.misses, after.hits - before.hits) == (1, 2)
@@ -265,7 +263,7 @@ def check_prepare(x, *, padding, mode="zeros", activation=None, dtype=None, weig
     gain, dtype = normal(3, seed=2, device=x.device), dtype or x.dtype
     preparation = [n for pair in padding for n in pair], MODES.index(mode), list(ACTIVATIONS).index(activation)
     lists = [weight], [gain], [EPS], [1.0]
-    prepared, (aligned,), statistics = triton_ops.prepare_forward(x, *lists, dtype, memory_format, *preparation)
+    prepared, (aligned,), statistics = ops.prepare_forward(x, *lists, dtype, memory_format, *preparation)
     leaf = x.double().requires_grad_()
     truth, sums = padded(ACTIVATIONS[activation](leaf), padding, mode), F64 if x.dtype == F64 else F32
     assert (prepared.shape, prepared.dtype) == (truth.shape, dtype)
@@ -274,7 +272,7 @@ def check_prepare(x, *, padding, mode="zeros", activation=None, dtype=None, weig
     grad = normal(*prepared.shape, seed=3, device=x.device, dtype=dtype)
     grad_aligned = normal(*weight.shape, seed=4, device=x.device, dtype=dtype)
     saved = {None: None, "relu": prepared}.get(activation, x)
-    grad_input, (grad_weight,), grad_gain = triton_ops.prepare_backward(
+    grad_input, (grad_weight,), grad_gain = ops.prepare_backward(
         grad, saved, [grad_aligned], [weight], [gain], statistics, [1.0], x.dtype, memory_order(x), *preparation
     )
     (true,) = torch.autograd.grad(truth, leaf, grad.double())
@@ -362,12 +360,12 @@ def test_borders_that_overlap(device, size, padding, mode):
 def test_nan_and_infinity_go_where_float64_lets_them(device, activation):
     x = torch.tensor([0.5, math.nan, math.inf, -math.inf, 100.0, -100.0], device=device).view(1, 1, 6)
     lists, number = ([normal(2, 9, device=device)], [None], [EPS], [1.0]), list(ACTIVATIONS).index(activation)
-    prepared, _, statistics = triton_ops.prepare_forward(x, *lists, F32, KEPT, [1, 0], 0, number)
+    prepared, _, statistics = ops.prepare_forward(x, *lists, F32, KEPT, [1, 0], 0, number)
     expected = F.pad(ACTIVATIONS[activation](x.double()), (1, 0))
     assert torch.allclose(prepared.double(), expected, rtol=1e-6, atol=1e-5, equal_nan=True)
     grad = torch.full_like(prepared, math.inf)
     saved, rest = prepared if activation == "relu" else x, (F32, [0, 1, 2], [1, 0], 0, number)
-    found = triton_ops.prepare_backward(grad, saved, [], [], [], statistics[:0], [], *rest)[0].flatten()
+    found = ops.prepare_backward(grad, saved, [], [], [], statistics[:0], [], *rest)[0].flatten()
     assert found[5] == 0  # infinity meets a derivative of 0
 
 
@@ -380,11 +378,11 @@ def test_empty_tensors(device):
     lists = [normal(2, 9, device=device)], [None], [EPS], [1.0]
     for size in [(0, 3, 5), (2, 3, 0), (2, 0, 5)]:
         x = torch.empty(size, device=device)
-        prepared, (aligned,), statistics = triton_ops.prepare_forward(x, *lists, F32, KEPT, [1, 0], 0, 1)
+        prepared, (aligned,), statistics = ops.prepare_forward(x, *lists, F32, KEPT, [1, 0], 0, 1)
         assert prepared.shape == (*size[:2], size[2] + 1) and not prepared.any()
         assert aligned.any()
         nothing, rest = ([], [], [], statistics[:0], []), (F32, [0, 1, 2], [1, 0], 0, 1)
-        assert triton_ops.prepare_backward(prepared, prepared, *nothing, *rest)[0].shape == size
+        assert ops.prepare_backward(prepared, prepared, *nothing, *rest)[0].shape == size
 
 
 X, W = (2, 3, 4, 5), (4, 3, 3, 3)
@@ -415,7 +413,7 @@ def test_ops_called_wrongly_raise(device, wrong):
     for place, value in wrong.items():
         arguments[place] = value
     with pytest.raises(RuntimeError):
-        triton_ops.prepare_forward(*arguments)
+        ops.prepare_forward(*arguments)
 
 
 def test_backward_called_wrongly_raises(device):
@@ -423,14 +421,14 @@ def test_backward_called_wrongly_raises(device):
     for grad, rows, scales in [(w[:2], statistics, [1.0]), (w, statistics[:3], [1.0]), (w, statistics, []),
                                (w, statistics.double(), [1.0]), (w.double(), statistics, [1.0])]:  # fmt: skip
         with pytest.raises(RuntimeError):
-            triton_ops.align_backward([grad], [w], [None], rows, scales)
+            ops.align_backward([grad], [w], [None], rows, scales)
     lists = [w], [w], [None], statistics, [1.0]
     for saved, order, padding, activation in [
         (None, [0, 1, 2, 3], [0] * 4, 1), (x, [0, 1, 2, 3], [0] * 4, 0), (x, [0, 1, 2, 2], [0] * 4, 1),
         (x, [0, 1, 2, 3], [3, 3, 0, 0], 1), (x[:1], [0, 1, 2, 3], [0] * 4, 2), (x, [0, 1, 2, 3], [0] * 3, 1),
     ]:  # fmt: skip
         with pytest.raises(RuntimeError):
-            triton_ops.prepare_backward(x, saved, *lists, F32, order, padding, 0, activation)
+            ops.prepare_backward(x, saved, *lists, F32, order, padding, 0, activation)
 
 
 def test_the_package_needs_no_triton():

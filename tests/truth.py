@@ -8,14 +8,14 @@ import torch
 import torch.nn.functional as F
 
 import weightalign_cuda as wa
-from weightalign_cuda import reference_activations
+from weightalign_cuda.ops.reference import activations
 
 F32, F16, BF16, F64 = torch.float32, torch.float16, torch.bfloat16, torch.float64
 DTYPES = (F32, F16, BF16, F64)
 PAIRS = [(w, r) for w in DTYPES for r in DTYPES if (w == F64) == (r == F64)]  # dtypes of weight and result
 EPS = 1e-5
 # Names of activations -> PyTorch's functions.
-ACTIVATIONS = {name: getattr(F, name) if name else torch.clone for name in reference_activations.ACTIVATIONS}
+ACTIVATIONS = {name: getattr(F, name) if name else torch.clone for name in activations.ACTIVATIONS}
 
 # Tolerances, in unit roundoffs u of what sums are formed in (float32; float64 for float64 weights):
 # - a sum: no backend adds more than 128 values one after another (the CPU's float64 lanes; the rest is trees and

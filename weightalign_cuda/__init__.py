@@ -7,14 +7,14 @@ and `conv3d` convolve with them; `WAConv2d` and its like are the layers; `conver
 Activations by Weight Alignment", arXiv 2010.07160.
 """
 
-from ._backend import backends, use_backend
-from .accumulate import accumulate
-from .convert import convert
-from .convolution import conv1d, conv2d, conv3d, prepare
-from .fold import fold
-from .frozen import frozen
-from .functional import align, align_foreach
-from .layers import (
+from . import folded, layers  # noqa: F401, the names by which users and pickles know the classes
+from .functional.alignment import align, align_foreach
+from .functional.convolution import conv1d, conv2d, conv3d, prepare
+from .model.accumulate import accumulate
+from .model.convert import convert
+from .model.fold import fold
+from .model.frozen import frozen
+from .nn.layers import (
     WAConv1d,
     WAConv2d,
     WAConv3d,
@@ -24,6 +24,7 @@ from .layers import (
     WALinear,
     gain_parameters,
 )
+from .ops.backend import backends, use_backend
 
 __version__ = "0.1.0"
 __all__ = [

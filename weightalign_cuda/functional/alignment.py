@@ -1,0 +1,153 @@
+"""The functions users call: arguments checked, dtype and backend chosen, one op call for a whole list."""
+
+import contextlib
+from collections.abc import Sequence
+from operator import attrgetter
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function
+
+from ..ops.backend import NATIVE, choose, run
+from .checks import (
+    DTYPES,
+    check_gain,
+    check_list,
+    check_memory_format,
+    check_number,
+    check_weight,
+    device_type,
+    is_usual,
+    per_weight,
+    result_dtype,
+)
+from .dtensor import align_shards, is_sharded
+
+
+def align(
+    weight: Tensor,
+    gain: Tensor | None = None,
+    *,
+    eps: float = 1e-5,
+    scale: float = 1.0,
+    dtype: torch.dtype | None = None,
+    memory_format: torch.memory_format = torch.preserve_format,
+) -> Tensor:
+    """Aligned weight: scale * gain * (w - mean) / sqrt(n/2 * var + eps) for each filter (arXiv 2010.07160, eq. 10).
+
+    A filter is `weight[k]`, n values; mean and biased variance are taken over it. With scale = sqrt(n/2) and eps n/2
+    times theirs this is any weight standardisation that has its eps inside of the root. One kernel launch;
+    differentiable (twice) in weight and gain.
+
+    Args:
+        weight: (K, ...), rank 2 or more; float32, float16, bfloat16 or float64. Any strides. A DTensor placed by
+            Shard(0) or Replicate() is aligned where it lies, without communication; the result is placed likewise.
+        gain: (K,) or, as timm's, (K, 1, ...); any floating dtype, on the weight's device, placed as the weight; None
+            for 1.
+        eps: added to n/2 * var; greater than 0. A constant filter gives exactly 0.
+        scale: a constant factor.
+        dtype: of the result. Default: autocast's where autocast is on for the device and the weight is not float64,
+            else the weight's. float64 goes to float64 only.
+        memory_format: of the result. Default: the weight's own strides if they are dense, else contiguous.
+
+    Returns:
+        (K, ...) in `dtype`.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what came and what is wanted, before anything runs.
+    """
+    if memory_format is not torch.preserve_format or not is_usual(weight, gain, eps, scale):
+        options: dict[str, Any] = {"eps": eps, "scale": scale, "dtype": dtype, "memory_format": memory_format}
+        if has_torch_function((weight, gain)):
+            return handle_torch_function(align, (weight, gain), weight, gain, **options)
+        check_weight("weight", weight)
+        check_memory_format(memory_format, weight.dim())
+        if gain is not None:
+            check_gain("gain", gain, weight)
+        check_number("eps", eps, positive=True)
+        check_number("scale", scale)
+        if is_sharded((weight, gain)):
+            return align_shards(align_foreach, [weight], [gain], [None], **options)[0]
+    kind = device_type(weight)
+    dtype = result_dtype("weight", weight, kind, dtype)
+    return run("align_forward", kind, [weight], [gain], [eps], [scale], dtype, memory_format)[0][0]
+
+
+def align_foreach(
+    weights: Sequence[Tensor],
+    gains: Sequence[Tensor | None] | None = None,
+    *,
+    eps: float | Sequence[float] = 1e-5,
+    scale: float | Sequence[float] = 1.0,
+    dtype: torch.dtype | None = None,
+    memory_format: torch.memory_format = torch.preserve_format,
+) -> list[Tensor]:
+    """`align` of each weight: one launch forward and one backward for the whole list.
+
+    Args:
+        weights: tensors as for `align`. They may differ in device and dtype: each kind is a launch of its own.
+        gains: one gain or None for each weight; None for none at all.
+        eps: a number, or one for each weight.
+        scale: a number, or one for each weight.
+        dtype: as for `align`, decided for each weight.
+        memory_format: as for `align`; channels_last means rank 4, channels_last_3d rank 5, other ranks keep their
+            layout.
+
+    Returns:
+        The aligned weights, in the order of the list.
+
+    Raises:
+        TypeError, ValueError: as `align`, with the index of the weight or gain.
+    """
+    weights = check_list("weights", weights)
+    count = len(weights)
+    gains = [None] * count if gains is None else check_list("gains", gains, count)
+    if has_torch_function((*weights, *gains)):
+        options: dict[str, Any] = {"eps": eps, "scale": scale, "dtype": dtype, "memory_format": memory_format}
+        return handle_torch_function(align_foreach, (*weights, *gains), weights, gains, **options)
+    check_memory_format(memory_format)
+    all_eps = per_weight("eps", eps, count, positive=True)
+    scales = per_weight("scale", scale, count)
+    if is_sharded((*weights, *gains)):
+        options = {"eps": all_eps, "scale": scales, "dtype": dtype, "memory_format": memory_format}
+        return align_shards(align_foreach, weights, gains, list(range(count)), **options)
+    if not torch.compiler.is_compiling() and _is_for_one_op(weights, gains):
+        kind = result_dtype("weights", weights[0], device_type(weights[0]), dtype, 0)
+        with contextlib.suppress(RuntimeError):  # of a list that the op refuses: what is wrong is found out below
+            return list(_aligned(weights, gains, all_eps, scales, kind, memory_format))
+    groups: dict[tuple[torch.device, torch.dtype], list[int]] = {}
+    for i, (weight, gain) in enumerate(zip(weights, gains, strict=True)):
+        check_weight("weights", weight, i)
+        if gain is not None:
+            check_gain("gains", gain, weight, i)
+        groups.setdefault((weight.device, weight.dtype), []).append(i)
+    # All checked before the first one runs.
+    kinds = [result_dtype("weights", weights[i], device_type(weights[i]), dtype, i) for i, *_ in groups.values()]
+    results: list[Any] = [None] * count
+    for members, kind in zip(groups.values(), kinds, strict=True):
+        each = ([values[i] for i in members] for values in (weights, gains, all_eps, scales))
+        for i, aligned in zip(members, _aligned(*each, kind, memory_format), strict=True):
+            results[i] = aligned
+    return results
+
+
+_device, _dtype = attrgetter("device"), attrgetter("dtype")
+
+
+def _is_for_one_op(weights: list[Any], gains: list[Any]) -> bool:
+    """Whether a native op can take, or else refuses, the whole list: it looks at each tensor in less than the 1 us that
+    Python takes."""
+    try:
+        devices, dtypes = (
+            {*map(_device, weights), *map(_device, [g for g in gains if g is not None])},
+            {*map(_dtype, weights)},
+        )
+        is_one = len(devices) == len(dtypes) == 1 and dtypes.pop() in DTYPES
+        return is_one and choose(devices.pop().type) in NATIVE
+    except AttributeError:  # not a tensor
+        return False
+
+
+def _aligned(weights: Any, *arguments: Any) -> Sequence[Tensor]:
+    return run("align_forward", device_type(weights[0]), weights, *arguments)[0]

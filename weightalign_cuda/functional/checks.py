@@ -1,0 +1,172 @@
+"""What arguments must be. Each check raises TypeError or ValueError naming the argument, what came and what is wanted.
+
+A check is one expression that holds for every good argument, cheap enough for a call on one tiny weight; what exactly
+is wrong is found out only when it does not hold.
+"""
+
+import math
+import sys
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..ops.exporters import wants_plain_operations
+from ..ops.layout import CHANNELS_LAST_RANK
+from ..ops.reference.activations import ACTIVATIONS
+
+PLAIN = {Tensor, nn.Parameter, type(None)}  # classes that no function is overridden for; None: a gain of 1
+DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+_FLOATS = "float32, float16, bfloat16 or float64"
+
+
+def at(name: str, index: int | None) -> str:
+    return name if index is None else f"{name}[{index}]"
+
+
+def check_input(name: str, input: Any, weight: Tensor) -> None:
+    """A convolution's input: batched or not, where the weight has 1 to 3 spatial dimensions."""
+    _check_tensor(name, input, "a Tensor")
+    if not 3 <= weight.dim() <= 5:
+        raise ValueError(f"weight: expected 1 to 3 spatial dimensions, got shape {tuple(weight.shape)}")
+    if input.dim() not in (weight.dim(), weight.dim() - 1):
+        raise ValueError(
+            f"{name}: expected rank {weight.dim()}, or {weight.dim() - 1} without a batch; got {tuple(input.shape)}"
+        )
+    if input.device != weight.device:
+        raise ValueError(f"{name}: expected the weight's device {weight.device}, got {input.device}")
+
+
+def check_weight(name: str, weight: Any, index: int | None = None) -> None:
+    _check_tensor(name, weight, "a Tensor", index)
+    if weight.dim() < 2:
+        raise ValueError(
+            f"{at(name, index)}: expected rank 2 or more, filters along dimension 0; got shape {tuple(weight.shape)}"
+        )
+
+
+def is_usual(weight: Any, gain: Any, eps: Any, scale: Any) -> bool:
+    """Whether the checks below hold for certain, of plain tensors and the gain's usual shape: less than they take, for
+    what a layer does at each forward."""
+    return (
+        type(weight) in PLAIN
+        and type(gain) in PLAIN
+        and weight is not None
+        and torch._C._get_tracing_state() is None  # to which a comparison of sizes is an operation
+        and weight.dim() > 1
+        and weight.dtype in DTYPES
+        and weight.layout is torch.strided
+        and not weight.is_nested
+        and (
+            gain is None
+            or (
+                gain.dim() == 1
+                and gain.size(0) == weight.size(0)
+                and gain.dtype in DTYPES
+                and gain.layout is torch.strided
+                and gain.device == weight.device
+            )
+        )
+        and type(eps) is type(scale) is float
+        and 0 < eps < math.inf
+        and -math.inf < scale < math.inf
+    )
+
+
+def check_gain(name: str, gain: Any, weight: Tensor, index: int | None = None) -> None:
+    _check_tensor(name, gain, "a Tensor or None", index)
+    if not wants_plain_operations() and (gain.shape[:1] != weight.shape[:1] or any(n != 1 for n in gain.shape[1:])):
+        filters = weight.shape[0]
+        raise ValueError(
+            f"{at(name, index)}: expected shape ({filters},) or ({filters}, 1, ...), one for each filter; "
+            f"got {tuple(gain.shape)}"
+        )
+    if gain.device != weight.device:
+        raise ValueError(f"{at(name, index)}: expected the weight's device {weight.device}, got {gain.device}")
+
+
+def _check_tensor(name: str, value: Any, expected: str, index: int | None = None) -> None:
+    if isinstance(value, Tensor) and value.dtype in DTYPES and value.layout is torch.strided and not value.is_nested:
+        return
+    name = at(name, index)
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected {expected}, got {type(value).__name__}")
+    if value.dtype not in DTYPES:
+        raise TypeError(f"{name}: expected {_FLOATS}, got {value.dtype}")
+    kind = "a nested one" if value.is_nested else f"layout {value.layout}"
+    raise TypeError(f"{name}: expected a strided tensor, got {kind}")
+
+
+def check_number(name: str, value: Any, positive: bool = False, index: int | None = None) -> None:
+    if isinstance(value, bool) or not isinstance(value, (float, int)):
+        raise TypeError(f"{at(name, index)}: expected a number, got {type(value).__name__}")
+    # Not isfinite: torch.compile passes symbols. No integer beyond a float's range, either.
+    if not abs(value) <= sys.float_info.max or (positive and value <= 0):
+        wanted = "a finite number greater than 0" if positive else "a finite number"
+        raise ValueError(f"{at(name, index)}: expected {wanted}, got {value}")
+
+
+def check_activation(activation: Any) -> None:
+    if activation not in ACTIVATIONS:
+        *names, last = map(repr, ACTIVATIONS)
+        raise ValueError(f"activation: expected {', '.join(names)} or {last}, got {activation!r}")
+
+
+def per_weight(name: str, value: Any, count: int, positive: bool = False) -> list[float]:
+    """A number for each weight, from one for all or a list."""
+    if not isinstance(value, (list, tuple)):
+        check_number(name, value, positive)
+        return [value] * count
+    for i, each in enumerate(check_list(name, value, count)):
+        check_number(name, each, positive, i)
+    return list(value)
+
+
+def check_list(name: str, value: Any, count: int | None = None) -> list[Any]:
+    if not isinstance(value, (list, tuple)):
+        raise TypeError(f"{name}: expected a list or tuple, got {type(value).__name__}")
+    if count is not None and len(value) != count:
+        raise ValueError(f"{name}: expected one for each of the {count} weights, got {len(value)}")
+    return list(value)
+
+
+def check_memory_format(memory_format: Any, rank: int | None = None) -> None:
+    """rank: of the one weight, which channels_last and channels_last_3d must fit."""
+    if not isinstance(memory_format, torch.memory_format):
+        raise TypeError(f"memory_format: expected a torch.memory_format, got {type(memory_format).__name__}")
+    wanted = CHANNELS_LAST_RANK.get(memory_format)
+    if rank is not None and wanted is not None and rank != wanted:
+        raise ValueError(f"memory_format: {memory_format} is for rank {wanted}, got a weight of rank {rank}")
+
+
+def check_module(model: Any) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+
+
+def device_type(t: Tensor) -> str:
+    """t.device.type, which costs 4 us in a training loop."""
+    return "cpu" if t.is_cpu else "cuda" if t.is_cuda else t.device.type
+
+
+def autocast_dtype(device_type: str) -> torch.dtype | None:
+    """autocast's on this kind of device, if it is on."""
+    if device_type == "meta" or not torch.is_autocast_enabled(device_type):
+        return None
+    return torch.get_autocast_dtype(device_type)
+
+
+def result_dtype(
+    name: str, weight: Tensor, device_type: str, dtype: torch.dtype | None, index: int | None = None
+) -> torch.dtype:
+    """What a weight on `device_type` is aligned to: `dtype`, else autocast's where it is on, else the weight's own."""
+    own = weight.dtype
+    if dtype is None:
+        return own if own is torch.float64 else autocast_dtype(device_type) or own
+    if dtype not in DTYPES:
+        raise TypeError(f"dtype: expected {_FLOATS}, got {dtype}")
+    if (dtype is torch.float64) != (own is torch.float64):
+        raise ValueError(
+            f"dtype: float64, and nothing else, goes to float64; got {dtype} for {at(name, index)} of {own}"
+        )
+    return dtype

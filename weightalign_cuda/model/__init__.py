@@ -1,0 +1,1 @@
+"""Whole models: which layers are converted, what aligns them together, and what they fold to."""

@@ -1,0 +1,147 @@
+"""An existing model on aligned weights: its layers are swapped for ours, one by one."""
+
+import logging
+
+import torch
+from torch import Tensor, nn
+
+from ..nn.layers import Aligned, aligned_layers
+from ..ops.backend import run
+from .adapters import forbid_merging, tuner_layers
+from .foreach import check_whole, switch
+from .select import CLASSES, Rule, Selection, select, torch_class
+from .standardised import is_standardised, original, pads_same, take_over
+from .swap import check_model, put_in_place, rebuilt
+
+logger = logging.getLogger("weightalign_cuda")
+
+
+def convert(
+    model: nn.Module,
+    *,
+    gain: str = "ones",
+    foreach: bool | int = False,
+    include: Rule = None,
+    exclude: Rule = None,
+) -> nn.Module:
+    """Swaps the convolutions of a model, in place, for ours: `torch.nn.Conv2d` for `WAConv2d` and so on.
+
+    All of them (arXiv 2010.07160 aligns the first one, too), but for
+
+    - what predicts: classifiers, and the last layers of detection, segmentation, depth and pose heads, by the names and
+      classes of torchvision, timm, transformers, segmentation-models-pytorch, ultralytics, OpenMMLab and others; and a
+      convolution of single pixels with a bias that is the last module of the model, as a U-Net's. `include` takes them;
+    - constants: frozen filters that are all the same. Filters of one value, which would be 0;
+    - lazy layers before their first input, and layers with a forward of their own;
+    - peft's adapters, and base layers whose weight an adapter reads. Adapt first: of a converted layer peft makes
+      aligned adapters. Merge into what `fold` returns; before that it is an error.
+
+    The logger "weightalign_cuda" names what stays: as a warning where it is not known what a layer computes, or where
+    nothing is left to convert; as a warning, too, frozen layers that get a gain of 1 in a model that is trained.
+
+    Layers that standardise their weights become layers that compute the very same: timm's StdConv2d, ScaledStdConv2d
+    and their Same variants, those of transformers' BiT, and Composer's, whose parametrization ends (its checkpoints
+    load before). In a model that has some only they are converted: its authors left the other convolutions plain.
+    Formulas that no eps makes ours, as that of the original repository, have a forward of their own.
+
+    Weight and bias stay the same Parameter objects, as does timm's gain, (C, 1, 1, 1); other gains, (C,), are new ones,
+    with the weight's dtype, device and requires_grad: make the optimizer, and wrap in DDP or compile, afterwards.
+    Hooks, mode, memory layout and what is shared are kept. Converting again changes nothing. Checkpoints of the model
+    before still load, with a gain of 1.
+
+    Args:
+        model: any module.
+        gain: of plain layers, "ones" or "preserve": sqrt(n/2 * var + eps), so that a layer's aligned weight is at first
+            its weight less the mean of each filter: to fine-tune a trained model. Also where normalisation is frozen,
+            and where layers begin at 0: with "ones" these are at full scale after one small step.
+        foreach: True aligns all layers in one launch, when the first one runs in a forward of the model, in the dtype
+            that it asks for (an autocast may be inside of the forward), and has one launch in the backward; a number
+            aligns them in that many, so that DistributedDataParallel sends the first gradients while the backward goes
+            on. Converting again switches it on or off. It serves calls of `model` itself. A layer called outside of
+            them aligns itself; so does one in a second run of reentrant checkpointing or in a part compiled by itself,
+            one whose weight is made at each use (parametrizations, pruning), and, with a warning, one whose weight or
+            autocast changes in the midst.
+        include: only these layers: a pattern for their names as in `model.named_modules()` ("layer1.*", by fnmatch), a
+            list of patterns, or a function (name, module) -> bool. What it matches is converted, be it what predicts: a
+            Linear becomes a WALinear.
+        exclude: all but these.
+
+    Returns:
+        The model itself; if it is one layer, the new one.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what came and what is wanted; for weights under
+            torch.nn.utils.parametrize, weight_norm, spectral_norm or pruning, unless excluded; for quantised
+            convolutions; for scripted and wrapped (DDP, FSDP, torch.compile) models. Nothing has been changed then.
+        RuntimeError: for foreach in a model sharded by FSDP or with torch.nn.DataParallel in it, where each layer has
+            to align itself; at the forward, if that came later.
+    """
+    check_model(model)
+    if gain not in ("ones", "preserve"):
+        raise ValueError(f"gain: expected 'ones' or 'preserve', got {gain!r}")
+    if not isinstance(foreach, int) or (not isinstance(foreach, bool) and foreach < 1):
+        raise ValueError(f"foreach: expected True, False or a number of launches from 1 on, got {foreach!r}")
+    if foreach:
+        check_whole(list(model.modules()))
+    selection = select(model, include, exclude)
+    gains: dict[object, nn.Parameter] = {}
+    new: dict[nn.Module, nn.Module] = {layer: _converted(layer, gain, gains) for layer in selection.chosen}
+    _report(model, selection, gain)
+    forbid_merging(tuner for tuner in tuner_layers(model) if tuner.base_layer in new)
+    model = put_in_place(model, new)
+    switch(model, foreach)
+    return model
+
+
+def _report(model: nn.Module, selection: Selection, gain: str) -> None:
+    if not selection.chosen and not aligned_layers(model.modules()):
+        why = _listed(selection.left | selection.unknown) or (
+            "no convolution is among the layers that include= and exclude= leave (a Linear is one of them if include= "
+            "matches it)"
+        )
+        logger.warning("convert changes nothing in this model: %s", why)
+        return
+    if selection.left:
+        logger.info("convert leaves as they are: %s", _listed(selection.left))
+    if selection.unknown:
+        logger.warning(
+            "convert leaves as they are, for it does not know what they compute: %s; the rest of the model is "
+            "converted, as include= and exclude= choose",
+            _listed(selection.unknown),
+        )
+    plain = {layer: name for layer, name in selection.chosen.items() if not is_standardised(layer)}
+    frozen = [name for layer, name in plain.items() if not layer.weight.requires_grad]
+    if gain == "ones" and frozen and any(parameter.requires_grad for parameter in model.parameters()):
+        logger.warning(
+            "convert: %s are frozen and cannot adapt to a gain of 1, while the rest of the model is trained: "
+            'use gain="preserve", or exclude= them',
+            ", ".join(frozen),
+        )
+
+
+def _listed(names: dict[str, list[str]]) -> str:
+    return "; ".join(f"{', '.join(several)} ({reason})" for reason, several in names.items())
+
+
+def _converted(layer: nn.Module, gain: str, gains: dict[object, nn.Parameter]) -> Aligned:
+    """gains: those made so far, by what they belong to: layers that share it share the gain, too."""
+    new = rebuilt(original(layer), CLASSES[torch_class(layer)])
+    new.activation, new.eps, new.scale = None, 1e-5, 1.0
+    if pads_same(layer):
+        new.padding = "same_tf"  # type: ignore[assignment]
+    if is_standardised(layer):
+        take_over(new, layer)
+        return new
+    key = new.weight, type(new), getattr(layer, "groups", 1)
+    values = _preserving(new) if gain == "preserve" else new.weight.new_ones(new.filters().shape[0])
+    new.gain = gains.setdefault(key, nn.Parameter(values, requires_grad=new.weight.requires_grad))
+    return new
+
+
+@torch.no_grad()
+def _preserving(layer: Aligned) -> Tensor:
+    """The inverse of the kernel's statistic 1 / sqrt(n/2 * var + eps)."""
+    filters = layer.filters()
+    options = [filters], [None], [layer.eps], [1.0], filters.dtype, torch.preserve_format
+    _, statistics = run("align_forward", filters.device.type, *options)
+    return statistics[:, 1].reciprocal().to(filters.dtype)

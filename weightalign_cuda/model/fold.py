@@ -1,0 +1,78 @@
+"""For deployment: plain layers of torch.nn with the aligned weights baked in."""
+
+import copy
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..functional.alignment import align
+from ..nn.folded import FOLDED, Folded
+from ..nn.layers import Aligned, aligned_layers
+from .foreach import switch_off_all
+from .select import CLASSES, own_behaviour, torch_class
+from .swap import check_model, check_plain, put_in_place, rebuilt
+
+
+def fold(model: nn.Module, *, inplace: bool = False) -> nn.Module:
+    """A model that computes the same with plain layers of torch.nn, whose weights are the aligned ones.
+
+    Of the aligned weight (arXiv 2010.07160, eq. 10) nothing depends on the input, so nothing is left to compute: the
+    result needs neither this package's ops nor its gains, exports (torch.export, ONNX), and its state_dict is that of
+    the plain model. A layer with an activation or TensorFlow's padding becomes a small subclass of torch's layer that
+    does that in PyTorch's own operations (`weightalign_cuda.folded.FoldedConv2d` and so on). Folding again changes
+    nothing. Weights keep their dtype, in which they are aligned, their layout and requires_grad; hooks are kept. Fold
+    before a model's own methods that merge weights (timm's `reparameterize`).
+
+    Args:
+        model: any module.
+        inplace: swap the layers of `model` itself; else of a deep copy.
+
+    Returns:
+        The folded model; if it is one layer, the new one, also in place.
+
+    Raises:
+        TypeError: for a model that is none, or scripted or wrapped (DDP, FSDP, torch.compile).
+        ValueError: for layers parametrized or pruned by torch.nn.utils, compiled, or of subclasses of ours with a
+            forward of their own. Nothing has been changed then.
+    """
+    check_model(model)
+    for name, layer in model.named_modules():
+        if isinstance(layer, Aligned):
+            check_plain(name, layer)
+            if own := own_behaviour(layer, CLASSES[torch_class(layer)]):
+                got = f"{type(layer).__name__} at {name!r}, which has its own {', '.join(sorted(own))}"
+                raise ValueError(f"model: expected layers of this package, got {got}")
+    if not inplace:
+        model = copy.deepcopy(model)
+    switch_off_all(model)
+    weights: dict[Any, nn.Parameter] = {}
+    return put_in_place(model, {layer: _folded(layer, weights) for layer in aligned_layers(model.modules())})
+
+
+def _folded(layer: Aligned, weights: dict[Any, nn.Parameter]) -> nn.Module:
+    """weights: those made so far, by what they were made of: what was shared stays shared."""
+    plain, pads_same = torch_class(layer), getattr(layer, "padding", None) == "same_tf"
+    new = rebuilt(layer, FOLDED[plain] if pads_same or layer.activation else plain)
+    del new._parameters["gain"]
+    key = layer.weight, layer.gain, layer.eps, layer.scale, plain, getattr(layer, "groups", 1)
+    if key not in weights:
+        weights[key] = _aligned_parameter(layer)
+    new.weight = weights[key]
+    for name in ("eps", "scale", "aligned_by"):
+        new.__dict__.pop(name, None)
+    if isinstance(new, Folded):
+        new.pads_same = pads_same
+        if pads_same:
+            new.padding = (0,) * len(layer.kernel_size)  # type: ignore[arg-type]
+    else:
+        del new.activation
+    return new
+
+
+@torch.no_grad()
+def _aligned_parameter(layer: Aligned) -> nn.Parameter:
+    weight = layer.weight
+    aligned = align(layer.filters(), layer.gain, eps=layer.eps, scale=layer.scale, dtype=weight.dtype)
+    values = torch.empty_like(weight).copy_(layer.as_weight(aligned))
+    return nn.Parameter(values, requires_grad=weight.requires_grad)

@@ -1,0 +1,1 @@
+"""Layers in place of torch.nn's, and what they fold to."""

@@ -1,0 +1,224 @@
+"""The forward ops as the Autograd key sees them: one launch forward and one backward, for a list of weights and, with
+prepare, a convolution's input."""
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from . import reference, schemas
+from .exporters import wants_plain_operations
+from .layout import memory_order
+from .reference.activations import find
+from .reference.align import align
+from .reference.prepare import prepare_input_backward
+from .schemas import OpSet
+
+_below_autograd = torch._C._AutoDispatchBelowAutograd
+
+
+def align_forward(
+    served: OpSet, weights: Sequence[Tensor], gains: Sequence[Tensor | None], *options: Any
+) -> tuple[Sequence[Tensor], Tensor]:
+    """The op align_forward, differentiable. Called directly, it spares eager code a way through the dispatcher."""
+    if _is_transformed():
+        return reference.align_forward(weights, gains, *options)
+    if _wants_gradients(*weights, *gains):
+        aligned = _apply(call := _Call(served, options), None, *weights, *gains)
+        return aligned, call.statistics
+    with _below_autograd():
+        return served.align_forward(weights, gains, *_numbered(*options))
+
+
+def prepare_forward(
+    served: OpSet, input: Tensor, weights: Sequence[Tensor], gains: Sequence[Tensor | None], *options: Any
+) -> tuple[Tensor, Sequence[Tensor], Tensor]:
+    """The op prepare_forward, likewise."""
+    if _is_transformed():
+        return reference.prepare_forward(input, weights, gains, *options)
+    if _wants_gradients(input, *weights, *gains):
+        prepared, *aligned = _apply(call := _Call(served, options), input, *weights, *gains)
+        return prepared, aligned, call.statistics
+    with _below_autograd():
+        return served.prepare_forward(input, weights, gains, *_numbered(*options))
+
+
+for _ops in (schemas.native, schemas.in_triton):
+    for _function in (align_forward, prepare_forward):
+        _op = getattr(_ops, _function.__name__)
+        schemas.definitions.impl(_op, functools.partial(_function, _ops), "Autograd")
+
+
+# c10's numbers, as which a dtype and a memory format reach the op a microsecond sooner.
+_NUMBERS = {torch.float16: 5, torch.float32: 6, torch.float64: 7, torch.bfloat16: 15}
+_FORMATS = {torch.contiguous_format: 0, torch.preserve_format: 1, torch.channels_last: 2, torch.channels_last_3d: 3}
+
+
+def _numbered(eps: Any, scales: Any, dtype: torch.dtype, memory_format: torch.memory_format, *rest: Any) -> Any:
+    """An op's options, its dtype and memory format as numbers."""
+    return eps, scales, _NUMBERS[dtype], _FORMATS[memory_format], *rest
+
+
+def _is_transformed() -> bool:
+    """Whether a torch.func transform, forward-mode AD or an exporter is active: they need PyTorch's own operations."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0 or wants_plain_operations()
+
+
+def _is_batched(grad: Tensor | None) -> bool:
+    """By torch.autograd.grad(is_grads_batched=True), whose vmap is an older one than torch.func's."""
+    return grad is not None and torch._C._functorch.is_legacy_batchedtensor(grad)
+
+
+def _wants_gradients(*tensors: Tensor | None) -> bool:
+    if torch.is_grad_enabled():
+        for t in tensors:
+            if t is not None and t.requires_grad:
+                return True
+    return False
+
+
+class _Call:
+    """The arguments of _Fused that are no tensors, and what its op gives that is not differentiable: as one more result
+    of the function it would cost as much as the op."""
+
+    __slots__ = "options", "served", "statistics"
+    statistics: Tensor
+
+    def __init__(self, served: OpSet, options: tuple[Any, ...]) -> None:
+        self.served = served  # the ops of the backend
+        self.options = options  # their arguments after the tensors
+
+
+class _Fused(torch.autograd.Function):
+    """align_forward or, with an input, prepare_forward; and its derivative."""
+
+    @staticmethod
+    def forward(ctx: Any, call: _Call, input: Tensor | None, *tensors: Tensor | None) -> tuple[Tensor, ...]:
+        """tensors: weights and as many gains."""
+        count = len(tensors) // 2
+        lists = tensors[:count], tensors[count:]
+        served, options = call.served, call.options
+        with _below_autograd():
+            if input is None:
+                aligned, call.statistics = served.align_forward(*lists, *_numbered(*options))
+                results = tuple(aligned)
+            else:
+                prepared, aligned, call.statistics = served.prepare_forward(input, *lists, *_numbered(*options))
+                results = prepared, *aligned
+        if input is not None and ctx.needs_input_grad[1]:
+            activation = find(options[-1])
+            # The result where that suffices: the convolution keeps it alive anyway.
+            ctx.save_for_backward(activation and (results[0] if activation.is_from_result else input))
+            ctx.preparation = (input.dtype, memory_order(input), *options[4:])
+        # Attributes, as saved tensors are checked for changes all or none: of a list, a weight that was written to
+        # after it was aligned matters only if its own result is used. Nor has checkpointing anything to drop here.
+        ctx.call, ctx.tensors = call, tensors
+        ctx.versions = [None if t is None else t._version for t in tensors]
+        ctx.set_materialize_grads(False)
+        return results
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+        tensors, (_, input_wanted, *wanted) = ctx.tensors, ctx.needs_input_grad
+        count = len(tensors) // 2
+        grad_prepared = grad_input = None
+        if len(grads) > count:
+            grad_prepared, *grads = grads  # type: ignore[assignment]
+        # Frozen weights, and those whose result nobody used, take no part; nor does such an input.
+        used = [i for i in range(count) if grads[i] is not None and (wanted[i] or wanted[count + i])]
+        input_used = input_wanted and grad_prepared is not None
+        _check_unchanged(used, tensors, ctx.versions)
+        (saved,) = ctx.saved_tensors if input_used else (None,)
+        call = ctx.call
+        if torch.is_grad_enabled():
+            if input_used:
+                grad_input = prepare_input_backward(grad_prepared, saved, *ctx.preparation)  # type: ignore[arg-type]
+            return None, grad_input, *_differentiable_gradients(call.options, tensors, grads, used, wanted)
+        if not (used or input_used):
+            return (None,) * (2 + 2 * count)
+        arguments = of_used(used, grads, tensors, call.statistics, call.options[1])
+        is_plain = _is_transformed() or any(map(_is_batched, (grad_prepared, *grads)))
+        served = reference if is_plain else call.served
+        with _below_autograd():
+            if input_used:
+                results = served.prepare_backward(grad_prepared, saved, *arguments, *ctx.preparation)
+                grad_input, grad_weights, grad_gains = results
+            else:
+                grad_weights, grad_gains = served.align_backward(*arguments)
+        return None, grad_input, *in_their_places(used, tensors, grad_weights, grad_gains)
+
+
+# Function.apply itself without its Python, which is for transforms of torch.func: with these, it is not called.
+_apply = super(torch.autograd.Function, _Fused).apply
+
+
+def _check_unchanged(used: Sequence[int], tensors: Sequence[Tensor | None], versions: Sequence[int | None]) -> None:
+    count = len(tensors) // 2
+    for i in used:
+        for name, place in (("weights", i), ("gains", count + i)):
+            t = tensors[place]
+            if t is not None and t._version != versions[place]:
+                raise RuntimeError(
+                    "one of the variables needed for gradient computation has been modified by an inplace operation: "
+                    f"{name}[{i}] is at version {t._version}; expected version {versions[place]}"
+                )
+
+
+def of_used(
+    used: Sequence[int],
+    grads: Sequence[Tensor | None],
+    tensors: Sequence[Tensor | None],
+    statistics: Tensor,
+    scales: Sequence[float],
+) -> tuple[Any, ...]:
+    """(grads, weights, gains, statistics, scales) of the weights that take part."""
+    count = len(tensors) // 2
+    weights, gains = tensors[:count], tensors[count:]
+    if len(used) == count:
+        return grads[:count], weights, gains, statistics, scales
+    rows = statistics.split([w.shape[0] for w in weights])  # type: ignore[union-attr]
+    statistics = torch.cat([rows[i] for i in used]) if used else statistics[:0]
+    grads, weights, gains = ([t[i] for i in used] for t in (grads, weights, gains))
+    return grads, weights, gains, statistics, [scales[i] for i in used]
+
+
+def in_their_places(
+    used: Sequence[int], tensors: Sequence[Tensor | None], grad_weights: Sequence[Tensor], grad_gains: Tensor
+) -> list[Tensor | None]:
+    """The gradients of weights and gains, None for those that take no part. (Autograd drops what is not wanted, as long
+    as it belongs to a tensor.)"""
+    count = len(tensors) // 2
+    results: list[Tensor | None] = [None] * (2 * count)
+    rows = grad_gains.split([w.shape[0] for w in grad_weights]) if len(used) != 1 else (grad_gains,)
+    for i, grad_weight, row in zip(used, grad_weights, rows, strict=True):
+        results[i], gain = grad_weight, tensors[count + i]
+        if gain is not None:
+            row = row if gain.dim() == 1 else row.view(gain.shape)
+            results[count + i] = row if gain.dtype is row.dtype else row.to(gain.dtype)
+    return results
+
+
+def _differentiable_gradients(
+    options: tuple[Any, ...],
+    tensors: Sequence[Tensor | None],
+    grads: Sequence[Tensor | None],
+    used: Sequence[int],
+    wanted: Sequence[bool],
+) -> list[Tensor | None]:
+    """Of weights and gains under create_graph: through the reference, which PyTorch can differentiate again."""
+    eps, scales, dtype = options[:3]
+    count = len(tensors) // 2
+    if not used:
+        return [None] * (2 * count)
+    with torch.enable_grad():
+        aligned = [
+            align(tensors[i], tensors[count + i], eps[i], scales[i], dtype, torch.preserve_format)[0]  # type: ignore[arg-type]
+            for i in used
+        ]
+    inputs = [t for t, is_wanted in zip(tensors, wanted, strict=True) if is_wanted]
+    outside = [grads[i] for i in used]
+    found = iter(torch.autograd.grad(aligned, inputs, outside, create_graph=True, allow_unused=True))  # type: ignore[arg-type]
+    return [next(found) if is_wanted else None for is_wanted in wanted]

@@ -1,0 +1,217 @@
+"""Which implementation serves a tensor: the one choice, a pure function of device and availability."""
+
+import contextlib
+import contextvars
+import ctypes
+import functools
+import importlib.util
+import os
+import sys
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from . import autograd, reference, schemas
+from .exporters import is_onnx_program
+from .schemas import library
+
+NAMES = ("cuda", "cpu", "triton", "reference")
+NATIVE = ("cuda", "cpu")
+ORDER = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}  # other devices: reference
+
+_forced: contextvars.ContextVar[str | None] = contextvars.ContextVar("weightalign_backend", default=None)
+
+
+def backends() -> dict[str, str]:
+    """Name of each backend -> "available", or why it is not and what to do about it. Asks about every device, and so
+    initialises CUDA where there is one."""
+    return {name: state(name) for name in NAMES}
+
+
+@functools.cache
+def state(name: str) -> str:
+    """Of one backend: what serves CPU tensors is chosen without a question about CUDA, which would initialise it (after
+    that no fork can use it)."""
+    return {"cuda": _cuda, "cpu": _cpu, "triton": _triton, "reference": _reference}[name]()
+
+
+def _reference() -> str:
+    return "available"
+
+
+def _cpu() -> str:
+    return library.error or "available"
+
+
+def _cuda() -> str:
+    if library.error:
+        return library.error
+    if not library.architectures:
+        return "the native library was built without nvcc: put nvcc on PATH (or set CUDA_HOME) and install again"
+    if not torch.cuda.is_available():
+        build = "is a CPU-only build" if torch.version.cuda is None else "sees no CUDA device"
+        return f"torch {torch.__version__} {build}"
+    driver = library.cuda_driver()
+    if driver // 1000 < library.cuda_runtime // 1000:
+        return (
+            f"the native library was built with CUDA {_version(library.cuda_runtime)}, the driver serves up to "
+            f"{_version(driver)}: update the driver, or install again with an older nvcc"
+        )
+    for device in range(torch.cuda.device_count()):
+        major, minor = torch.cuda.get_device_capability(device)
+        if not _runs_on(10 * major + minor):
+            compiled = ", ".join(f"sm_{a}" for a in library.architectures)
+            return (
+                f"cuda:{device} is sm_{major}{minor}, the native library has {compiled}: install again with "
+                f"WEIGHTALIGN_CUDA_ARCHS={major}{minor}"
+            )
+    return "available"
+
+
+_is_interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def _triton() -> str:
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed: pip install triton (CUDA builds of torch bring it)"
+    if not (_is_interpreted or torch.cuda.is_available()):
+        return "torch sees no CUDA device (with TRITON_INTERPRET=1 it serves CPU tensors, slowly, for tests)"
+    return "available"
+
+
+def _runs_on(capability: int) -> bool:
+    """Machine code serves later devices of the same major version; the last architecture's PTX all later ones."""
+    compiled = library.architectures
+    return capability >= compiled[-1] or any(a <= capability and a // 10 == capability // 10 for a in compiled)
+
+
+def _version(code: int) -> str:
+    return f"{code // 1000}.{code % 1000 // 10}"
+
+
+def check_name(name: str, source: str) -> str:
+    if name not in NAMES:
+        raise ValueError(f"{source}: expected one of {', '.join(NAMES)}, got {name!r}")
+    return name
+
+
+_environment = os.environ.get("WEIGHTALIGN_BACKEND") or None
+if _environment is not None:
+    check_name(_environment, "WEIGHTALIGN_BACKEND")
+
+
+@contextlib.contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Context in which `name` ("cuda", "cpu", "triton" or "reference") serves every call of this thread or task.
+
+    The choice is read when a forward runs and kept for its backward. The environment variable WEIGHTALIGN_BACKEND,
+    read at import, does the same for a whole process.
+
+    Raises:
+        ValueError: no backend has that name. A backend that cannot serve raises RuntimeError where it is called.
+    """
+    token = _forced.set(check_name(name, "name"))
+    before = _get_stashed()
+    _stash((name, threading.get_ident()))
+    try:
+        yield
+    finally:
+        _forced.reset(token)
+        _stash(before)
+
+
+# Autograd runs the backward of CUDA tensors, and the forward that checkpointing repeats in it, on threads of its own.
+# They know no context variables; what is stashed goes with the backward.
+_STASH = "weightalign_backend"
+
+
+def _get_stashed() -> tuple[str | None, int]:
+    """The name, if one is forced, and the thread on which that was done."""
+    return torch._C._get_obj_in_tls(_STASH) if torch._C._is_key_in_tls(_STASH) else (None, 0)
+
+
+def _stash(name_and_thread: tuple[str | None, int]) -> None:
+    pair = _kept(*name_and_thread)
+    _give_references(pair, 1)
+    torch._C._stash_obj_in_tls(_STASH, pair)
+
+
+@functools.cache
+def _kept(name: str | None, thread: int) -> tuple[str | None, int]:
+    """The one such pair, for good, with references to spare: torch 2.11 gives back now and then more than one for each
+    time that it was stashed."""
+    pair = (name, thread)
+    _give_references(pair, 1 << 14)
+    return pair
+
+
+def _give_references(pair: Any, count: int) -> None:
+    """To torch 2.11, which stashes an object without a reference of its own, and gives one back all the same."""
+    if not _torch_counts_references():
+        for _ in range(count):
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(pair))
+
+
+@functools.cache
+def _torch_counts_references() -> bool:
+    """Asked once, of an object that nobody else has: other threads change the count of any other meanwhile."""
+    probe = (object(),)
+    count = sys.getrefcount(probe)
+    torch._C._stash_obj_in_tls(f"{_STASH}_probe", probe)
+    if sys.getrefcount(probe) > count:
+        return True
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(probe))
+    return False
+
+
+def _get_forced() -> str | None:
+    forced = _forced.get()
+    if forced is None:
+        name, thread = _get_stashed()
+        forced = name if thread != threading.get_ident() else None  # on its own thread the variable says it
+    return forced or _environment
+
+
+def choose(device_type: str) -> str:
+    """The backend that serves tensors of this device now. A compiled function keeps what it was traced with."""
+    forced = _get_forced()
+    key = forced, device_type
+    if key not in _known:
+        _known[key] = _default(device_type) if forced is None else _check_serves(forced, device_type)
+    return _known[key]
+
+
+choose._dynamo_marked_constant = True  # type: ignore[attr-defined]  # torch.compiler.assume_constant_result, which imports torch._dynamo
+_known: dict[tuple[str | None, str], str] = {}
+
+
+def _default(device_type: str) -> str:
+    return next(name for name in ORDER.get(device_type, ("reference",)) if state(name) == "available")
+
+
+def _check_serves(name: str, device_type: str) -> str:
+    if state(name) != "available":
+        raise RuntimeError(f"backend {name!r} was asked for, but: {state(name)}")
+    serving = ORDER.get(device_type, ("reference",))
+    if name not in serving and not (name == "triton" and _is_interpreted):
+        raise RuntimeError(f"backend {name!r} was asked for, but it does not serve tensors on {device_type!r}")
+    return name
+
+
+def serving(device_type: str) -> Any:
+    """What has the ops, as functions of their names, of the backend that serves the device."""
+    backend = choose(device_type)
+    return reference if backend == "reference" else schemas.in_triton if backend == "triton" else schemas.native
+
+
+def run(op: str, device_type: str, *arguments: Any) -> Any:
+    """The forward op of this name on the backend that serves the device."""
+    if torch.compiler.is_compiling():
+        return getattr(reference if is_onnx_program() else serving(device_type), op)(*arguments)
+    served = serving(device_type)
+    if served is reference:
+        return getattr(reference, op)(*arguments)
+    # Eager code calls what is registered at the Autograd key, which spares it a way through the dispatcher.
+    return getattr(autograd, op)(served, *arguments)

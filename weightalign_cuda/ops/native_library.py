@@ -1,0 +1,56 @@
+"""Finds and loads the one native library, which lies in the package's folder when installed."""
+
+import ctypes
+import pathlib
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+PATH = pathlib.Path(__file__).parents[1] / "_weightalign.so"
+
+
+@dataclass(frozen=True)
+class Library:
+    """What the loaded library was built with, or why there is none (`error`)."""
+
+    error: str | None = None
+    architectures: tuple[int, ...] = ()  # of its CUDA kernels: 90 is sm_90
+    cuda_runtime: int = 0  # 13000 is CUDA 13.0; 0: built without CUDA
+    # The newest runtime that this machine's driver serves; 0: no driver. Asking initialises CUDA.
+    cuda_driver: Callable[[], int] = lambda: 0
+    # The instruction set of the CPU kernels that serve here: "avx2"; or what is wrong with WEIGHTALIGN_CPU.
+    cpu_kernels: Callable[[], str] = lambda: "none"
+
+
+def load() -> Library:
+    """Loads the library, which registers its kernels with torch; warns if there is none. Call once, after the ops are
+    defined."""
+    if not PATH.exists():
+        return _without(
+            f"the native library is not built: no {PATH.name} beside {PATH.parent.name}/__init__.py; "
+            "install with 'pip install .' (in a source tree, 'pip install -e .')"
+        )
+    try:
+        torch.ops.load_library(str(PATH))
+    except OSError as failure:
+        return _without(f"the native library does not load with torch {torch.__version__}: {failure}")
+    native = ctypes.CDLL(str(PATH))
+    native.wa_cuda_architectures.restype = native.wa_cpu_kernels.restype = ctypes.c_char_p
+    return Library(
+        architectures=tuple(int(a) for a in native.wa_cuda_architectures().decode().split(",") if a),
+        cuda_runtime=native.wa_cuda_runtime_version(),
+        cpu_kernels=lambda: native.wa_cpu_kernels().decode(),
+        cuda_driver=native.wa_cuda_driver_version,
+    )
+
+
+def _without(error: str) -> Library:
+    warnings.warn(
+        f"weightalign_cuda: {error}. Triton serves CUDA tensors if it can; everything else runs as PyTorch's own "
+        "operations, some ten times slower.",
+        RuntimeWarning,
+        stacklevel=2,
+    )
+    return Library(error=error)

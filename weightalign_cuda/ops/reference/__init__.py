@@ -1,0 +1,6 @@
+"""The ops in plain PyTorch: what is right, for every device, differentiable any number of times."""
+
+from .align import align_backward, align_forward
+from .prepare import prepare_backward, prepare_forward
+
+__all__ = ["align_backward", "align_forward", "prepare_backward", "prepare_forward"]
