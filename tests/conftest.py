@@ -6,6 +6,7 @@ and a package that is not installed is an error.
 """
 
 import importlib.util
+import logging
 import os
 import shutil
 
@@ -35,7 +36,7 @@ NEEDS = {
     "test_benchmarks.py": ["matplotlib", "numpy", "rich", "torchvision"],
     "test_conv_layers_benchmark.py": ["numpy", "rich", "torchvision"],
     "test_cpu_instruction_sets.py": ["hypothesis"],
-    "test_export.py": ["onnx", "onnxruntime", "onnxscript"],
+    "test_exporters.py": ["onnx", "onnxruntime", "onnxscript"],
     "test_cubin.py": [] if shutil.which("cuobjdump") else ["triton"],  # Triton brings a cuobjdump
     "test_fx.py": ["timm", "torchvision"],
     "test_head_libraries.py": ["segmentation_models_pytorch", "torchvision", "transformers"],
@@ -113,6 +114,12 @@ def native(request):
 def ops(request):
     """Each set of registered ops."""
     return getattr(wa.ops, request.param)
+
+
+@pytest.fixture
+def log(caplog):
+    caplog.set_level(logging.INFO, logger="weightalign_cuda")
+    return caplog
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import pytest
 import timm
 import torch
 from accelerate.hooks import remove_hook_from_submodules
-from test_foreach import CountOps
+from count_ops import CountOps
 from torch import nn
 from truth import normal
 

@@ -11,8 +11,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from test_foreach import CountOps
-from test_foreach_model import Model, checkpointed, image, layers
+from count_ops import CountOps
+from foreach_model import Model, checkpointed, image, layers
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 from truth import BF16, F64, formula, name, normal

@@ -5,7 +5,7 @@ import threading
 
 import pytest
 import torch
-from test_foreach import CountOps
+from count_ops import CountOps
 from truth import normal
 
 import weightalign_cuda as wa

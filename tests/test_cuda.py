@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_foreach import CountOps
+from count_ops import CountOps
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from truth import BF16, check_align, formula, normal

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing
-from test_foreach import CountOps
+from count_ops import CountOps
 from torch import nn
 from truth import BF16, F64, formula, normal
 from varied import converted, numbers

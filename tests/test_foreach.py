@@ -1,211 +1,374 @@
-"""align_foreach: one op call for a list, each result what align gives."""
+"""wa.convert(model, foreach=True): the numbers of layers that align themselves, from one launch forward and one
+backward, whatever a program does to the model. (A model of one launch for each layer is held to the formula in other
+files.)"""
 
-import collections
-import contextlib
+import copy
+import gc
+import pickle
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from truth import BF16, F16, F32, F64, assert_right, dense, formula, name, normal
-from varied import numbers
+from count_ops import CountOps
+from foreach_model import Model, alone, assert_same, checkpointed, image, layers, step
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from truth import BF16, F64, name, normal
+from varied import converted
 
 import weightalign_cuda as wa
 
-# As in a network: many sizes, from depthwise to long filters.
-SHAPES = [
-    (8, 3, 7, 7),
-    (16, 8, 1, 1),
-    (16, 1, 3, 3),
-    (8, 16, 3, 3),
-    (4, 5, 3),
-    (10, 64),
-    (2, 600, 4, 4),
-    (1, 2, 3, 3, 3),
-]
+
+@pytest.fixture(autouse=True)
+def one_thread(restore_threads):
+    """These are many small models, on machines that may be busy."""
+    torch.set_num_threads(1)
 
 
-class CountOps(TorchDispatchMode):
-    """Counts the calls of the registered ops that reach a kernel, native or Triton's, by the native ones' names."""
+@pytest.mark.parametrize("foreach", [True, 1, 2, 4, 50])
+def test_same_numbers(backend, device, foreach):
+    model = converted(Model(), foreach=foreach).to(device)
+    for _ in range(2):
+        found, *ops = step(model)
+        assert_same(found, alone(device))
+    assert model.unused.weight.grad is None and model.unused.gain.grad is None
+    if backend != "reference":
+        launches = [min(int(foreach), len(layers(model)))] * 2
+        # Of what is not used, a bucket of its own has nothing to do in the backward.
+        assert ops[0]["align_forward"] == launches[0] and 0 <= launches[1] - ops[1]["align_backward"] <= 1
+        assert (ops[0]["prepare_forward"], ops[1]["prepare_backward"]) == (1, 1)
 
+
+def test_one_launch_each_way(native, device):
+    _, forward, backward = step(converted(Model(), foreach=True).to(device))
+    assert forward == {"align_forward": 1, "prepare_forward": 1}
+    assert backward == {"align_backward": 1, "prepare_backward": 1}
+
+
+def test_buckets_are_ready_while_the_backward_goes_on(native, device):
+    """In the order in which it meets them, each before the convolutions of the next."""
+    model = converted(nn.Sequential(*[nn.Conv2d(4, 4, 3, padding=1) for _ in range(6)]), foreach=3).to(device)
+    events = []
+    for i, layer in enumerate(model):
+        layer.register_full_backward_hook(lambda *_, i=i: events.append(f"convolution {i}"))
+        layer.weight.register_post_accumulate_grad_hook(lambda _, i=i: events.append(f"gradient {i}"))
+    model(normal(1, 4, 5, 5, device=device).requires_grad_()).sum().backward()
+    for i in range(2, 6):
+        assert events.index(f"gradient {i}") < events.index(f"convolution {2 * (i // 2) - 2}")
+
+
+def test_layers_outside_of_a_forward_of_the_model(device):
+    model, plain = (converted(Model(), foreach=f).to(device) for f in (True, False))
+    for m in (model, plain):
+        with CountOps() as ops:
+            m.last(m.first(image(device))).sum().backward()
+            checkpoint(m.middle, m.first(image(device)), use_reentrant=False).sum().backward()
+        assert ops.calls["align_forward"] > 1
+    assert_same([p.grad for p in model.parameters()], [p.grad for p in plain.parameters()])
+    step(model)
+    assert not torch.equal(model.first.aligned_filters(), model.first.weight)
+
+
+class Twice(nn.Module):
     def __init__(self):
         super().__init__()
-        self.calls = collections.Counter()
+        torch.manual_seed(0)
+        self.a, self.b = nn.Conv2d(3, 3, 3, padding=1), nn.Conv2d(3, 3, 3, padding=1)
+        self.b.weight = self.a.weight
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.namespace == "weightalign_cuda":
-            self.calls[func._opname.removeprefix("triton_")] += 1
-        return func(*args, **(kwargs or {}))
-
-
-def network(count, device, dtype=F32, shapes=SHAPES):
-    """Weights, every third in channels_last; gains, every fourth None; eps and scale of each."""
-    weights, gains = [], []
-    for i in range(count):
-        weight = normal(*shapes[i % len(shapes)], seed=i, device=device, dtype=dtype)
-        weights.append(weight if i % 3 else dense(weight, (0, *range(2, weight.dim()), 1)))
-        gains.append(normal(weight.shape[0], seed=1000 + i, device=device) if i % 4 else None)
-    return weights, gains, numbers(count)
+    def forward(self, x):
+        return self.a(self.b(self.a(x)))
 
 
-def with_grad(tensors):
-    return [t if t is None else t.detach().requires_grad_() for t in tensors]
+def test_layers_used_twice_and_shared_weights(device):
+    found = [step(converted(Twice(), foreach=f).to(device, F64), x=image(device, dtype=F64))[0] for f in (True, False)]
+    assert_same(*found, rtol=1e-12, atol=1e-12)
 
 
-def each_alone(weights, gains, options, **kwargs):
-    each = zip(weights, gains, *options.values(), strict=True)
-    return [wa.align(w, g, eps=eps, scale=scale, **kwargs) for w, g, eps, scale in each]
+def test_frozen_layers(native, device):
+    """Nothing is computed for them: their filters, of the same launch, want no gradients."""
+    wanted = []
+
+    def run(block, x):
+        wanted.append(model.first.aligned_filters().requires_grad)
+        return block(x)
+
+    model = converted(Model(run), foreach=True).to(device)
+    expected = alone(device)
+    for parameter in (*model.first.parameters(), model.last.weight):
+        parameter.requires_grad_(False)
+    found, forward, _ = step(model)
+    assert wanted == [False] and forward["align_forward"] == 1
+    is_trained = [True, *(p.requires_grad for p in model.parameters())]
+    assert_same(found, [t if trained else None for t, trained in zip(expected, is_trained, strict=True)])
+    model.requires_grad_(False)
+    assert not model(image(device)).requires_grad
 
 
-def gradients(results, weights, gains):
-    """Of weights, then of the gains that are not None."""
-    grads = [normal(*r.shape, seed=5000 + i, device=r.device).to(r.dtype) for i, r in enumerate(results)]
-    return torch.autograd.grad(results, [*weights, *(g for g in gains if g is not None)], grads)
+def test_without_gradients(device):
+    model, plain = (converted(Model(), foreach=f).to(device).eval() for f in (True, False))
+    for context in (torch.no_grad, torch.inference_mode):
+        with context():
+            with CountOps() as ops:
+                found = model(image(device))
+            assert torch.equal(found, plain(image(device)))
+        assert ops.calls["align_forward"] == 1
+        assert_same(step(model)[0], step(plain)[0])  # nothing is left of it
 
 
-@pytest.mark.parametrize("count", [1, 2, 53, 600])
-@pytest.mark.parametrize(("dtype", "result_dtype"), [(F32, F32), (F32, BF16), (F16, F16), (F64, F64)], ids=name)
-def test_list_equals_each_alone(backend, device, count, dtype, result_dtype):
-    weights, gains, options = network(count, device, dtype, SHAPES if count < 600 else SHAPES[1:6])
-    weights, gains = with_grad(weights), with_grad(gains)
-    together = wa.align_foreach(weights, gains, **options, dtype=result_dtype)
-    alone = each_alone(weights, gains, options, dtype=result_dtype)
-    assert isinstance(together, list)
-    for a, b in zip(together, alone, strict=True):
-        assert torch.equal(a, b) and a.stride() == b.stride() and a.dtype == result_dtype
-    for a, b in zip(gradients(together, weights, gains), gradients(alone, weights, gains), strict=True):
-        assert torch.equal(a, b) and a.stride() == b.stride() and a.dtype == b.dtype
+def test_grad_mode_changes_in_the_forward(device):
+    inside = []
+
+    def run(block, x):
+        with torch.set_grad_enabled(not torch.is_grad_enabled()):
+            inside.append(block(x))
+        return inside[-1]
+
+    model, plain = (converted(Model(run), foreach=f).to(device) for f in (True, False))
+    assert_same(step(model)[0], step(plain)[0])
+    for m in (model, plain):
+        m.zero_grad()
+        with torch.no_grad():
+            assert not m(image(device)).requires_grad
+        inside[-1].sum().backward()
+        assert m.middle[0].weight.grad is not None and m.first.weight.grad is None
+    assert_same([p.grad for p in model.parameters()], [p.grad for p in plain.parameters()])
 
 
-def test_eps_and_scale_for_each_weight(backend, device):
-    weights, gains, _ = network(6, device)
-    weights, gains = with_grad(weights), with_grad(gains)
-    eps, scales = [1e-5, 1.0, 3, 0.1, 20.0, 1e-9], (1, -2.0, 0.5, 0.0, 7.0, 1.0)
-    results = wa.align_foreach(tuple(weights), tuple(gains), eps=eps, scale=scales)
-    grads = [normal(*r.shape, seed=i, device=device) for i, r in enumerate(results)]
-    found = iter(torch.autograd.grad(results, [*weights, *(g for g in gains if g is not None)], grads))
-    grad_weights = [next(found) for _ in weights]
-    for i, gain in enumerate(gains):
-        grad_gain = None if gain is None else next(found)
-        assert_right(weights[i], gain, grads[i], results[i], grad_weights[i], grad_gain, eps=eps[i], scale=scales[i])
+CHANGES = {
+    "weight": lambda layer: layer.weight.neg_().add_(0.1 * layer.weight.square()),
+    "its data": lambda layer: setattr(layer.weight, "data", layer.weight.data.flip(1)),
+    "another weight": lambda layer: setattr(layer, "weight", nn.Parameter(layer.weight.flip(1))),
+    "gain": lambda layer: layer.gain.mul_(2),
+    "no gain": lambda layer: setattr(layer, "gain", None),
+    "eps": lambda layer: setattr(layer, "eps", 5.0),
+    "scale": lambda layer: setattr(layer, "scale", 5.0),
+}
 
 
-def test_defaults_and_no_gains(backend, device):
-    weights, *_ = network(5, device)
-    expected = [wa.align(w) for w in weights]
-    for gains in (None, [None] * 5, [torch.ones(w.shape[0], device=device) for w in weights]):
-        assert all(torch.equal(*pair) for pair in zip(wa.align_foreach(weights, gains), expected, strict=True))
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_layers_that_change_in_the_forward(device, change):
+    def run(block, x):
+        change(model.middle[0])
+        return block(x)
+
+    model = converted(Model(run), foreach=True).to(device)
+    before = step(converted(Model()).to(device))[0][0]
+    with torch.no_grad():
+        found = model(image(device))
+        assert not torch.allclose(found, before, rtol=1e-2)
+        model.run = lambda block, x: block(x)
+        assert torch.equal(model(image(device)), found)
+        wa.convert(model)
+        torch.testing.assert_close(model(image(device)), found, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("empty", [[], ()], ids=str)
-def test_no_weights(backend, empty):
-    assert wa.align_foreach(empty) == []
-    assert wa.align_foreach(empty, empty, eps=empty, scale=[]) == []
+def test_weights_that_change_between_forwards(device):
+    model, plain = (converted(Model(), foreach=f).to(device) for f in (2, False))
+    for i in range(3):
+        optimizers = [torch.optim.SGD(m.parameters(), lr=0.1) for m in (model, plain)]
+        assert_same(step(model)[0], step(plain)[0])
+        for optimizer in optimizers:
+            optimizer.step()
+        if i == 1:
+            state = {k: v.flip(0) for k, v in plain.state_dict().items()}
+            plain.load_state_dict(state), model.load_state_dict(state)
+    assert_same([p.detach() for p in model.parameters()], [p.detach() for p in plain.parameters()])
 
 
-def test_empty_weights_among_others(backend, device):
-    shapes = [(0, 3), (4, 9), (3, 0), (2, 3, 3), (0, 0)]
-    weights = with_grad([normal(*s, seed=i, device=device) for i, s in enumerate(shapes)])
-    gains = with_grad([torch.ones(s[0], device=device) for s in shapes])
-    options = numbers(len(shapes))
-    results = wa.align_foreach(weights, gains, **options)
-    for got, alone in zip(results, each_alone(weights, gains, options), strict=True):
-        assert torch.equal(got, alone)
-    sum(r.square().sum() for r in results).backward()
-    assert [w.grad.shape for w in weights] == [w.shape for w in weights]
-    assert torch.equal(gains[2].grad, torch.zeros(3, device=device))
-    (true,) = torch.autograd.grad(
-        formula(weights[1], gains[1], *(v[1] for v in options.values())).square().sum(), gains[1]
-    )
-    torch.testing.assert_close(gains[1].grad, true)
+def test_exceptions(device):
+    def run(block, x):
+        block(x)
+        raise OSError
+
+    model = converted(Model(run), foreach=True).to(device)
+    for _ in range(2):
+        with pytest.raises(OSError):
+            model(image(device))
+    with torch.no_grad():
+        model.first.weight.mul_(-1)
+        changed = model.first.aligned_filters()
+        model.first.weight.mul_(-1)
+        assert torch.equal(model.first.aligned_filters(), -changed)
+    with pytest.raises(TypeError):
+        model(None)
+    model.run = lambda block, x: block(x)
+    assert_same(step(model)[0], alone(device))
 
 
-@pytest.mark.parametrize("result_dtype", [None, BF16], ids=name)
-def test_mixed_dtypes_and_layouts_come_back_in_order(backend, device, result_dtype):
-    dtypes = [F32, BF16, F16, F32, BF16] + ([F64] if result_dtype is None else [])
-    weights, gains, options = network(4 * len(dtypes), device)
-    weights = with_grad([weight.to(dtype) for weight, dtype in zip(weights, dtypes * 4, strict=True)])
-    gains = with_grad(gains)
-    together = wa.align_foreach(weights, gains, **options, dtype=result_dtype)
-    alone = each_alone(weights, gains, options, dtype=result_dtype)
-    for weight, a, b in zip(weights, together, alone, strict=True):
-        assert a.dtype == (result_dtype or weight.dtype)
-        assert torch.equal(a, b) and a.stride() == b.stride()
-    for a, b in zip(gradients(together, weights, gains), gradients(alone, weights, gains), strict=True):
-        assert torch.equal(a, b)
+def test_a_model_in_a_model_and_recursion(native, device):
+    inner = converted(Model(), foreach=True).to(device)
+
+    def run(block, x):
+        return block(x) + inner(image(device)).sum()
+
+    outer = converted(Model(run)).to(device)
+    outer.inner = inner
+    found, forward, _ = step(wa.convert(outer, foreach=True))
+    assert forward["align_forward"] == 1
+    expected, *_ = step(wa.convert(outer))
+    assert_same(found, expected)
+    assert_same(step(inner)[0], alone(device))
+    depth = []
+
+    def again(block, x):
+        depth.append(1)
+        return block(x) + (model(image(device)).sum() if len(depth) % 2 else 0)
+
+    model = converted(Model(again), foreach=True).to(device)
+    found, *_ = step(model)
+    assert_same(found, step(wa.convert(model))[0], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("drop", ["weight", "gain", "both", "result"])
-def test_frozen_weights_and_unused_results_get_no_gradient(backend, device, drop):
-    weights, gains, options = network(8, device)
-    weights, gains = with_grad(weights), with_grad(gains)
-    plain = gradients(each_alone(weights, gains, options), weights, gains)
-    expected = dict(zip([*weights, *(g for g in gains if g is not None)], plain, strict=True))
-    dropped = (1, 4, 5)  # 4 has no gain
-    for i in dropped:
-        if drop in ("weight", "both"):
-            weights[i].requires_grad_(False)
-        if drop in ("gain", "both") and gains[i] is not None:
-            gains[i].requires_grad_(False)
-    results = wa.align_foreach(weights, gains, **options)
-    used = [i for i in range(8) if not (drop == "result" and i in dropped) and results[i].requires_grad]
-    grads = [normal(*r.shape, seed=5000 + i, device=device) for i, r in enumerate(results)]
-    torch.autograd.backward([results[i] for i in used], [grads[i] for i in used])
-    for i in range(8):
-        for kind, leaf in (("weight", weights[i]), ("gain", gains[i])):
-            if leaf is None:
-                continue
-            if i in dropped and drop in (kind, "both", "result"):
-                assert leaf.grad is None
-            else:
-                assert torch.equal(leaf.grad, expected[leaf])
+def test_two_models_in_turns(device):
+    models = [converted(Model(), foreach=True).to(device) for _ in range(2)]
+    with torch.no_grad():
+        models[1].first.gain.mul_(3)
+    together = sum(m(image(device)).square().sum() for m in models)
+    together.backward()
+    found = [[p.grad for p in m.parameters()] for m in models]
+    for m, grads in zip(models, found, strict=True):
+        assert_same(grads, step(wa.convert(m))[0][1:])
 
 
-def test_frozen_weights_under_create_graph(backend, device):
-    """First and second derivatives of the used results of a list, as autograd finds them of each formula."""
-    weights, gains, options = network(6, device, F64)
-    weights, gains = with_grad(weights), with_grad([g if g is None else g.double() for g in gains])
-    weights[1].requires_grad_(False)
-    gains[2].requires_grad_(False)
-    leaves = [weights[0], weights[2], gains[1], gains[5], weights[5]]  # 3 is not used, 4 not asked for
-    together = wa.align_foreach(weights, gains, **options)
-    alone = [formula(*each) for each in zip(weights, gains, *options.values(), strict=True)]
+@pytest.mark.parametrize("kind", ["train", "infer"])
+def test_threads_with_one_model(backend, device, kind):
+    begin, model = threading.Barrier(8), converted(Model(checkpointed(False)), foreach=True).to(device)
+    parameters, expected = list(model.parameters()), alone(device)
+
+    def run(_):
+        begin.wait(60)
+        with wa.use_backend(backend), torch.set_grad_enabled(kind == "train"):
+            for _ in range(5):
+                result = model(image(device))
+                assert torch.equal(result, expected[0])
+                if kind == "train":
+                    loss = result.square().sum()
+                    assert_same(
+                        torch.autograd.grad(loss, parameters, allow_unused=True), expected[1:], rtol=1e-4, atol=1e-5
+                    )
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(run, range(8)))
+
+
+@pytest.mark.parametrize("low", [BF16, torch.float16], ids=name)
+def test_autocast(device, low):
+    def run(block, x):
+        with torch.autocast(device, dtype=low, enabled=not torch.is_autocast_enabled(device)):
+            return block(x.float()).float()
+
+    for given in ({}, {"run": run}):
+        model, plain = (converted(Model(**given), foreach=f).to(device) for f in (True, False))
+        for m in (model, plain):
+            m.forward_in = torch.autocast(device, dtype=low)(m)
+        assert_same(step(model, model.forward_in)[0], step(plain, plain.forward_in)[0])
+        assert_same(step(model)[0], step(plain)[0])
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+def test_copies(native, device, copied):
+    """They align their own layers together."""
+    model = converted(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3)), foreach=True).to(device)
+    for other in (copied(model), copied(model.eval())):
+        with torch.no_grad():
+            other[0].gain.mul_(2)
+        found, forward, backward = step(other)
+        assert forward["align_forward"] == backward["align_backward"] == 1
+        assert all(p.grad is None for p in model.parameters())
+        assert_same(found, step(wa.convert(other))[0])  # without it now; the original still has it
+        assert not other._forward_pre_hooks and not other._forward_hooks
+        assert step(model)[1]["align_forward"] == 1
+        model.zero_grad()
+
+
+def test_on_and_off(native, device):
+    model = converted(Model()).to(device)
+    for foreach, launches in ((True, 1), (True, 1), (3, 3), (False, 4), (False, 4), (2, 2)):
+        modules = list(model.modules())
+        assert wa.convert(model, foreach=foreach) is model and list(model.modules()) == modules
+        _, forward, _ = step(model)
+        assert forward["align_forward"] == launches
+        assert len(model._forward_pre_hooks) == len(model._forward_hooks) == bool(foreach)
+
+
+def test_frozen_and_fold(native, device):
+    model = converted(Model(), foreach=True).to(device).eval()
+    expected = model(image(device)).detach()
+    with torch.no_grad(), wa.frozen(model):
+        for _ in range(2):
+            assert torch.equal(model(image(device)), expected)
+        with CountOps() as ops:
+            model(image(device))
+        assert not ops.calls["align_forward"]
+    assert step(model)[1]["align_forward"] == 1
+    for inplace in (False, True):
+        folded = wa.fold(model, inplace=inplace)
+        torch.testing.assert_close(folded(image(device)), expected)
+        assert not folded._forward_pre_hooks and not folded._forward_hooks
+
+
+def test_functions_of_the_parameters(device):
+    model, plain = (converted(Model(), foreach=f).to(device, F64) for f in (True, False))
+    x = image(device, dtype=F64)
+    other = {k: (v.detach() + 0.1 * v.detach().square()).requires_grad_() for k, v in model.named_parameters()}
+    grads = []
+    for m in (model, plain):
+        loss = torch.func.functional_call(m, other, (x,)).square().sum()
+        grads.append(torch.autograd.grad(loss, list(other.values()), allow_unused=True))
+        torch.testing.assert_close(torch.func.functional_call(m, other, (x,)).square().sum(), loss)
+    assert_same(*grads, rtol=1e-12, atol=1e-12)
+    of = [
+        torch.func.grad(lambda p, m=m: torch.func.functional_call(m, p, (x,)).square().sum())(other)
+        for m in (model, plain)
+    ]
+    assert_same(of[0].values(), of[1].values(), rtol=1e-12, atol=1e-12)
+
+
+def test_twice_differentiable(device):
     found = []
-    for results in (together, alone):
-        loss = sum((i + 1) * r.sin().sum() for i, r in enumerate(results) if i != 3)
-        once = torch.autograd.grad(loss, leaves, create_graph=True)
-        plain = torch.autograd.grad(loss, leaves, retain_graph=True)
-        twice = torch.autograd.grad(sum(g.cos().sum() for g in once), leaves)
-        found.append([*plain, *once, *twice])
-    for ours, true in zip(*found, strict=True):
-        torch.testing.assert_close(ours, true, rtol=1e-9, atol=1e-11)
+    for foreach in (True, False):
+        model = converted(Model(), foreach=foreach).to(device, F64)
+        x = image(device, dtype=F64).requires_grad_()
+        (grad,) = torch.autograd.grad(model(x).square().sum(), x, create_graph=True)
+        grad.square().sum().backward()
+        found.append([p.grad for p in model.parameters()])
+    assert_same(*found, rtol=1e-10, atol=1e-12)
 
 
-def test_no_gradient_wanted(backend, device):
-    *plain, options = network(4, device)
-    leaves = [with_grad(each) for each in plain]
-    for context, lists in ((torch.no_grad(), leaves), (contextlib.nullcontext(), plain)):
-        with context:
-            assert not any(r.requires_grad for r in wa.align_foreach(*lists, **options))
-    with torch.inference_mode():
-        inside = wa.align_foreach(*leaves, **options)
-    assert all(torch.equal(*pair) for pair in zip(inside, each_alone(*leaves, options), strict=True))
+def test_memory_is_not_kept(device):
+    model = converted(Model(), foreach=True).to(device)
+    filters = []
+    model.first.register_forward_pre_hook(lambda layer, _: filters.append(layer.aligned_filters()))
+    result = model(image(device))
+    result.sum().backward()
+    assert len(filters) == 1
+    filters[0] = torch.utils.weak.WeakTensorKeyDictionary({filters[0]: 1})
+    del result
+    gc.collect()
+    assert len(filters[0]) == 0
 
 
-@pytest.mark.parametrize("count", [1, 53, 600])
-def test_one_op_call_forward_and_one_backward(native, device, count):
-    weights, gains, options = network(count, device, shapes=SHAPES[1:6])
-    weights, gains = with_grad(weights), with_grad(gains)
-    with CountOps() as forward:
-        results = wa.align_foreach(weights, gains, **options)
-    with CountOps() as backward:
-        torch.autograd.backward(results, [torch.ones_like(r) for r in results])
-    assert forward.calls == {"align_forward": 1}
-    assert backward.calls == {"align_backward": 1}
+class FSDPModule:
+    """As torch's, which fully_shard makes a base of a module's class."""
 
 
-def test_one_op_call_for_each_dtype(native, device):
-    weights = with_grad([normal(4, 9, seed=i, device=device, dtype=d) for i, d in enumerate([F32, BF16, F64] * 3)])
-    with CountOps() as ops:
-        results = wa.align_foreach(weights)
-        torch.autograd.backward(results, [torch.ones_like(r) for r in results])
-    assert ops.calls == {"align_forward": 3, "align_backward": 3}
+class Sharded(FSDPModule, Model):
+    pass
+
+
+def test_models_that_have_not_all_weights_at_once(device):
+    for model, reason in ((Sharded(), "FSDP2 gathers"), (nn.DataParallel(Model()), "DataParallel runs copies")):
+        modules = list(model.modules())
+        with pytest.raises(RuntimeError, match=f"foreach: all layers cannot be aligned .*{reason}.*foreach=False"):
+            wa.convert(model, foreach=True)
+        assert list(model.modules()) == modules
+        wa.convert(model)
+    later = converted(Model(), foreach=True).to(device)
+    replica = later._replicate_for_data_parallel()
+    with pytest.raises(RuntimeError, match="DataParallel runs copies"):
+        replica(image(device))
+    later.middle = nn.DataParallel(later.middle)
+    with pytest.raises(RuntimeError, match="DataParallel runs copies"):
+        later(image(device))

@@ -1,10 +1,8 @@
 """foreach aligns when the first layer asks: in the dtype it asks for, wherever in the forward that is."""
 
-import logging
-
 import pytest
 import torch
-from test_foreach_model import assert_same, image, step
+from foreach_model import assert_same, image, step
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from truth import BF16
@@ -35,12 +33,6 @@ def together_and_alone(run, device):
     """Of a model aligned together and one whose layers align themselves: results of `step`."""
     x = image(device).requires_grad_()
     return [step(wa.convert(Model(run), foreach=foreach).to(device), x=x) for foreach in (True, False)]
-
-
-@pytest.fixture
-def log(caplog):
-    caplog.set_level(logging.WARNING, logger="weightalign_cuda")
-    return caplog
 
 
 class AutocastInside(Model):

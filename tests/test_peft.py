@@ -2,7 +2,6 @@
 
 import copy
 import io
-import logging
 
 import pytest
 import torch
@@ -31,12 +30,6 @@ ADDING = {
     "lokr": LoKrConfig(**LAYERS, r=3, init_weights=False),
     "ia3": IA3Config(**LAYERS, feedforward_modules=["second"], init_ia3_weights=False),
 }
-
-
-@pytest.fixture
-def log(caplog):
-    caplog.set_level(logging.INFO, logger="weightalign_cuda")
-    return caplog
 
 
 def adapted(config):

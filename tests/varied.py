@@ -1,9 +1,11 @@
-"""Numbers all different from each other and from the defaults, so that what mixes them up, or drops them, is seen."""
+"""Models whose layers have numbers all different from each other and from the defaults, so that what mixes them up, or
+drops them, is seen."""
 
 import torch
+from torch import nn
 
 import weightalign_cuda as wa
-from weightalign_cuda.layers import aligned_layers
+from weightalign_cuda.layers import Aligned, aligned_layers
 
 
 def numbers(count):
@@ -27,3 +29,20 @@ def vary(model):
 
 def converted(model, **options):
     return vary(wa.convert(model, **options))
+
+
+def network():
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        nn.Sequential(nn.Conv2d(8, 8, 3, groups=2, bias=False), nn.ConvTranspose2d(8, 6, 2, stride=2)),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(6, 5),
+    )
+
+
+def names_of_aligned(model):
+    return [name for name, module in model.named_modules() if isinstance(module, Aligned)]

@@ -1,0 +1,18 @@
+"""How often the registered ops are called."""
+
+import collections
+
+from torch.utils._python_dispatch import TorchDispatchMode
+
+
+class CountOps(TorchDispatchMode):
+    """Counts the calls of the registered ops that reach a kernel, native or Triton's, by the native ones' names."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = collections.Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "weightalign_cuda":
+            self.calls[func._opname.removeprefix("triton_")] += 1
+        return func(*args, **(kwargs or {}))
