@@ -18,18 +18,18 @@ struct Source {
 };
 
 // A result in the strides asked for, and what the kernel writes: the result itself if its order is the source's or its
-// transpose (`columns`), else a tensor in the source's order that is copied afterwards.
+// transpose (`transposed_columns`), else a tensor in the source's order that is copied afterwards.
 struct Target {
     Tensor result;
     std::optional<Tensor> staged;
-    int64_t columns = 0;
+    int64_t transposed_columns = 0;
     Target(const Source& source, const int64_t* strides, ScalarType dtype, int64_t max_transposed)
         : result(empty_strided(source.tensor, source.tensor.dim(), source.tensor.sizes().data(), strides, dtype)) {
         const int64_t* order = strides_of(source.tensor);
         if (same_order(result, order, strides)) return;
         if (result.numel() <= max_transposed * result.size(0))  // values of a filter
-            columns = transposed_columns(result, order, strides);
-        if (columns == 0) staged = empty_strided(result, result.dim(), result.sizes().data(), order, dtype);
+            transposed_columns = wa::transposed_columns(result, order, strides);
+        if (transposed_columns == 0) staged = empty_strided(result, result.dim(), result.sizes().data(), order, dtype);
     }
     void* written() const { return (staged ? *staged : result).data_ptr(); }
     void finish() {
@@ -175,7 +175,7 @@ AlignForwardResult forward_beside(const InputWork* input, const AlignBackend& ba
                              list.max_transposed(backend));
         AlignTask& task = list.add(sources[i], gains[i], eps[i], scales[i], dtype);
         task.out = targets[i].written();
-        task.columns = uint32_t(targets[i].columns);
+        task.transposed_columns = uint32_t(targets[i].transposed_columns);
     }
     Tensor statistics = list.per_filter(2);
     list.run(backend, statistics, nullptr);
@@ -208,8 +208,8 @@ AlignBackwardResult backward_beside(const InputWork* input, const AlignBackend& 
         AlignTask& task = list.add(sources[i], gains[i], 0.0, scales[i], grad.scalar_type());
         const int64_t *order = strides_of(sources[i].tensor), *grad_order = strides_of(grad);
         if (!same_order(grad, order, grad_order) && is_dense(grad) && task.n <= list.max_transposed(backend))
-            task.columns = uint32_t(transposed_columns(grad, order, grad_order));
-        used_grads.push_back(task.columns ? grad : in_order(grad, order));
+            task.transposed_columns = uint32_t(transposed_columns(grad, order, grad_order));
+        used_grads.push_back(task.transposed_columns ? grad : in_order(grad, order));
         task.grad = used_grads[i].const_data_ptr();
         task.out = targets[i].written();
     }

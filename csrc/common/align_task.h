@@ -32,8 +32,9 @@ struct AlignTask {
     uint32_t n;
     uint32_t filters;
     uint32_t first_filter;  // this weight's first row in the list's statistics and gain gradients
-    uint32_t columns;       // not 0: the aligned side is transposed against the weight, whose filter is the matrix
-                            // (n / columns, columns), as between contiguous and channels_last
+    // Not 0: the aligned side is transposed against the weight, whose filter is the matrix (n / transposed_columns,
+    // transposed_columns), as between contiguous and channels_last.
+    uint32_t transposed_columns;
     DType weight_dtype;
     DType aligned_dtype;
     DType gain_dtype;

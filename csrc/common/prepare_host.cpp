@@ -142,17 +142,17 @@ PrepareBackwardResult prepare_backward(const AlignBackend& backend, const Tensor
         order[i] = int(d);
     }
     Tensor grad_input = new_tensor(grad_prepared, sizes, order, input_dtype);
-    Tensor grad = grad_prepared, kept = grad_input;  // kept: what the derivative comes from, if anything
+    Tensor grad = grad_prepared, source = grad_input;  // what the derivative comes from, if anything
     if (saved) {
         const Tensor& shape = is_from_result ? grad_prepared : grad_input;
         STD_TORCH_CHECK(sizes_of(*saved) == sizes_of(shape) && saved->scalar_type() == shape.scalar_type() &&
                             on_same_device(*saved, grad_prepared),
                         "saved: want ", is_from_result ? "the prepared input" : "the input", " for this activation");
-        if (is_from_result) grad = in_order(grad, strides_of(kept = *saved));
-        else kept = in_order(*saved, strides_of(grad_input));
+        if (is_from_result) grad = in_order(grad, strides_of(source = *saved));
+        else source = in_order(*saved, strides_of(grad_input));
     }
     PrepareTask task = task_of(grad, grad_input, grad_input, padding, padding_mode, activation);
-    task.saved = saved ? kept.const_data_ptr() : nullptr;
+    task.saved = saved ? source.const_data_ptr() : nullptr;
     InputWork work{grad_input.numel() ? &task : nullptr, grad_prepared, is_double};
     auto [grad_weights, grad_gains] = backward_beside(&work, backend, grads, weights, gains, statistics, scales);
     return {grad_input, grad_weights, grad_gains};

@@ -1,22 +1,20 @@
 // Forward and backward of filters, one after another on one core; compiled once for each instruction set.
 //
 // A filter is read from memory once and, up to some thousand values, found in the L1 cache by the later passes: forward
-// sum - centred sums - write, backward sums - write. Sums run over chunks of kChunk values, whose results are added in
+// sum - centred sums - write, backward sums - write. Sums run over blocks of kBlock values, whose results are added in
 // double, so that the error does not grow with n.
 //
 // The mean is subtracted twice. The first value as pivot makes the first mean exact for a constant filter, whose
 // residuals are then exactly 0; the mean of the residuals corrects what rounding left of it (mean 1e4, deviation 1e-3).
 #include <math.h>
 
-#include <type_traits>
-
+#include "dtype.h"
 #include "kernels.h"
-#include "simd.h"
 
 namespace wa {
 namespace {
 
-constexpr size_t kChunk = 4096;
+constexpr size_t kBlock = 4096;
 // Registers of each sum: 4 hide the latency of an addition, and three sums fill AVX's 16 registers with what they are
 // made of; where halves are converted by a formula, that needs more.
 constexpr size_t kUnroll = kConvertsHalves ? 4 : 2;
@@ -27,7 +25,7 @@ WA_INLINE void sum(size_t n, double (&total)[kSums], const Term& term) {
     constexpr size_t kLanes = Simd<Acc>::kLanes;
     for (double& t : total) t = 0;
     for (size_t begin = 0, end; begin < n; begin = end) {
-        end = n - begin < kChunk ? n : begin + kChunk;
+        end = n - begin < kBlock ? n : begin + kBlock;
         size_t at = begin;
         Vector<Acc> sums[kUnroll][kSums] = {};
         Acc rest[kSums] = {};
@@ -54,7 +52,7 @@ double gain_of(const AlignTask& task, uint32_t filter) {
 
 // w: (n,) -> y: (n,), statistics: mean, rstd.
 template <class Acc, class W, class Y>
-WA_APART void forward_filter(const W* w, Y* y, uint32_t n, double factor, double eps, Acc* statistics) {
+WA_APART void forward_filter(const W* w, Y* y, uint32_t n, double scaled_gain, double eps, Acc* statistics) {
     Acc pivot = load<Acc>(OneValue{}, w);
     double deviation[1], moments[2];
     sum<Acc>(n, deviation, [=](auto width, size_t at, auto* sums) WA_LAMBDA {  //
@@ -69,9 +67,9 @@ WA_APART void forward_filter(const W* w, Y* y, uint32_t n, double factor, double
     });
     double rest = moments[0] * per_value, squares = moments[1] - moments[0] * rest;
     double rstd = 1 / sqrt(squares / 2 + eps);
-    Acc correction = Acc(rest), slope = Acc(factor * rstd);
+    Acc correction = Acc(rest), factor = Acc(scaled_gain * rstd);
     for_each<Acc>(n, [=](auto width, size_t at) WA_LAMBDA {
-        store<Acc>(width, y + at, (load<Acc>(width, w + at) - mean - correction) * slope);
+        store<Acc>(width, y + at, (load<Acc>(width, w + at) - mean - correction) * factor);
     });
     statistics[0] = Acc(mean + rest);
     statistics[1] = Acc(rstd);
@@ -79,7 +77,7 @@ WA_APART void forward_filter(const W* w, Y* y, uint32_t n, double factor, double
 
 // w, g: (n,) -> dw: (n,); returns sum(g x).
 template <class Acc, class W, class G>
-WA_APART double backward_filter(const W* w, const G* g, W* dw, uint32_t n, double factor, const Acc* statistics) {
+WA_APART double backward_filter(const W* w, const G* g, W* dw, uint32_t n, double scaled_gain, const Acc* statistics) {
     Acc mean = statistics[0];
     double rstd = statistics[1], per_value = 1.0 / n, sums_[3];
     sum<Acc>(n, sums_, [=](auto width, size_t at, auto* sums) WA_LAMBDA {
@@ -90,10 +88,10 @@ WA_APART double backward_filter(const W* w, const G* g, W* dw, uint32_t n, doubl
     });
     double rest = sums_[0] * per_value, g_dot_x = (sums_[2] - rest * sums_[1]) * rstd;
     Acc correction = Acc(rest), g_mean = Acc(sums_[1] * per_value), along = Acc(g_dot_x * rstd / 2),
-        slope = Acc(factor * rstd);
+        factor = Acc(scaled_gain * rstd);
     for_each<Acc>(n, [=](auto width, size_t at) WA_LAMBDA {
         auto d = load<Acc>(width, w + at) - mean - correction;
-        store<Acc>(width, dw + at, (load<Acc>(width, g + at) - g_mean - d * along) * slope);
+        store<Acc>(width, dw + at, (load<Acc>(width, g + at) - g_mean - d * along) * factor);
     });
     return g_dot_x;
 }
@@ -107,63 +105,43 @@ WA_INLINE void transpose(const From* from, To* to, uint32_t rows, uint32_t colum
 }
 
 template <class Acc, class W, class Y>
-void forward(const AlignList& list, const AlignTask& task, uint32_t first, uint32_t last, void* scratch) {
+void forward(const AlignList& list, const AlignTask& task, const W* weight, Y* out, uint32_t first, uint32_t last,
+             void* scratch) {
     auto statistics = static_cast<Acc*>(list.statistics) + 2 * size_t(task.first_filter);
     for (uint32_t filter = first; filter < last; ++filter) {
-        auto w = static_cast<const W*>(task.weight) + size_t(filter) * task.n;
-        auto y = static_cast<Y*>(task.out) + size_t(filter) * task.n;
-        double factor = task.scale * gain_of(task, filter);
+        const W* w = weight + size_t(filter) * task.n;
+        Y* y = out + size_t(filter) * task.n;
+        double scaled_gain = task.scale * gain_of(task, filter);
         Acc* row = statistics + 2 * size_t(filter);
-        if (task.columns == 0) {
-            forward_filter<Acc>(w, y, task.n, factor, task.eps, row);
+        if (task.transposed_columns == 0) {
+            forward_filter<Acc>(w, y, task.n, scaled_gain, task.eps, row);
         } else {
             auto staged = static_cast<Acc*>(scratch);
-            forward_filter<Acc>(w, staged, task.n, factor, task.eps, row);
-            transpose<Acc>(staged, y, task.n / task.columns, task.columns);
+            forward_filter<Acc>(w, staged, task.n, scaled_gain, task.eps, row);
+            transpose<Acc>(staged, y, task.n / task.transposed_columns, task.transposed_columns);
         }
     }
 }
 
 template <class Acc, class W, class G>
-void backward(const AlignList& list, const AlignTask& task, uint32_t first, uint32_t last, void* scratch) {
+void backward(const AlignList& list, const AlignTask& task, const W* weight, const G* grad, uint32_t first,
+              uint32_t last, void* scratch) {
     auto statistics = static_cast<const Acc*>(list.statistics) + 2 * size_t(task.first_filter);
     auto grad_gain = static_cast<Acc*>(list.grad_gain) + task.first_filter;
     for (uint32_t filter = first; filter < last; ++filter) {
-        auto w = static_cast<const W*>(task.weight) + size_t(filter) * task.n;
-        auto g = static_cast<const G*>(task.grad) + size_t(filter) * task.n;
+        const W* w = weight + size_t(filter) * task.n;
+        const G* g = grad + size_t(filter) * task.n;
         auto dw = static_cast<W*>(task.out) + size_t(filter) * task.n;
-        double factor = task.scale * gain_of(task, filter), g_dot_x;
+        double scaled_gain = task.scale * gain_of(task, filter), g_dot_x;
         const Acc* row = statistics + 2 * size_t(filter);
-        if (task.columns == 0) {
-            g_dot_x = backward_filter<Acc>(w, g, dw, task.n, factor, row);
+        if (task.transposed_columns == 0) {
+            g_dot_x = backward_filter<Acc>(w, g, dw, task.n, scaled_gain, row);
         } else {
             auto staged = static_cast<Acc*>(scratch);
-            transpose<Acc>(g, staged, task.columns, task.n / task.columns);
-            g_dot_x = backward_filter<Acc>(w, staged, dw, task.n, factor, row);
+            transpose<Acc>(g, staged, task.transposed_columns, task.n / task.transposed_columns);
+            g_dot_x = backward_filter<Acc>(w, staged, dw, task.n, scaled_gain, row);
         }
         grad_gain[filter] = Acc(task.scale * g_dot_x);
-    }
-}
-
-// Calls run(acc, weight, aligned) with a null pointer of each type.
-template <class Run>
-WA_INLINE void with_types(const AlignTask& task, const Run& run) {
-    auto with_aligned = [&](auto weight) {
-        switch (task.aligned_dtype) {
-            case DType::kFloat32: return run(static_cast<float*>(nullptr), weight, static_cast<float*>(nullptr));
-            case DType::kFloat16: return run(static_cast<float*>(nullptr), weight, static_cast<Half*>(nullptr));
-            case DType::kBFloat16: return run(static_cast<float*>(nullptr), weight, static_cast<BFloat16*>(nullptr));
-            case DType::kFloat64: return;  // the host lets float64 only meet float64
-        }
-    };
-    switch (task.weight_dtype) {
-        case DType::kFloat32: return with_aligned(static_cast<float*>(nullptr));
-        case DType::kFloat16: return with_aligned(static_cast<Half*>(nullptr));
-        case DType::kBFloat16: return with_aligned(static_cast<BFloat16*>(nullptr));
-        case DType::kFloat64: {
-            auto f64 = static_cast<double*>(nullptr);
-            return run(f64, f64, f64);
-        }
     }
 }
 
@@ -172,16 +150,26 @@ WA_INLINE void with_types(const AlignTask& task, const Run& run) {
 namespace cpu::WA_ISA {
 
 void align_forward(const AlignList& list, const AlignTask& task, uint32_t first, uint32_t last, void* scratch) {
-    with_types(task, [&](auto* acc, auto* w, auto* y) {
-        forward<std::remove_pointer_t<decltype(acc)>, std::remove_pointer_t<decltype(w)>,
-                std::remove_pointer_t<decltype(y)>>(list, task, first, last, scratch);
-    });
+    auto run = [&](auto acc) {
+        using Acc = decltype(acc);
+        with_type<Acc>(task.weight, task.weight_dtype, [&](auto* weight) {
+            with_type<Acc>(task.out, task.aligned_dtype,
+                           [&](auto* out) { forward<Acc>(list, task, weight, out, first, last, scratch); });
+        });
+    };
+    if (list.is_double) run(double());
+    else run(float());
 }
 void align_backward(const AlignList& list, const AlignTask& task, uint32_t first, uint32_t last, void* scratch) {
-    with_types(task, [&](auto* acc, auto* w, auto* g) {
-        backward<std::remove_pointer_t<decltype(acc)>, std::remove_pointer_t<decltype(w)>,
-                 std::remove_pointer_t<decltype(g)>>(list, task, first, last, scratch);
-    });
+    auto run = [&](auto acc) {
+        using Acc = decltype(acc);
+        with_type<Acc>(task.weight, task.weight_dtype, [&](auto* weight) {
+            with_type<Acc>(task.grad, task.aligned_dtype,
+                           [&](auto* grad) { backward<Acc>(list, task, weight, grad, first, last, scratch); });
+        });
+    };
+    if (list.is_double) run(double());
+    else run(float());
 }
 
 }  // namespace cpu::WA_ISA

@@ -11,7 +11,9 @@ namespace wa::cpu {
 // Filters [first, last) of one task of the list. scratch: `scratch_bytes(task)`, for transposed filters.
 using AlignFilters = void (*)(const AlignList& list, const AlignTask& task, uint32_t first, uint32_t last,
                               void* scratch);
-inline size_t scratch_bytes(const AlignTask& task) { return task.columns ? size_t(task.n) * sizeof(double) : 0; }
+inline size_t scratch_bytes(const AlignTask& task) {
+    return task.transposed_columns ? size_t(task.n) * sizeof(double) : 0;
+}
 
 // A part of an image: some channels of some neighbouring positions of one row. Where rows lie as rows on both sides, a
 // piece of a row, so that memory is walked in order; else long along what lies side by side, and square where that is

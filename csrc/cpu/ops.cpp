@@ -5,7 +5,7 @@
 #include <string>
 
 #include "../common/abi.h"
-#include "../common/prepare_host.h"
+#include "../common/register_ops.h"
 #include "kernels.h"
 
 namespace wa::cpu {

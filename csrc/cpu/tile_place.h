@@ -2,29 +2,11 @@
 #pragma once
 
 #include "activation.h"
+#include "dtype.h"
 #include "kernels.h"
-#include "simd.h"
 
 namespace wa::cpu {
 namespace {
-
-// run(typed pointer)
-template <class Acc, class Void, class Run>
-WA_INLINE void with_type(Void* tensor, DType dtype, const Run& run) {
-    auto as = [&](auto* type) WA_LAMBDA {
-        using T = std::remove_pointer_t<decltype(type)>;
-        run(static_cast<std::conditional_t<std::is_const_v<Void>, const T, T>*>(tensor));
-    };
-    if constexpr (sizeof(Acc) == 8) {
-        as(static_cast<double*>(nullptr));
-    } else {
-        switch (dtype) {
-            case DType::kFloat16: return as(static_cast<Half*>(nullptr));
-            case DType::kBFloat16: return as(static_cast<BFloat16*>(nullptr));
-            default: return as(static_cast<float*>(nullptr));
-        }
-    }
-}
 
 template <class Acc, class From, class To>
 WA_APART void convert(const From* from, To* to, uint32_t n) {

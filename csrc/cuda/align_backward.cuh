@@ -7,7 +7,7 @@
 // filter beyond AlignShape::kOnChip values is read a second time. Why that shape: as for the forward, whose blocks it
 // shares.
 #pragma once
-#include "align_table.cuh"
+#include "align_work.cuh"
 #include "prepare.cuh"
 #include "tile.cuh"
 
@@ -17,11 +17,11 @@ namespace {
 // What three sums over a filter (of w - mean, G and G (w - mean)) say of its gradients. `rest` is what rounding left in
 // the stored mean: subtracted, as in the forward.
 template <class Acc>
-struct Slopes {
+struct Coefficients {
     Acc rest, g_mean, g_dot_x, along;
 
     template <class Sum>
-    __device__ Slopes(const Sum (&sums)[3], uint32_t n, Acc rstd) {
+    __device__ Coefficients(const Sum (&sums)[3], uint32_t n, Acc rstd) {
         Sum mean = sums[0] / Sum(n);
         rest = Acc(mean);
         g_mean = Acc(sums[1] / Sum(n));
@@ -57,11 +57,12 @@ struct GradientTiles {
             }
     }
 
-    __device__ void store_gradient(const AlignTask& task, int64_t at, const Slopes<Acc>& slopes, Acc factor) {
+    __device__ void store_gradient(const AlignTask& task, int64_t at, const Coefficients<Acc>& coefficients,
+                                   Acc factor) {
 #pragma unroll
         for (int step = 0; step < RowTile::kSteps; ++step)
 #pragma unroll
-            for (int i = 0; i < kChunk; ++i) w.x[step][i] = slopes.gradient(w.x[step][i], g.x[step][i], factor);
+            for (int i = 0; i < kChunk; ++i) w.x[step][i] = coefficients.gradient(w.x[step][i], g.x[step][i], factor);
         w.store(task.out, task.weight_dtype, at);
     }
 };
@@ -76,16 +77,16 @@ struct Backward {
     __device__ void on_chip(AlignWork work) const {
         __shared__ Acc slots[3 * kMaxWarps];
         const AlignTask& task = work.task();
-        Acc mean = work.active() ? statistics[2 * work.rank()] : 0;
+        Acc mean = work.active() ? statistics[2 * work.index()] : 0;
         GradientTiles<Acc, AlignShape<Acc>::kValues, kChunk> tiles(task, work.team, work.active() ? task.n : 0,
-                                                                   work.row(), mean, task.columns);
+                                                                   work.row(), mean, task.transposed_columns);
         Acc sums[3];
         tiles.sum(sums);
         team_sum(work.team, sums, slots);
         work = work.afresh();  // nothing but the tiles is held over the barrier
-        Acc rstd = work.active() ? statistics[2 * work.rank() + 1] : 0;
-        Slopes<Acc> slopes(sums, task.n, rstd);
-        tiles.store_gradient(work.task(), work.row(), slopes, finish(work, slopes, rstd));
+        Acc rstd = work.active() ? statistics[2 * work.index() + 1] : 0;
+        Coefficients<Acc> coefficients(sums, task.n, rstd);
+        tiles.store_gradient(work.task(), work.row(), coefficients, finish(work, coefficients, rstd));
     }
 
     // A longer one, taken by the whole block: read in parts for the sums, added in order, and again to write.
@@ -95,7 +96,7 @@ struct Backward {
         using Part = GradientTiles<Acc, 2 * kChunk, kChunk>;
         const AlignTask& task = work.task();
         const uint32_t capacity = Part::RowTile::capacity(work.team);
-        const Acc mean = statistics[2 * work.rank()], rstd = statistics[2 * work.rank() + 1];
+        const Acc mean = statistics[2 * work.index()], rstd = statistics[2 * work.index() + 1];
         double total[3] = {0, 0, 0};
         for (uint32_t begin = 0; begin < task.n; begin += capacity) {
             Acc sums[3];
@@ -104,18 +105,18 @@ struct Backward {
             for (int s = 0; s < 3; ++s) total[s] += sums[s];
             __syncthreads();  // team_sum uses its shared memory again
         }
-        Slopes<Acc> slopes(total, task.n, rstd);
-        Acc factor = finish(work, slopes, rstd);
+        Coefficients<Acc> coefficients(total, task.n, rstd);
+        Acc factor = finish(work, coefficients, rstd);
         for (uint32_t begin = 0; begin < task.n; begin += capacity)
             Part(task, work.team, min(task.n - begin, capacity), work.row() + begin, mean)
-                .store_gradient(task, work.row() + begin, slopes, factor);
+                .store_gradient(task, work.row() + begin, coefficients, factor);
     }
 
     // Stores the gain's gradient and returns the factor of the weight's.
-    __device__ Acc finish(const AlignWork& work, const Slopes<Acc>& slopes, Acc rstd) const {
+    __device__ Acc finish(const AlignWork& work, const Coefficients<Acc>& coefficients, Acc rstd) const {
         if (!work.active()) return 0;
         Acc scale = Acc(work.task().scale);
-        if (work.team.rank() == 0) grad_gain[work.rank()] = scale * slopes.g_dot_x;
+        if (work.team.lane() == 0) grad_gain[work.index()] = scale * coefficients.g_dot_x;
         return scale * work.template gain<Acc>() * rstd;
     }
 };

@@ -7,7 +7,7 @@
 // 16 floats a thread at 1024 threads an SM keep up to 64 KB in flight, twice what an H200 needs, and leave room for all
 // ways through the kernel under 64 registers; blocks of 32 KB keep the tail of the launch short.
 #pragma once
-#include "align_table.cuh"
+#include "align_work.cuh"
 #include "prepare.cuh"
 #include "tile.cuh"
 
@@ -65,10 +65,11 @@ struct Forward {
         const Acc per_value = Acc(1) / Acc(task.n);
         tile.load(task.weight, task.weight_dtype, work.row());
         Moments<Acc> m = moments_of(tile, per_value);
-        Acc slope = finish(work, m);
-        tile.for_each([&](int, Acc& x) { x = (x - m.mean - m.rest) * slope; });
+        Acc factor = finish(work, m);
+        tile.for_each([&](int, Acc& x) { x = (x - m.mean - m.rest) * factor; });
         int64_t row = work.afresh().row();
-        if (task.columns) tile.store_transposed(task.out, task.aligned_dtype, row, int(task.columns));
+        if (task.transposed_columns)
+            tile.store_transposed(task.out, task.aligned_dtype, row, int(task.transposed_columns));
         else tile.store(task.out, task.aligned_dtype, row);
     }
 
@@ -84,15 +85,15 @@ struct Forward {
             const Acc per_value = Acc(1) / Acc(part.size);
             part.load(task.weight, task.weight_dtype, work.row() + begin);
             Moments<Acc> of_part = moments_of(part, per_value);
-            if (work.team.rank() == 0) all = begin == 0 ? of_part : merged(all, begin, of_part, part.size);
+            if (work.team.lane() == 0) all = begin == 0 ? of_part : merged(all, begin, of_part, part.size);
             __syncthreads();  // moments_of uses its shared memory again
         }
         const Moments<Acc> m = all;
-        Acc slope = finish(work, m);
+        Acc factor = finish(work, m);
         for (uint32_t begin = 0; begin < task.n; begin += capacity) {
             Part part(work.team, min(task.n - begin, capacity));
             part.load(task.weight, task.weight_dtype, work.row() + begin);
-            part.for_each([&](int, Acc& x) { x = (x - m.mean - m.rest) * slope; });
+            part.for_each([&](int, Acc& x) { x = (x - m.mean - m.rest) * factor; });
             part.store(task.out, task.aligned_dtype, work.row() + begin);
         }
     }
@@ -101,11 +102,11 @@ struct Forward {
     __device__ Acc finish(const AlignWork& work, Moments<Acc> m) const {
         if (!work.active()) return 0;
         Acc rstd = Acc(1) / sqrt(m.squares / 2 + Acc(work.task().eps));
-        if (work.team.rank() == 0) {
+        if (work.team.lane() == 0) {
             const Acc mean_and_rstd[2] = {m.mean + m.rest, rstd};
             Chunk<Acc, 2> both;
             both.pack(mean_and_rstd);
-            both.store(statistics + 2 * work.rank());
+            both.store(statistics + 2 * work.index());
         }
         return Acc(work.task().scale) * work.template gain<Acc>() * rstd;
     }

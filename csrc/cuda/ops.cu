@@ -2,7 +2,7 @@
 #include "align_launch.cuh"
 
 #include "../common/abi.h"
-#include "../common/prepare_host.h"
+#include "../common/register_ops.h"
 #include "stream.h"
 
 namespace wa::cuda {

@@ -10,6 +10,7 @@
 #pragma once
 #include "../common/activations.h"
 #include "../common/padding.h"
+#include "align_shape.cuh"
 #include "align_table.cuh"
 #include "chunk.cuh"
 
@@ -22,15 +23,16 @@ constexpr int kTileValues = kTileBytes / int(sizeof(Acc));
 constexpr int kMinChannelsLog2 = 2, kMaxChannelsLog2 = 6;  // of a tile
 
 // Shared memory of one block: the tile, a row of positions for each channel, each of odd length against bank conflicts;
-// where each position lies in the images of `from` and `to`; and, if kept, what an activation's derivative comes from.
+// where each position lies in the images of `from` and `to`; and, if is_saved, what an activation's derivative comes
+// from.
 template <class Acc>
 WA_ANYWHERE constexpr size_t tile_bytes(int channels_log2) {
     size_t channels = size_t(1) << channels_log2, positions = kTileValues<Acc> / channels;
     return (channels * (positions + 1) * sizeof(Acc) + 15) / 16 * 16;
 }
 template <class Acc>
-constexpr size_t prepare_shared_bytes(int channels_log2, bool is_kept) {
-    return tile_bytes<Acc>(channels_log2) * (is_kept ? 2 : 1) +
+constexpr size_t prepare_shared_bytes(int channels_log2, bool is_saved) {
+    return tile_bytes<Acc>(channels_log2) * (is_saved ? 2 : 1) +
            2 * (kTileValues<Acc> >> channels_log2) * sizeof(int64_t);
 }
 
@@ -69,7 +71,7 @@ struct InputTile {
     int channels_log2, positions_log2;
     int64_t image;          // of the batch
     int channel, position;  // the tile's first ones
-    Acc *values, *kept;
+    Acc *values, *saved;
     int64_t *from_at, *to_at;  // of each position. from_at negative: forward a zero; backward ~ the own place of a
                                // value that is shown in the padding too
 
@@ -85,7 +87,7 @@ struct InputTile {
         values = dynamic_shared<Acc>();
         from_at = reinterpret_cast<int64_t*>(dynamic_shared<char>() + tile_bytes<Acc>(channels_log2));
         to_at = from_at + positions();
-        kept = reinterpret_cast<Acc*>(to_at + positions());
+        saved = reinterpret_cast<Acc*>(to_at + positions());
     }
 
     __device__ int positions() const { return 1 << positions_log2; }
@@ -127,10 +129,10 @@ struct InputTile {
         __device__ Walk(const InputTile& tile, bool by_channels)
             : row_log2((by_channels ? tile.channels_log2 : tile.positions_log2) - kChunkLog2),
               by_channels(by_channels) {}
-        __device__ int rank(int step) const { return step * kThreads + int(threadIdx.x); }
-        __device__ bool holds(int step) const { return rank(step) * kChunk < kTileValues<Acc>; }
-        __device__ int along(int step) const { return (rank(step) & ((1 << row_log2) - 1)) * kChunk; }
-        __device__ int across(int step) const { return rank(step) >> row_log2; }
+        __device__ int chunk(int step) const { return step * kThreads + int(threadIdx.x); }
+        __device__ bool holds(int step) const { return chunk(step) * kChunk < kTileValues<Acc>; }
+        __device__ int along(int step) const { return (chunk(step) & ((1 << row_log2) - 1)) * kChunk; }
+        __device__ int across(int step) const { return chunk(step) >> row_log2; }
         __device__ int c(int step) const { return by_channels ? along(step) : across(step); }
         __device__ int p(int step) const { return by_channels ? across(step) : along(step); }
     };
@@ -222,7 +224,7 @@ struct InputTile {
         Activations::with(task.activation, [&](auto formula) {  // of the same values: no barrier between
             for_each_value([&](int, int, int at) {
                 if constexpr (kBackward)
-                    values[at] = differentiated<decltype(formula), Math, Acc>(kept[at], values[at]);
+                    values[at] = differentiated<decltype(formula), Math, Acc>(saved[at], values[at]);
                 else values[at] = formula.template value<Math, Acc>(values[at]);
             });
         });
@@ -234,7 +236,7 @@ struct InputTile {
         const int images = kBackward && task.saved ? 2 : 1;
 #pragma unroll 1
         for (int i = 0; i < images; ++i)
-            read(i ? task.saved : task.from, i == 0 || task.saved_is_result, i ? kept : values);
+            read(i ? task.saved : task.from, i == 0 || task.saved_is_result, i ? saved : values);
     }
 };
 

@@ -12,7 +12,7 @@ struct Team {
     int lanes_log2;
 
     __device__ int lanes() const { return 1 << lanes_log2; }
-    __device__ int rank() const { return threadIdx.x & (lanes() - 1); }
+    __device__ int lane() const { return threadIdx.x & (lanes() - 1); }
     __device__ int index() const { return threadIdx.x >> lanes_log2; }
     __device__ bool in_one_warp() const { return lanes_log2 <= 5; }
     // All threads of the block come here together: teams of one block have one size.
@@ -22,11 +22,11 @@ struct Team {
     }
 };
 
-// The value of the team's rank 0, for all. `slots` are kMaxWarps values of shared memory that nothing else uses.
+// The value of the team's lane 0, for all. `slots` are kMaxWarps values of shared memory that nothing else uses.
 template <class Acc>
 __device__ Acc team_first(Team team, Acc x, Acc* slots) {
     if (team.in_one_warp()) return __shfl_sync(kAllLanes, x, 0, team.lanes());
-    if (team.rank() == 0) slots[team.index()] = x;
+    if (team.lane() == 0) slots[team.index()] = x;
     __syncthreads();
     return slots[team.index()];
 }

@@ -1,6 +1,6 @@
 // A tile: up to kValues values of a filter in the registers of each of its team's threads.
 //
-// Lane `rank` holds the chunks rank, rank + lanes, rank + 2 lanes, ... of kChunk values each, so that the lanes'
+// Lane `lane` holds the chunks lane, lane + lanes, lane + 2 lanes, ... of kChunk values each, so that the lanes'
 // accesses lie side by side. All loads are issued before the first value is used.
 #pragma once
 #include "../common/align_task.h"
@@ -21,9 +21,9 @@ struct Tile {
     static __device__ int capacity(Team team) { return kValues << team.lanes_log2; }
 
     __device__ Tile(Team team, int size)
-        : team(team), size(size), steps((size / kChunk - team.rank() + team.lanes() - 1) >> team.lanes_log2) {}
+        : team(team), size(size), steps((size / kChunk - team.lane() + team.lanes() - 1) >> team.lanes_log2) {}
 
-    __device__ int first() const { return team.rank() * kChunk; }
+    __device__ int first() const { return team.lane() * kChunk; }
 
     // Which chunks this thread holds, and how far they lie beyond its first. Cheap to compute, dear to keep: up to 16
     // comparisons and offsets, which would fill the registers from the load to the store.

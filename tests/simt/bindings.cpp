@@ -91,7 +91,7 @@ wa::AlignTask task_of(const py::dict& fields) {
     task.n = count("n");
     task.filters = count("filters");
     task.first_filter = count("first_filter");
-    task.columns = count("columns");
+    task.transposed_columns = count("columns");
     task.weight_dtype = dtype("weight_dtype");
     task.aligned_dtype = dtype("aligned_dtype");
     task.gain_dtype = dtype("gain_dtype");
