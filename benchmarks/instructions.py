@@ -17,7 +17,7 @@ from . import host
 from .providers import Setting
 
 MARK = "getloadavg"  # a function of libc that nothing else calls, for valgrind to count between its calls
-WARM_UP, REPEATS = 3, 10
+WARM_UP, REPEATS = 30, 10
 
 
 def run_calls(only: str) -> None:

@@ -6,12 +6,13 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from ._checks import autocast_dtype, check_module, device_type
 from ._held import state_with
 from ._streams import Made, is_captured
-from .layers import Aligned, aligned_by, aligned_layers
+from .layers import Aligned, aligned_by, aligned_layers, parameter
 
 
 @contextlib.contextmanager
@@ -67,10 +68,11 @@ class _Kept:
 
     def __call__(self) -> Tensor:
         layer = self.layer
-        weight, gain = layer.weight, layer.gain
+        weight: Tensor = parameter(layer, "weight")  # type: ignore[assignment]
+        gain = parameter(layer, "gain")
         sources = (weight,) if gain is None else (weight, gain)
         if (
-            torch.compiler.is_compiling()
+            is_compiling()
             or (
                 torch._C._are_functorch_transforms_active()
                 and any(map(torch._C._functorch.is_functorch_wrapped_tensor, sources))
