@@ -175,9 +175,10 @@ def choose(device_type: str) -> str:
         forced = name if thread != threading.get_ident() else None  # on its own thread the variable says it
     forced = forced or _environment
     key = forced, device_type
-    if key not in _known:
-        _known[key] = _default(device_type) if forced is None else _check_serves(forced, device_type)
-    return _known[key]
+    backend = _known.get(key)
+    if backend is None:
+        backend = _known[key] = _default(device_type) if forced is None else _check_serves(forced, device_type)
+    return backend
 
 
 choose._dynamo_marked_constant = True  # type: ignore[attr-defined]  # torch.compiler.assume_constant_result, which imports torch._dynamo

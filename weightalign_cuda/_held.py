@@ -29,10 +29,9 @@ def is_whole_parameter(layer: Aligned) -> bool:
         return False
     if is_compiling():
         return True
-    for t in (layer._parameters["weight"], layer._parameters["gain"]):
-        if type(t) not in PLAIN or (t is not None and t.is_inference()):
-            return False
-    return True
+    weight, gain = layer._parameters["weight"], layer._parameters["gain"]
+    are_plain = type(weight) in PLAIN and type(gain) in PLAIN
+    return are_plain and not weight.is_inference() and (gain is None or not gain.is_inference())  # type: ignore[union-attr]
 
 
 def is_trained(layer: Aligned) -> bool:
@@ -88,8 +87,9 @@ class Forward:
     the alignment again with a part of the model.
     """
 
-    def __init__(self, root: nn.Module, layers: Iterable[Aligned], align: AlignAll) -> None:
+    def __init__(self, root: nn.Module, layers: Iterable[Aligned], align: AlignAll, is_traced: bool) -> None:
         self.root = root
+        self.is_traced = is_traced
         self.layers = set(layers)
         self.align = align
         self.backward = torch._C._current_graph_task_id()
@@ -124,8 +124,8 @@ class Forward:
         if (
             self.device_type is None
             or (held := self.held.get(together)) is None  # type: ignore[union-attr]
-            or torch.is_grad_enabled() is not self.wants_gradients
-            or torch.is_inference_mode_enabled() is not self.is_inference
+            or (torch.is_grad_enabled() and not self.wants_gradients)
+            or (self.is_inference and not torch.is_inference_mode_enabled())
             or torch._C._current_graph_task_id() != self.backward
             or torch._C._are_functorch_transforms_active()
             or _saving_hook() is not self.hook

@@ -56,7 +56,8 @@ for _ops in (ops.native, ops.in_triton):
         ops.definitions.impl(_op, functools.partial(_function, _ops), "Autograd")
 
 
-# An overload's `_op` is the same call without the overload's own frame. c10's numbers, as which a dtype and a memory format reach the op a microsecond sooner.
+# `_op` of an overload is the same call, without a frame in between. And c10's numbers, as which a dtype and a memory
+# format reach the op a microsecond sooner.
 _NUMBERS = {torch.float16: 5, torch.float32: 6, torch.float64: 7, torch.bfloat16: 15}
 _FORMATS = {torch.contiguous_format: 0, torch.preserve_format: 1, torch.channels_last: 2, torch.channels_last_3d: 3}
 
@@ -155,6 +156,7 @@ class _Fused(torch.autograd.Function):
                 grad_input, grad_weights, grad_gains = results
             else:
                 grad_weights, grad_gains = served.align_backward(*arguments)
+            # In here also because views of the gains' gradients then cost less.
             return None, grad_input, *in_their_places(used, tensors, grad_weights, grad_gains)
 
 

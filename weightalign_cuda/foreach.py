@@ -73,23 +73,24 @@ class Foreach:
     def start(self, root: nn.Module, is_traced: bool) -> None:
         modules = list(root.modules())
         layers = aligned_layers(modules)
-        forward = Forward(root, layers, lambda: self.align(layers))
+        forward = Forward(root, layers, lambda: self.align(layers), is_traced)
         running.forwards.append(forward)  # before anything can raise: `finish` is called always
         check_whole(modules)
         if torch._C._are_functorch_transforms_active():
             return
         for layer in layers:
             _join(layer)
-            # A graph cannot ask.
-            if is_traced and isinstance(layer.aligned_by, Together) and (held := layer.aligned_by.held()) is not None:
-                layer.aligned_by.traced.filters = held.filters
+        if is_traced:  # a graph cannot ask
+            for together in (layer.aligned_by for layer in layers):
+                if isinstance(together, Together) and (held := together.held()) is not None:
+                    together.traced.filters = held.filters
 
     def finish(self, root: nn.Module) -> None:
         forwards = running.forwards
         for i in reversed(range(len(forwards))):
             if forwards[i].root is root:
                 for forward in forwards[i:]:
-                    for together in forward.held or ():
+                    for together in (forward.held or ()) if forward.is_traced else ():
                         together.traced.filters = None
                 del forwards[i:]
                 return

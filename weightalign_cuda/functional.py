@@ -117,9 +117,9 @@ def align_foreach(
         options = {"eps": all_eps, "scale": scales, "dtype": dtype, "memory_format": memory_format}
         return align_shards(align_foreach, weights, gains, list(range(count)), **options)
     if not is_compiling() and _is_for_one_op(weights, gains):
-        aligned = _aligned_at_once(weights, gains, all_eps, scales, dtype, memory_format)
-        if aligned is not None:
-            return list(aligned)
+        at_once = _aligned_at_once(weights, gains, all_eps, scales, dtype, memory_format)
+        if at_once is not None:
+            return list(at_once)
     groups: dict[tuple[torch.device, torch.dtype], list[int]] = {}
     for i, (weight, gain) in enumerate(zip(weights, gains, strict=True)):
         check_weight("weights", weight, i)
