@@ -23,7 +23,8 @@ WARM_UP, REPEATS = 30, 10
 def run_calls(only: str) -> None:
     """In valgrind: each call, warmed up, between two marks."""
     setting = Setting("cpu")
-    turn_on = subprocess.Popen(["callgrind_control", "--instr=on", str(os.getpid())], stdout=subprocess.DEVNULL)
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    turn_on = subprocess.Popen(["callgrind_control", "--instr=on", str(os.getpid())], **quiet)
     while turn_on.poll() is None:
         pass  # valgrind obeys between two instructions
     with host.models(setting) as models:
@@ -62,7 +63,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.child:
         run_calls(arguments.only)
-    elif shutil.which("valgrind") is None:
+    elif shutil.which("callgrind_control") is None:
         print("left out: valgrind is not installed")
     else:
         for name, instructions in count(arguments.out, arguments.only).items():

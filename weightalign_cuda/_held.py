@@ -48,9 +48,8 @@ def state_of(layer: Aligned) -> tuple[Any, ...]:
     return state_with(layer, weight, gain)
 
 
-def state_with(layer: Aligned, weight: Tensor, gain: Tensor | None) -> tuple[Any, ...]:
+def state_with(layer: Aligned, w: Tensor, g: Tensor | None) -> tuple[Any, ...]:
     """The same of a layer whose weight and gain are these, which something may make at each use."""
-    w, g = weight, gain
     own = id(w), w._version, w.data_ptr(), w.stride(), w.dtype, w.requires_grad, layer.eps, layer.scale
     return own if g is None else (*own, id(g), g._version, g.data_ptr(), g.stride(), g.dtype, g.requires_grad)
 

@@ -80,18 +80,18 @@ class Foreach:
             return
         for layer in layers:
             _join(layer)
-        if is_traced:  # a graph cannot ask
-            for together in (layer.aligned_by for layer in layers):
-                if isinstance(together, Together) and (held := together.held()) is not None:
-                    together.traced.filters = held.filters
+            # A graph cannot ask.
+            if is_traced and isinstance(layer.aligned_by, Together) and (held := layer.aligned_by.held()) is not None:
+                layer.aligned_by.traced.filters = held.filters
 
     def finish(self, root: nn.Module) -> None:
         forwards = running.forwards
         for i in reversed(range(len(forwards))):
             if forwards[i].root is root:
                 for forward in forwards[i:]:
-                    for together in (forward.held or ()) if forward.is_traced else ():
-                        together.traced.filters = None
+                    if forward.is_traced:
+                        for together in forward.held or ():
+                            together.traced.filters = None
                 del forwards[i:]
                 return
 

@@ -11,8 +11,9 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from ._checks import autocast_dtype, check_module, device_type
 from ._held import state_with
+from ._parameters import parameter
 from ._streams import Made, is_captured
-from .layers import Aligned, aligned_by, aligned_layers, parameter
+from .layers import Aligned, aligned_by, aligned_layers
 
 
 @contextlib.contextmanager
@@ -68,8 +69,7 @@ class _Kept:
 
     def __call__(self) -> Tensor:
         layer = self.layer
-        weight: Tensor = parameter(layer, "weight")  # type: ignore[assignment]
-        gain = parameter(layer, "gain")
+        weight, gain = parameter(layer, "weight"), parameter(layer, "gain")
         sources = (weight,) if gain is None else (weight, gain)
         if (
             is_compiling()

@@ -13,6 +13,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from ._checks import check_activation, check_number
 from ._fx import Proxy, call_module
+from ._parameters import parameter
 from .convolution import convolve, prepare_convolution
 from .functional import align
 from .reference_input import activate
@@ -40,7 +41,7 @@ class Aligned(nn.Module):
 
     def filters(self) -> Tensor:
         """The weight with its filters along dimension 0, as `align` wants it."""
-        return parameter(self, "weight")  # type: ignore[return-value]
+        return parameter(self, "weight")
 
     def as_weight(self, filters: Tensor) -> Tensor:
         """The way back from `filters`, to what torch's function takes."""
@@ -87,13 +88,6 @@ class Aligned(nn.Module):
             elif gain is not None and gain.shape[:1] == own.shape[:1] and gain.numel() == own.numel():
                 state_dict[key] = gain.reshape(own.shape)
         super()._load_from_state_dict(state_dict, prefix, *args)
-
-
-def parameter(layer: Aligned, name: str) -> Tensor | None:
-    """The attribute of this name, for which torch.nn.Module takes over a microsecond, but for what has replaced it (a
-    parametrization, pruning)."""
-    parameters = layer._parameters
-    return parameters[name] if name in parameters else getattr(layer, name)
 
 
 def _refuse_fusion(copying: FrameType | None) -> None:
