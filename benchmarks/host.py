@@ -1,6 +1,8 @@
 """The host's part: calls on weights so tiny that nothing else is left. `wa.align` beside an autograd.Function that does
 nothing, lists beside torch's own, and models of 53 tiny convolutions beside the plain one, in one process in turns."""
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -14,6 +16,7 @@ from .harness import Call, Case, Limits
 from .providers import Direction, Inputs, Setting, make_inputs, ours, ours_foreach
 from .stats import median_ratio, spread
 
+Calls = dict[tuple[Case, str], Call]  # by case and provider
 SHAPE = (8, 4, 1, 1)
 LAYERS = 53  # as many as ResNet-50 has
 
@@ -32,10 +35,12 @@ class Empty(torch.autograd.Function):
 
 
 def records(setting: Setting, limits: Limits) -> list[dict[str, Any]]:
-    return calls_records(setting, limits) + models_records(setting, limits)
+    results = _measured(alignments(setting), setting, limits)
+    with models(setting) as calls:
+        return results + _measured(calls, setting, limits)
 
 
-def calls_records(setting: Setting, limits: Limits) -> list[dict[str, Any]]:
+def alignments(setting: Setting) -> Calls:
     one, many = make_inputs([SHAPE], setting), make_inputs([SHAPE] * LAYERS, setting)
 
     def of(align: Any, inputs: Inputs) -> dict[str, Call]:
@@ -58,15 +63,15 @@ def calls_records(setting: Setting, limits: Limits) -> list[dict[str, Any]]:
             "forward with grad": lambda: torch._foreach_mul(many.weights, 2.0),
         },
     }
-    calls = {
+    return {
         (Case(f"{name}, {step}", (SHAPE,) * (LAYERS if "foreach" in name else 1)), provider): call
         for (name, provider), steps in subjects.items()
         for step, call in steps.items()
     }
-    return _measured(calls, setting, limits)
 
 
-def models_records(setting: Setting, limits: Limits) -> list[dict[str, Any]]:
+@contextlib.contextmanager
+def models(setting: Setting) -> Iterator[Calls]:
     """8x8x3x3 on images of 4x4, by one thread: how many times what the plain model takes."""
 
     def plain() -> nn.Module:
@@ -92,12 +97,12 @@ def models_records(setting: Setting, limits: Limits) -> list[dict[str, Any]]:
     torch.set_num_threads(1)
     try:
         with wa.frozen(kept):
-            return _measured(without | steps, setting, limits)
+            yield without | steps
     finally:
         torch.set_num_threads(threads)
 
 
-def _measured(calls: dict[tuple[Case, str], Call], setting: Setting, limits: Limits) -> list[dict[str, Any]]:
+def _measured(calls: Calls, setting: Setting, limits: Limits) -> list[dict[str, Any]]:
     """Of calls by case and provider, all in turns."""
     timers = {key: harness.wall_timer([call], setting.device == "cuda")[0] for key, call in calls.items()}
     samples = harness.interleave(timers, limits)

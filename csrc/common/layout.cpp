@@ -15,6 +15,11 @@ std::vector<int> memory_order(const Tensor& shape, const int64_t* strides) {
     return order;
 }
 
+bool is_channels_last(MemoryFormat memory_format, int64_t rank) {
+    return (memory_format == MemoryFormat::ChannelsLast && rank == 4) ||
+           (memory_format == MemoryFormat::ChannelsLast3d && rank == 5);
+}
+
 }  // namespace
 
 Strides strides_in(const std::vector<int64_t>& sizes, const std::vector<int>& order) {
@@ -30,9 +35,7 @@ Strides strides_in(const std::vector<int64_t>& sizes, const std::vector<int>& or
 std::vector<int> order_of(MemoryFormat memory_format, int64_t rank) {
     std::vector<int> order(rank);
     for (int d = 0; d < rank; ++d) order[d] = d;
-    if ((memory_format == MemoryFormat::ChannelsLast && rank == 4) ||
-        (memory_format == MemoryFormat::ChannelsLast3d && rank == 5))
-        std::rotate(order.begin() + 1, order.begin() + 2, order.end());
+    if (is_channels_last(memory_format, rank)) std::rotate(order.begin() + 1, order.begin() + 2, order.end());
     return order;
 }
 
@@ -61,9 +64,9 @@ bool has_contiguous_filters(const Tensor& t) {
 
 const int64_t* result_strides(const Tensor& t, MemoryFormat memory_format, Strides& storage) {
     bool empty = t.numel() == 0;
+    bool keeps = memory_format != MemoryFormat::Contiguous && !is_channels_last(memory_format, t.dim());
+    if (keeps && !empty && is_dense(t)) return strides_of(t);
     std::vector<int> order = order_of(empty ? MemoryFormat::Contiguous : memory_format, t.dim());
-    bool channels_last = t.dim() > 3 && order[1] == 2;
-    if (!empty && !channels_last && memory_format != MemoryFormat::Contiguous && is_dense(t)) return strides_of(t);
     storage = strides_in(sizes_of(t), order);
     return storage.data();
 }

@@ -1,15 +1,17 @@
 """The functions users call: arguments checked, dtype and backend chosen, one op call for a whole list."""
 
-import contextlib
 from collections.abc import Sequence
 from operator import attrgetter
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 from torch.overrides import handle_torch_function, has_torch_function
 
+from ..ops import autograd
 from ..ops.backend import NATIVE, choose, run
+from ..ops.schemas import native
 from .checks import (
     DTYPES,
     check_gain,
@@ -57,18 +59,21 @@ def align(
     Raises:
         TypeError, ValueError: naming the argument, what came and what is wanted, before anything runs.
     """
-    if memory_format is not torch.preserve_format or not is_usual(weight, gain, eps, scale):
-        options: dict[str, Any] = {"eps": eps, "scale": scale, "dtype": dtype, "memory_format": memory_format}
-        if has_torch_function((weight, gain)):
-            return handle_torch_function(align, (weight, gain), weight, gain, **options)
-        check_weight("weight", weight)
-        check_memory_format(memory_format, weight.dim())
-        if gain is not None:
-            check_gain("gain", gain, weight)
-        check_number("eps", eps, positive=True)
-        check_number("scale", scale)
-        if is_sharded((weight, gain)):
-            return align_shards(align_foreach, [weight], [gain], [None], **options)[0]
+    if memory_format is torch.preserve_format and not is_compiling() and is_usual(weight, gain, eps, scale):
+        aligned = _aligned_at_once([weight], [gain], [eps], [scale], dtype, memory_format)
+        if aligned is not None:
+            return aligned[0]
+    options: dict[str, Any] = {"eps": eps, "scale": scale, "dtype": dtype, "memory_format": memory_format}
+    if has_torch_function((weight, gain)):
+        return handle_torch_function(align, (weight, gain), weight, gain, **options)
+    check_weight("weight", weight)
+    check_memory_format(memory_format, weight.dim())
+    if gain is not None:
+        check_gain("gain", gain, weight)
+    check_number("eps", eps, positive=True)
+    check_number("scale", scale)
+    if is_sharded((weight, gain)):
+        return align_shards(align_foreach, [weight], [gain], [None], **options)[0]
     kind = device_type(weight)
     dtype = result_dtype("weight", weight, kind, dtype)
     return run("align_forward", kind, [weight], [gain], [eps], [scale], dtype, memory_format)[0][0]
@@ -112,10 +117,10 @@ def align_foreach(
     if is_sharded((*weights, *gains)):
         options = {"eps": all_eps, "scale": scales, "dtype": dtype, "memory_format": memory_format}
         return align_shards(align_foreach, weights, gains, list(range(count)), **options)
-    if not torch.compiler.is_compiling() and _is_for_one_op(weights, gains):
-        kind = result_dtype("weights", weights[0], device_type(weights[0]), dtype, 0)
-        with contextlib.suppress(RuntimeError):  # of a list that the op refuses: what is wrong is found out below
-            return list(_aligned(weights, gains, all_eps, scales, kind, memory_format))
+    if not is_compiling() and _is_for_one_op(weights, gains):
+        at_once = _aligned_at_once(weights, gains, all_eps, scales, dtype, memory_format)
+        if at_once is not None:
+            return list(at_once)
     groups: dict[tuple[torch.device, torch.dtype], list[int]] = {}
     for i, (weight, gain) in enumerate(zip(weights, gains, strict=True)):
         check_weight("weights", weight, i)
@@ -136,18 +141,36 @@ _device, _dtype = attrgetter("device"), attrgetter("dtype")
 
 
 def _is_for_one_op(weights: list[Any], gains: list[Any]) -> bool:
-    """Whether a native op can take, or else refuses, the whole list: it looks at each tensor in less than the 1 us that
-    Python takes."""
+    """Whether a native op can take, or else refuses, the whole list."""
     try:
         devices, dtypes = (
             {*map(_device, weights), *map(_device, [g for g in gains if g is not None])},
             {*map(_dtype, weights)},
         )
-        is_one = len(devices) == len(dtypes) == 1 and dtypes.pop() in DTYPES
-        return is_one and choose(devices.pop().type) in NATIVE
+        return len(devices) == len(dtypes) == 1 and dtypes.pop() in DTYPES
     except AttributeError:  # not a tensor
         return False
 
 
 def _aligned(weights: Any, *arguments: Any) -> Sequence[Tensor]:
     return run("align_forward", device_type(weights[0]), weights, *arguments)[0]
+
+
+def _aligned_at_once(
+    weights: list[Any],
+    gains: list[Any],
+    eps: list[float],
+    scales: list[float],
+    dtype: torch.dtype | None,
+    memory_format: torch.memory_format,
+) -> Sequence[Tensor] | None:
+    """By a native op, if one serves: it looks at each tensor in a fraction of the time that Python takes. None for a
+    list that it refuses: the caller then finds out what is wrong."""
+    kind = device_type(weights[0])
+    try:
+        if choose(kind) not in NATIVE:
+            return None
+        dtype = result_dtype("weight", weights[0], kind, dtype)
+        return autograd.align_forward(native, weights, gains, eps, scales, dtype, memory_format)[0]
+    except (RuntimeError, TypeError, ValueError):
+        return None

@@ -46,27 +46,15 @@ def check_weight(name: str, weight: Any, index: int | None = None) -> None:
 
 
 def is_usual(weight: Any, gain: Any, eps: Any, scale: Any) -> bool:
-    """Whether the checks below hold for certain, of plain tensors and the gain's usual shape: less than they take, for
-    what a layer does at each forward."""
+    """Whether a native op can take, or else refuses, these: less than the checks below take, for what a layer does at
+    each forward."""
     return (
         type(weight) in PLAIN
         and type(gain) in PLAIN
         and weight is not None
-        and torch._C._get_tracing_state() is None  # to which a comparison of sizes is an operation
-        and weight.dim() > 1
         and weight.dtype in DTYPES
         and weight.layout is torch.strided
-        and not weight.is_nested
-        and (
-            gain is None
-            or (
-                gain.dim() == 1
-                and gain.size(0) == weight.size(0)
-                and gain.dtype in DTYPES
-                and gain.layout is torch.strided
-                and gain.device == weight.device
-            )
-        )
+        and (gain is None or gain.device == weight.device)
         and type(eps) is type(scale) is float
         and 0 < eps < math.inf
         and -math.inf < scale < math.inf
@@ -117,9 +105,11 @@ def per_weight(name: str, value: Any, count: int, positive: bool = False) -> lis
     if not isinstance(value, (list, tuple)):
         check_number(name, value, positive)
         return [value] * count
-    for i, each in enumerate(check_list(name, value, count)):
-        check_number(name, each, positive, i)
-    return list(value)
+    values, low = check_list(name, value, count), 0 if positive else -math.inf
+    for i, each in enumerate(values):
+        if type(each) is not float or not low < each < math.inf:
+            check_number(name, each, positive, i)
+    return values
 
 
 def check_list(name: str, value: Any, count: int | None = None) -> list[Any]:

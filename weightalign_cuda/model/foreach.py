@@ -56,7 +56,7 @@ class Foreach:
 
     def before(self, root: nn.Module, _: Any) -> None:
         if torch.compiler.is_compiling():
-            for together, filters, _ in self.align(list(root.modules())):
+            for together, filters, _ in self.align(aligned_layers(root.modules())):
                 together.traced.filters = filters
         else:
             # Of torch.compile(root) only the forward is traced, and its hooks run here; see the end of this class.
@@ -73,7 +73,7 @@ class Foreach:
     def start(self, root: nn.Module, is_traced: bool) -> None:
         modules = list(root.modules())
         layers = aligned_layers(modules)
-        forward = Forward(root, layers, lambda: self.align(modules))
+        forward = Forward(root, layers, lambda: self.align(layers), is_traced)
         running.forwards.append(forward)  # before anything can raise: `finish` is called always
         check_whole(modules)
         if torch._C._are_functorch_transforms_active():
@@ -89,14 +89,15 @@ class Foreach:
         for i in reversed(range(len(forwards))):
             if forwards[i].root is root:
                 for forward in forwards[i:]:
-                    for together in forward.held or ():
-                        together.traced.filters = None
+                    if forward.is_traced:
+                        for together in forward.held or ():
+                            together.traced.filters = None
                 del forwards[i:]
                 return
 
-    def align(self, modules: Sequence[nn.Module]) -> list[tuple[Any, Tensor, Any]]:
+    def align(self, layers: Sequence[Aligned]) -> list[tuple[Any, Tensor, Any]]:
         """Of each layer that takes part, who gives it its filters, these, and what they were made from."""
-        layers = [layer for layer in aligned_layers(modules) if _takes_part(layer)]
+        layers = [layer for layer in layers if _takes_part(layer)]
         results: list[tuple[Any, Tensor, Any]] = []
         for bucket in _buckets(layers, self.buckets):
             states = [None if torch.compiler.is_compiling() else state_of(layer) for layer in bucket]
@@ -108,9 +109,10 @@ class Foreach:
             )
             if self.buckets > 1:
                 _run_when_ready(aligned)
-            # A frozen layer's filters would want gradients because others' do.
-            filters = [t if is_trained(layer) else t.detach() for layer, t in zip(bucket, aligned, strict=True)]
-            results += zip([layer.aligned_by for layer in bucket], filters, states, strict=True)
+            for layer, filters, state in zip(bucket, aligned, states, strict=True):
+                # A frozen layer's filters would want gradients because others' do.
+                is_wanted = is_trained(layer) or not filters.requires_grad
+                results.append((layer.aligned_by, filters if is_wanted else filters.detach(), state))
         return results
 
 

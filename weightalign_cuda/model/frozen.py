@@ -6,10 +6,12 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from ..functional.checks import autocast_dtype, check_module, device_type
 from ..nn.layers import Aligned, aligned_by, aligned_layers
+from ..nn.parameters import parameter
 from .prealigned import state_with
 from .streams import Made, is_captured
 
@@ -67,10 +69,10 @@ class _Kept:
 
     def __call__(self) -> Tensor:
         layer = self.layer
-        weight, gain = layer.weight, layer.gain
+        weight, gain = parameter(layer, "weight"), parameter(layer, "gain")
         sources = (weight,) if gain is None else (weight, gain)
         if (
-            torch.compiler.is_compiling()
+            is_compiling()
             or (
                 torch._C._are_functorch_transforms_active()
                 and any(map(torch._C._functorch.is_functorch_wrapped_tensor, sources))

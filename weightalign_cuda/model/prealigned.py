@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
+from torch.compiler import is_compiling
 
 from ..functional.checks import PLAIN, autocast_dtype, device_type, result_dtype
 from ..nn.layers import Aligned
@@ -26,34 +27,16 @@ def is_whole_parameter(layer: Aligned) -> bool:
     torch's own, nor an inference tensor, whose changes torch does not count."""
     if "weight" not in layer._parameters or "gain" not in layer._parameters:
         return False
-    if torch.compiler.is_compiling():
+    if is_compiling():
         return True
-    for t in (layer._parameters["weight"], layer._parameters["gain"]):
-        if type(t) not in PLAIN or (t is not None and t.is_inference()):
-            return False
-    return True
+    weight, gain = layer._parameters["weight"], layer._parameters["gain"]
+    are_plain = type(weight) in PLAIN and type(gain) in PLAIN
+    return are_plain and not weight.is_inference() and (gain is None or not gain.is_inference())  # type: ignore[union-attr]
 
 
 def is_trained(layer: Aligned) -> bool:
-    return any(t is not None and t.requires_grad for t in (layer._parameters["weight"], layer._parameters["gain"]))
-
-
-def _context(device_type: str) -> tuple[Any, ...]:
-    """On what it depends whether filters serve a layer, beside its own state. None of it changes between most layers of
-    a forward."""
-    return (
-        torch.is_grad_enabled(),
-        torch.is_inference_mode_enabled(),
-        torch._C._current_graph_task_id(),
-        torch._C._are_functorch_transforms_active(),
-        _saving_hook(),
-        autocast_dtype(device_type),
-    )
-
-
-def state_of_tensor(t: Tensor) -> tuple[Any, ...]:
-    """The same as long as t holds the same, but for what torch does not count."""
-    return id(t), t._version, t.data_ptr(), t.stride(), t.dtype, t.requires_grad
+    weight, gain = layer._parameters["weight"], layer._parameters["gain"]
+    return weight.requires_grad or (gain is not None and gain.requires_grad)  # type: ignore[union-attr]
 
 
 def state_of(layer: Aligned) -> tuple[Any, ...]:
@@ -65,9 +48,10 @@ def state_of(layer: Aligned) -> tuple[Any, ...]:
     return state_with(layer, weight, gain)
 
 
-def state_with(layer: Aligned, weight: Tensor, gain: Tensor | None) -> tuple[Any, ...]:
+def state_with(layer: Aligned, w: Tensor, g: Tensor | None) -> tuple[Any, ...]:
     """The same of a layer whose weight and gain are these, which something may make at each use."""
-    return state_of_tensor(weight), None if gain is None else state_of_tensor(gain), layer.eps, layer.scale
+    own = id(w), w._version, w.data_ptr(), w.stride(), w.dtype, w.requires_grad, layer.eps, layer.scale
+    return own if g is None else (*own, id(g), g._version, g.data_ptr(), g.stride(), g.dtype, g.requires_grad)
 
 
 class Held:
@@ -102,24 +86,22 @@ class Forward:
     the alignment again with a part of the model.
     """
 
-    def __init__(self, root: nn.Module, layers: Iterable[Aligned], align: AlignAll) -> None:
+    def __init__(self, root: nn.Module, layers: Iterable[Aligned], align: AlignAll, is_traced: bool) -> None:
         self.root = root
+        self.is_traced = is_traced
         self.layers = set(layers)
         self.align = align
         self.backward = torch._C._current_graph_task_id()
         self.hook = _saving_hook()
         self.is_inference, self.wants_gradients = torch.is_inference_mode_enabled(), torch.is_grad_enabled()
         self.held: dict[Together, Held] | None = None
-        self.device_type = ""
-        self.context: tuple[Any, ...] | None = None  # in which they serve every layer that has not changed
+        self.device_type: str | None = None  # of all filters
+        self.autocast_dtype: torch.dtype | None = None  # when they were made
 
     def held_for(self, together: "Together") -> Held | None:
         if together.layer not in self.layers:
             return None
         if self.held is None:
-            here = device_type(together.layer.weight)
-            context = _context(here)
-            as_at_start = self.wants_gradients, self.is_inference, self.backward, False, self.hook
             with (
                 torch.inference_mode(self.is_inference),
                 torch.set_grad_enabled(self.wants_gradients),
@@ -130,17 +112,25 @@ class Forward:
                     if filters.device not in made:
                         made[filters.device] = Made(filters.device)
                     self.held[each] = Held(filters, state, made[filters.device])
-            if context[:-1] == as_at_start and {device.type for device in made} == {here}:
-                self.device_type, self.context = here, context
+            if len(types := {device.type for device in made}) == 1:
+                self.device_type = types.pop()
+                self.autocast_dtype = autocast_dtype(self.device_type)
         return self.held.get(together)
 
     def filters_at_once(self, together: "Together") -> Tensor | None:
-        """Those of a layer that has not changed, where nothing else has: what `Together.held` finds, for
-        one comparison."""
-        if self.context is None or self.context != _context(self.device_type):
-            return None
-        held = self.held.get(together)  # type: ignore[union-attr]
-        if held is None or held.state != state_of(together.layer):
+        """Those of a layer that has not changed, where nothing else has since the start: what `Together.held` finds,
+        sooner."""
+        if (
+            self.device_type is None
+            or (held := self.held.get(together)) is None  # type: ignore[union-attr]
+            or (torch.is_grad_enabled() and not self.wants_gradients)
+            or (self.is_inference and not torch.is_inference_mode_enabled())
+            or torch._C._current_graph_task_id() != self.backward
+            or torch._C._are_functorch_transforms_active()
+            or _saving_hook() is not self.hook
+            or autocast_dtype(self.device_type) is not self.autocast_dtype
+            or held.state != state_of(together.layer)
+        ):
             return None
         held.made.wait(held.filters)
         return held.filters
@@ -202,7 +192,7 @@ class Together:
         self.traced = _Traced()
 
     def __call__(self) -> Tensor:
-        if torch.compiler.is_compiling():
+        if is_compiling():
             filters = self.traced.filters
         else:
             forwards = running.forwards

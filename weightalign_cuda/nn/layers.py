@@ -16,6 +16,7 @@ from ..functional.checks import check_activation, check_number
 from ..functional.convolution import convolve, prepare_convolution
 from ..ops.reference.activations import activate
 from .fx import Proxy, call_module
+from .parameters import parameter
 
 
 class Aligned(nn.Module):
@@ -40,7 +41,7 @@ class Aligned(nn.Module):
 
     def filters(self) -> Tensor:
         """The weight with its filters along dimension 0, as `align` wants it."""
-        return self.weight
+        return parameter(self, "weight")
 
     def as_weight(self, filters: Tensor) -> Tensor:
         """The way back from `filters`, to what torch's function takes."""
@@ -52,7 +53,7 @@ class Aligned(nn.Module):
 
     def align_filters(self) -> Tensor:
         """The one place where a layer aligns its own weight, unless it prepares its input in the same launch."""
-        return align(self.filters(), self.gain, eps=self.eps, scale=self.scale)
+        return align(self.filters(), parameter(self, "gain"), eps=self.eps, scale=self.scale)
 
     def to_prepare(self) -> tuple[Tensor, Tensor | None, bool]:
         """Filters, gain and whether the filters are aligned already: what a launch that prepares the input takes, to
@@ -155,7 +156,7 @@ class _Convolution(Aligned, _ConvNd):
         if isinstance(input, Proxy):
             return call_module(self, input)
         if self.activation is None and self.padding_mode == "zeros" and not isinstance(self.padding, str):
-            return self._conv_forward(input, self.aligned_filters(), self.bias)
+            return self._conv_forward(input, self.aligned_filters(), parameter(self, "bias"))
         filters, gain, is_aligned = self.to_prepare()
         sizes = self.bias, self.stride, self.padding, self.dilation, self.groups
         options = *sizes, gain, self.padding_mode, self.activation, self.eps, self.scale, is_aligned

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from torch.compiler import is_compiling
 
 from . import autograd, reference, schemas
 from .exporters import is_onnx_program
@@ -166,21 +167,18 @@ def _torch_counts_references() -> bool:
     return False
 
 
-def _get_forced() -> str | None:
-    forced = _forced.get()
-    if forced is None:
-        name, thread = _get_stashed()
-        forced = name if thread != threading.get_ident() else None  # on its own thread the variable says it
-    return forced or _environment
-
-
 def choose(device_type: str) -> str:
     """The backend that serves tensors of this device now. A compiled function keeps what it was traced with."""
-    forced = _get_forced()
+    forced = _forced.get()
+    if forced is None and torch._C._is_key_in_tls(_STASH):
+        name, thread = _get_stashed()
+        forced = name if thread != threading.get_ident() else None  # on its own thread the variable says it
+    forced = forced or _environment
     key = forced, device_type
-    if key not in _known:
-        _known[key] = _default(device_type) if forced is None else _check_serves(forced, device_type)
-    return _known[key]
+    backend = _known.get(key)
+    if backend is None:
+        backend = _known[key] = _default(device_type) if forced is None else _check_serves(forced, device_type)
+    return backend
 
 
 choose._dynamo_marked_constant = True  # type: ignore[attr-defined]  # torch.compiler.assume_constant_result, which imports torch._dynamo
@@ -208,7 +206,7 @@ def serving(device_type: str) -> Any:
 
 def run(op: str, device_type: str, *arguments: Any) -> Any:
     """The forward op of this name on the backend that serves the device."""
-    if torch.compiler.is_compiling():
+    if is_compiling():
         return getattr(reference if is_onnx_program() else serving(device_type), op)(*arguments)
     served = serving(device_type)
     if served is reference:

@@ -2,6 +2,7 @@
 counters stand, and both of ONNX's."""
 
 import torch
+from torch.compiler import is_exporting
 
 
 def wants_plain_operations() -> bool:
@@ -11,4 +12,4 @@ def wants_plain_operations() -> bool:
 
 def is_onnx_program() -> bool:
     """Whether torch.export runs for ONNX, whose exporter has no translation of our ops."""
-    return torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export()
+    return is_exporting() and torch.onnx.is_in_onnx_export()
