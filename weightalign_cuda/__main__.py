@@ -6,6 +6,7 @@ import torch
 
 from . import __version__, backends
 from .ops import library
+from .torch_private import missing
 
 
 def main() -> None:
@@ -18,6 +19,7 @@ def main() -> None:
         "CUDA of torch, library, driver": f"{torch.version.cuda}, {library.cuda_runtime}, {library.cuda_driver()}",
         "compiled architectures": architectures,
         "CPU kernels": library.cpu_kernels(),
+        "private names of torch": f"without {', '.join(missing())}" if missing() else "all there",
         "CUDA devices": ", ".join(devices) or "none",
         **{f"backend {name}": state for name, state in backends().items()},
     }

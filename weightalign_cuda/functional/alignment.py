@@ -74,9 +74,9 @@ def align(
     check_number("scale", scale)
     if is_sharded((weight, gain)):
         return align_shards(align_foreach, [weight], [gain], [None], **options)[0]
-    kind = device_type(weight)
-    dtype = result_dtype("weight", weight, kind, dtype)
-    return run("align_forward", kind, [weight], [gain], [eps], [scale], dtype, memory_format)[0][0]
+    on = device_type(weight)
+    dtype = result_dtype("weight", weight, on, dtype)
+    return run("align_forward", on, [weight], [gain], [eps], [scale], dtype, memory_format)[0][0]
 
 
 def align_foreach(
@@ -128,11 +128,11 @@ def align_foreach(
             check_gain("gains", gain, weight, i)
         groups.setdefault((weight.device, weight.dtype), []).append(i)
     # All checked before the first one runs.
-    kinds = [result_dtype("weights", weights[i], device_type(weights[i]), dtype, i) for i, *_ in groups.values()]
+    dtypes = [result_dtype("weights", weights[i], device_type(weights[i]), dtype, i) for i, *_ in groups.values()]
     results: list[Any] = [None] * count
-    for members, kind in zip(groups.values(), kinds, strict=True):
+    for members, each_dtype in zip(groups.values(), dtypes, strict=True):
         each = ([values[i] for i in members] for values in (weights, gains, all_eps, scales))
-        for i, aligned in zip(members, _aligned(*each, kind, memory_format), strict=True):
+        for i, aligned in zip(members, _aligned(*each, each_dtype, memory_format), strict=True):
             results[i] = aligned
     return results
 
@@ -166,11 +166,11 @@ def _aligned_at_once(
 ) -> Sequence[Tensor] | None:
     """By a native op, if one serves: it looks at each tensor in a fraction of the time that Python takes. None for a
     list that it refuses: the caller then finds out what is wrong."""
-    kind = device_type(weights[0])
+    on = device_type(weights[0])
     try:
-        if choose(kind) not in NATIVE:
+        if choose(on) not in NATIVE:
             return None
-        dtype = result_dtype("weight", weights[0], kind, dtype)
+        dtype = result_dtype("weight", weights[0], on, dtype)
         return autograd.align_forward(native, weights, gains, eps, scales, dtype, memory_format)[0]
     except (RuntimeError, TypeError, ValueError):
         return None

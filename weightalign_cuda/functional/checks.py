@@ -81,8 +81,8 @@ def _check_tensor(name: str, value: Any, expected: str, index: int | None = None
         raise TypeError(f"{name}: expected {expected}, got {type(value).__name__}")
     if value.dtype not in DTYPES:
         raise TypeError(f"{name}: expected {_FLOATS}, got {value.dtype}")
-    kind = "a nested one" if value.is_nested else f"layout {value.layout}"
-    raise TypeError(f"{name}: expected a strided tensor, got {kind}")
+    got = "a nested one" if value.is_nested else f"layout {value.layout}"
+    raise TypeError(f"{name}: expected a strided tensor, got {got}")
 
 
 def check_number(name: str, value: Any, positive: bool = False, index: int | None = None) -> None:

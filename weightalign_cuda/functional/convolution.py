@@ -99,7 +99,7 @@ def prepare_convolution(
     memory_format: torch.memory_format = torch.preserve_format,
     is_aligned: bool = False,
 ) -> tuple[Tensor, Tensor, list[int]]:
-    """`prepare`, and what padding is left to the convolution. A weight that is aligned already is returned as it is."""
+    """`prepare`, and the padding that the convolution is to add. A weight that is aligned already stays as it is."""
     check_input("input", input, weight)
     if gain is not None:
         check_gain("gain", gain, weight)
@@ -108,8 +108,8 @@ def prepare_convolution(
     check_memory_format(memory_format, weight.dim())
     mode = check_padding_mode(padding_mode)
     check_activation(activation)
-    kind = device_type(weight)
-    dtype = _common_dtype(input, weight, kind, dtype)
+    on = device_type(weight)
+    dtype = _common_dtype(input, weight, on, dtype)
     are_sizes_known = not wants_plain_operations()
     if are_sizes_known:
         check_padding_size(pairs, padding_mode, input.shape[2 - weight.dim() :])
@@ -117,7 +117,7 @@ def prepare_convolution(
         memory_format = _chosen_format(input, weight)
     is_batched = input.dim() == weight.dim()
     is_left = are_sizes_known and is_left_to_convolution(pairs, padding_mode)
-    left = [before if is_left else 0 for before, _ in pairs]
+    implicit_padding = [before if is_left else 0 for before, _ in pairs]
     explicit = [0 if is_left else n for pair in pairs for n in pair]
     # Where nothing is to be aligned the ops take a weight of no filter.
     raw, raw_gain = (weight.detach()[:0], None) if is_aligned else (weight, gain)
@@ -125,10 +125,10 @@ def prepare_convolution(
     batch = input if is_batched else input.unsqueeze(0)
     is_ready = activation is None and input.dtype is dtype and are_sizes_known and not any(explicit)
     if is_ready and _lies_in(batch, memory_format):
-        return input, weight if is_aligned else run("align_forward", kind, *weights)[0][0], left
+        return input, weight if is_aligned else run("align_forward", on, *weights)[0][0], implicit_padding
     options = explicit, mode, ACTIVATIONS.index(activation)
-    prepared, aligned, _ = run("prepare_forward", kind, batch, *weights, *options)
-    return prepared if is_batched else prepared.squeeze(0), weight if is_aligned else aligned[0], left
+    prepared, aligned, _ = run("prepare_forward", on, batch, *weights, *options)
+    return prepared if is_batched else prepared.squeeze(0), weight if is_aligned else aligned[0], implicit_padding
 
 
 def _common_dtype(input: Tensor, weight: Tensor, device_type: str, dtype: torch.dtype | None) -> torch.dtype:
@@ -200,8 +200,8 @@ def convolve(
     else:
         pairs = parse_padding(padding, spatial)
     preparation = pairs, padding_mode, activation, eps, scale
-    prepared, aligned, left = prepare_convolution(input, weight, gain, *preparation, is_aligned=is_aligned)
-    return convolution(prepared, aligned, bias, stride, left, dilation, groups)
+    prepared, aligned, implicit_padding = prepare_convolution(input, weight, gain, *preparation, is_aligned=is_aligned)
+    return convolution(prepared, aligned, bias, stride, implicit_padding, dilation, groups)
 
 
 def _per_dimension(name: str, value: Any, count: int) -> Sequence[int]:

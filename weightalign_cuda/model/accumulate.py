@@ -14,9 +14,10 @@ from ..functional.checks import check_module, result_dtype
 from ..nn.layers import Aligned, aligned_by, aligned_layers
 from ..ops.autograd import in_their_places, of_used
 from ..ops.backend import serving
-from .foreach import check_whole
-from .prealigned import is_trained, is_whole_parameter, state_of
-from .streams import Made, is_captured
+from ..torch_private import are_functorch_transforms_active
+from .fingerprint import fingerprint, has_plain_parameters, is_trained
+from .streams import ReadyEvent, is_captured
+from .unsharded import check_unsharded
 
 
 @contextlib.contextmanager
@@ -54,12 +55,12 @@ def accumulate(model: nn.Module) -> Iterator[nn.Module]:
             which would count weights and gains as unused.
     """
     check_module(model)
-    check_whole(
+    check_unsharded(
         list(model.modules()),
         "wa.accumulate: the layers cannot be aligned for all micro-batches",
         "accumulate without it",
     )
-    layers = [layer for layer in aligned_layers(model.modules()) if is_whole_parameter(layer)]
+    layers = [layer for layer in aligned_layers(model.modules()) if has_plain_parameters(layer)]
     shared = _Accumulation(model, layers)
     functions = {layer: _Accumulated(shared, layer) for layer in layers}
     with _without_steps(model), _with_one_synchronisation(model), aligned_by(functions):
@@ -120,12 +121,12 @@ class _Accumulation:
     def __init__(self, model: nn.Module, layers: Sequence[Aligned]) -> None:
         self.layers = layers
         self.versions = {name: (p, p._version) for name, p in model.named_parameters() if not p.is_inference()}
-        self.states = {layer: state_of(layer) for layer in layers}
+        self.made_from = {layer: fingerprint(layer) for layer in layers}
         self.groups: dict[Any, _Group] = {}
         self.lock = threading.Lock()
 
     def filters(self, layer: Aligned) -> Tensor:
-        if self.states[layer] != state_of(layer):
+        if self.made_from[layer] != fingerprint(layer):
             raise self.changed()
         device, own = layer.weight.device, layer.weight.dtype
         key = device, own, result_dtype("weight", layer.weight, device.type, None)
@@ -145,7 +146,7 @@ class _Accumulation:
     def deliver(self) -> None:
         """Through autograd, so that all hooks of the parameters run, once."""
         is_kept = all(p._version == version for p, version in self.versions.values())
-        if not is_kept or any(self.states[layer] != state_of(layer) for layer in self.layers):
+        if not is_kept or any(self.made_from[layer] != fingerprint(layer) for layer in self.layers):
             raise self.changed()
         found = [pair for group in self.groups.values() for pair in group.gradients()]
         if found:
@@ -156,12 +157,14 @@ class _Accumulation:
 class _Accumulated:
     """Gives one layer its filters."""
 
+    name = "accumulate"
+
     def __init__(self, shared: _Accumulation, layer: Aligned) -> None:
         self.shared = shared
         self.layer = layer
 
     def __call__(self) -> Tensor:
-        if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        if torch.compiler.is_compiling() or are_functorch_transforms_active():
             return self.layer.align_filters()
         return self.shared.filters(self.layer)
 
@@ -172,7 +175,7 @@ class _Sum:
     def __init__(self, dtype: torch.dtype) -> None:
         self.dtype = dtype
         self.value: Tensor | None = None
-        self.written: Made
+        self.ready: ReadyEvent
         self.lock = threading.Lock()
 
     @torch.no_grad()
@@ -180,11 +183,11 @@ class _Sum:
         with self.lock:
             value = self.get()
             self.value = grad.to(self.dtype, copy=True) if value is None else value.add_(grad)
-            self.written = Made(grad.device)
+            self.ready = ReadyEvent(grad.device)
 
     def get(self) -> Tensor | None:
         if self.value is not None:
-            self.written.wait(self.value)
+            self.ready.wait(self.value)
         return self.value
 
 
@@ -220,7 +223,7 @@ class _Group:
             options = eps, self.scales, dtype, torch.preserve_format
             weights, gains = list(self.tensors[:count]), list(self.tensors[count:])
             aligned, self.statistics = self.served.align_forward(weights, gains, *options)
-        self.made = Made(layers[0].weight.device)
+        self.made = ReadyEvent(layers[0].weight.device)
         self.sums = [_Sum(self.statistics.dtype) for _ in layers]
         with torch.inference_mode(False), torch.enable_grad():
             wanting = torch.empty(0, device=layers[0].weight.device, requires_grad=True)

@@ -8,10 +8,11 @@ from torch import Tensor, nn
 from ..nn.layers import Aligned, aligned_layers
 from ..ops.backend import run
 from .adapters import forbid_merging, tuner_layers
-from .foreach import check_whole, switch
+from .foreach import UNSHARDED, switch
 from .select import CLASSES, Rule, Selection, select, torch_class
 from .standardised import is_standardised, original, pads_same, take_over
 from .swap import check_model, put_in_place, rebuilt
+from .unsharded import check_unsharded
 
 logger = logging.getLogger("weightalign_cuda")
 
@@ -82,7 +83,7 @@ def convert(
     if not isinstance(foreach, int) or (not isinstance(foreach, bool) and foreach < 1):
         raise ValueError(f"foreach: expected True, False or a number of launches from 1 on, got {foreach!r}")
     if foreach:
-        check_whole(list(model.modules()))
+        check_unsharded(list(model.modules()), *UNSHARDED)
     selection = select(model, include, exclude)
     gains: dict[object, nn.Parameter] = {}
     new: dict[nn.Module, nn.Module] = {layer: _converted(layer, gain, gains) for layer in selection.chosen}
@@ -95,14 +96,14 @@ def convert(
 
 def _report(model: nn.Module, selection: Selection, gain: str) -> None:
     if not selection.chosen and not aligned_layers(model.modules()):
-        why = _listed(selection.left | selection.unknown) or (
+        why = _listed(selection.skipped | selection.unknown) or (
             "no convolution is among the layers that include= and exclude= leave (a Linear is one of them if include= "
             "matches it)"
         )
         logger.warning("convert changes nothing in this model: %s", why)
         return
-    if selection.left:
-        logger.info("convert leaves as they are: %s", _listed(selection.left))
+    if selection.skipped:
+        logger.info("convert leaves as they are: %s", _listed(selection.skipped))
     if selection.unknown:
         logger.warning(
             "convert leaves as they are, for it does not know what they compute: %s; the rest of the model is "

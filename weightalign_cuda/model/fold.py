@@ -10,7 +10,7 @@ from ..functional.alignment import align
 from ..nn.folded import FOLDED, Folded
 from ..nn.layers import Aligned, aligned_layers
 from .foreach import switch_off_all
-from .select import CLASSES, own_behaviour, torch_class
+from .select import CLASSES, overridden_methods, torch_class
 from .swap import check_model, check_plain, put_in_place, rebuilt
 
 
@@ -40,7 +40,7 @@ def fold(model: nn.Module, *, inplace: bool = False) -> nn.Module:
     for name, layer in model.named_modules():
         if isinstance(layer, Aligned):
             check_plain(name, layer)
-            if own := own_behaviour(layer, CLASSES[torch_class(layer)]):
+            if own := overridden_methods(layer, CLASSES[torch_class(layer)]):
                 got = f"{type(layer).__name__} at {name!r}, which has its own {', '.join(sorted(own))}"
                 raise ValueError(f"model: expected layers of this package, got {got}")
     if not inplace:

@@ -12,8 +12,9 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from ..functional.checks import autocast_dtype, check_module, device_type
 from ..nn.layers import Aligned, aligned_by, aligned_layers
 from ..nn.parameters import parameter
-from .prealigned import state_with
-from .streams import Made, is_captured
+from ..torch_private import are_functorch_transforms_active, is_functorch_wrapped
+from .fingerprint import fingerprint_with
+from .streams import ReadyEvent, is_captured
 
 
 @contextlib.contextmanager
@@ -60,12 +61,14 @@ def frozen(model: nn.Module) -> Iterator[nn.Module]:
 class _Kept:
     """The aligned filters of one layer, for as long as nothing that they come from has changed."""
 
+    name = "frozen"
+
     def __init__(self, layer: Aligned) -> None:
         self.layer = layer
         self.made_from: tuple[Any, ...] = ()
         self.alive: tuple[Any, ...] = ()  # what has an id or an address there, which nothing else may get meanwhile
         self.filters: Tensor
-        self.made: Made
+        self.ready: ReadyEvent
 
     def __call__(self) -> Tensor:
         layer = self.layer
@@ -73,23 +76,20 @@ class _Kept:
         sources = (weight,) if gain is None else (weight, gain)
         if (
             is_compiling()
-            or (
-                torch._C._are_functorch_transforms_active()
-                and any(map(torch._C._functorch.is_functorch_wrapped_tensor, sources))
-            )
+            or (are_functorch_transforms_active() and any(map(is_functorch_wrapped, sources)))
             or is_captured(weight)
         ):
             return layer.align_filters()
-        made_from = state_with(layer, weight, gain), layer.training, autocast_dtype(device_type(weight))
+        made_from = fingerprint_with(layer, weight, gain), layer.training, autocast_dtype(device_type(weight))
         if made_from != self.made_from:
             # Not an inference tensor: it may be used after an inference_mode inside.
             with torch.inference_mode(False), torch.no_grad():
                 self.filters = layer.align_filters()
-            self.made = Made(self.filters.device)
+            self.ready = ReadyEvent(self.filters.device)
             self.made_from, self.alive = made_from, (sources, [t.detach() for t in sources])
             if layer.training and any(t.requires_grad for t in sources):
                 self.filters.requires_grad_().register_hook(_refuse)
-        self.made.wait(self.filters)
+        self.ready.wait(self.filters)
         return self.filters
 
 

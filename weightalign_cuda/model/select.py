@@ -47,7 +47,7 @@ def filter_length(layer: nn.Module) -> int:
 
 class Selection(NamedTuple):
     chosen: dict[nn.Module, str]  # the layers to convert, with their names
-    left: dict[str, list[str]]  # by reason the names of those that are not, but might be expected to be
+    skipped: dict[str, list[str]]  # by reason the names of those that are not, but might be expected to be
     unknown: dict[str, list[str]]  # the same, of those of which it is not known what they compute
 
 
@@ -72,7 +72,7 @@ def select(model: nn.Module, include: Rule, exclude: Rule) -> Selection:
         parent = model.get_submodule(own[0].rpartition(".")[0])
         reason = kept[module] if module in kept else _reason_to_leave(module, parent)
         if reason:
-            selection.left.setdefault(reason, []).append(own[0])
+            selection.skipped.setdefault(reason, []).append(own[0])
         elif reason is None and (what := _own_forward(module)):
             selection.unknown.setdefault(what, []).append(own[0])
         elif reason is None:
@@ -85,8 +85,8 @@ def _names(model: nn.Module) -> dict[nn.Module, list[str]]:
     """Every layer that is or may be ours, and all its names, for it may stand in several places."""
     names: dict[nn.Module, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
-        kind: type = type(module)
-        if kind.__module__.startswith("torch.ao.nn.") and "Conv" in kind.__name__:
+        cls: type = type(module)
+        if cls.__module__.startswith("torch.ao.nn.") and "Conv" in cls.__name__:
             raise TypeError(f"model: expected floating-point layers, got {class_name(module)} at {name!r}")
         if isinstance(module, (Aligned, *_LAYERS)):
             names.setdefault(cast(nn.Module, module), []).append(name)
@@ -151,7 +151,7 @@ def _own_forward(module: nn.Module) -> str:
         return "a forward set on the object, as accelerate's hooks are: convert before"
     if is_standardised(module) or class_name(module) == SAME:
         return ""
-    own = own_behaviour(module, torch_class(module))
+    own = overridden_methods(module, torch_class(module))
     return f"{class_name(module)} has its own {', '.join(sorted(own))}" if own else ""
 
 
@@ -164,7 +164,7 @@ def _is_constant(module: nn.Module) -> bool:
     return len(filters) == 1 or (not weight.is_meta and bool((filters == filters[:1]).all()))
 
 
-def own_behaviour(module: nn.Module, base: type[nn.Module]) -> set[str]:
+def overridden_methods(module: nn.Module, base: type[nn.Module]) -> set[str]:
     """What a module does in another way than `base`, of which it is: then it is not known what it does."""
     subclasses = type(module).__mro__[: type(module).__mro__.index(base)]
     names = {name for cls in subclasses for name, value in vars(cls).items() if callable(value) and hasattr(base, name)}

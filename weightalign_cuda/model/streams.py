@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 
-class Made:
+class ReadyEvent:
     """When tensors of one device were made, or written to last: now. Any other stream has to wait for that before it
     reads one, and to keep its memory from being given away until it has."""
 

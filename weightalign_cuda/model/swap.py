@@ -23,10 +23,10 @@ def check_model(model: Any) -> None:
     """
     check_module(model)
     for name, module in model.named_modules():
-        kind = type(module).__name__
-        if isinstance(module, torch.jit.ScriptModule) or kind in _WRAPPERS:
+        cls = type(module).__name__
+        if isinstance(module, torch.jit.ScriptModule) or cls in _WRAPPERS:
             raise TypeError(
-                f"model: expected the model itself, not yet scripted, wrapped or compiled, got {kind} at {name!r}"
+                f"model: expected the model itself, not yet scripted, wrapped or compiled, got {cls} at {name!r}"
             )
 
 

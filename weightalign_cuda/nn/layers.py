@@ -9,12 +9,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from ..functional.alignment import align
 from ..functional.checks import check_activation, check_number
 from ..functional.convolution import convolve, prepare_convolution
 from ..ops.reference.activations import activate
+from ..torch_private import Convolution, TransposedConvolution
 from .fx import Proxy, call_module
 from .parameters import parameter
 
@@ -70,7 +70,9 @@ class Aligned(nn.Module):
     def extra_repr(self) -> str:
         scale = f", scale={self.scale:g}" if self.scale != 1 else ""
         activation = f", activation={self.activation}" if self.activation else ""
-        return f"{super().extra_repr()}, eps={self.eps:g}{scale}{activation}"
+        name = getattr(self.aligned_by, "name", None)  # of what gives it its filters: foreach, frozen, accumulate
+        aligned_by = f", aligned by {name}" if name else ""
+        return f"{super().extra_repr()}, eps={self.eps:g}{scale}{activation}{aligned_by}"
 
     def __getstate__(self) -> dict[str, Any]:
         _refuse_fusion(sys._getframe(1).f_back)
@@ -123,7 +125,7 @@ def gain_parameters(model: nn.Module) -> list[nn.Parameter]:
     return list(dict.fromkeys(gain for layer in layers if isinstance(gain := layer.gain, nn.Parameter)))
 
 
-class _Convolution(Aligned, _ConvNd):
+class _Convolution(Aligned, Convolution):
     """As torch's convolution; what it does beyond symmetric zeros is done where the weight is aligned."""
 
     convolution: Callable[..., Tensor]
@@ -163,7 +165,7 @@ class _Convolution(Aligned, _ConvNd):
         return convolve(self.convolution, len(self.kernel_size), input, filters, *options)
 
 
-class _TransposedConvolution(Aligned, _ConvTransposeNd):
+class _TransposedConvolution(Aligned, TransposedConvolution):
     """As torch's transposed convolution. A filter is what makes one output channel, (C_in / groups, kernel...)."""
 
     convolution: Callable[..., Tensor]

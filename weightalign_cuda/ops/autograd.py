@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
+from ..torch_private import are_functorch_transforms_active, below_autograd, is_forward_mode_active, is_legacy_batched
 from . import reference, schemas
 from .exporters import wants_plain_operations
 from .layout import memory_order
@@ -16,8 +16,6 @@ from .reference.activations import find
 from .reference.align import align
 from .reference.prepare import prepare_input_backward
 from .schemas import OpSet
-
-_below_autograd = torch._C._AutoDispatchBelowAutograd
 
 
 def align_forward(
@@ -35,7 +33,7 @@ def align_forward(
     if _wants_gradients(weights, gains):
         call = _Call(served, (eps, scales, dtype, memory_format))
         return _apply(call, None, *weights, *gains), call.statistics
-    with _below_autograd():
+    with below_autograd():
         return served.align_forward._op(weights, gains, eps, scales, _NUMBERS[dtype], _FORMATS[memory_format])
 
 
@@ -48,7 +46,7 @@ def prepare_forward(
     if _wants_gradients((input,), weights, gains):
         prepared, *aligned = _apply(call := _Call(served, options), input, *weights, *gains)
         return prepared, aligned, call.statistics
-    with _below_autograd():
+    with below_autograd():
         return served.prepare_forward._op(input, weights, gains, *_numbered(*options))
 
 
@@ -71,11 +69,7 @@ def _numbered(eps: Any, scales: Any, dtype: torch.dtype, memory_format: torch.me
 
 def _is_transformed() -> bool:
     """Whether a torch.func transform, forward-mode AD or an exporter is active: they need PyTorch's own operations."""
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0 or wants_plain_operations()
-
-
-# By torch.autograd.grad(is_grads_batched=True), whose vmap is an older one than torch.func's.
-_is_batched = torch._C._functorch.is_legacy_batchedtensor
+    return are_functorch_transforms_active() or is_forward_mode_active() or wants_plain_operations()
 
 
 def _wants_gradients(*lists: Sequence[Tensor | None]) -> bool:
@@ -112,7 +106,7 @@ class _Fused(torch.autograd.Function):
         count = len(tensors) // 2
         lists = tensors[:count], tensors[count:]
         served, options = call.served, call.options
-        with _below_autograd():
+        with below_autograd():
             if input is None:
                 aligned, call.statistics = served.align_forward._op(*lists, *_numbered(*options))
                 results = tuple(aligned)
@@ -152,8 +146,8 @@ class _Fused(torch.autograd.Function):
             return (None,) * (2 + 2 * count)
         arguments = of_used(used, grads, tensors, call.statistics, call.options[1])
         given = (grad_prepared, *arguments[0]) if input_used else arguments[0]
-        served = reference if _is_transformed() or any(map(_is_batched, given)) else call.served
-        with _below_autograd():
+        served = reference if _is_transformed() or any(map(is_legacy_batched, given)) else call.served
+        with below_autograd():
             if input_used:
                 results = served.prepare_backward(grad_prepared, saved, *arguments, *ctx.preparation)
                 grad_input, grad_weights, grad_gains = results

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch.compiler import is_compiling
 
+from ..torch_private import get_object_in_tls, is_key_in_tls, mark_constant, stash_object_in_tls
 from . import autograd, reference, schemas
 from .exporters import is_onnx_program
 from .schemas import library
@@ -130,13 +131,13 @@ _STASH = "weightalign_backend"
 
 def _get_stashed() -> tuple[str | None, int]:
     """The name, if one is forced, and the thread on which that was done."""
-    return torch._C._get_obj_in_tls(_STASH) if torch._C._is_key_in_tls(_STASH) else (None, 0)
+    return get_object_in_tls(_STASH) if is_key_in_tls(_STASH) else (None, 0)
 
 
 def _stash(name_and_thread: tuple[str | None, int]) -> None:
     pair = _kept(*name_and_thread)
     _give_references(pair, 1)
-    torch._C._stash_obj_in_tls(_STASH, pair)
+    stash_object_in_tls(_STASH, pair)
 
 
 @functools.cache
@@ -160,7 +161,7 @@ def _torch_counts_references() -> bool:
     """Asked once, of an object that nobody else has: other threads change the count of any other meanwhile."""
     probe = (object(),)
     count = sys.getrefcount(probe)
-    torch._C._stash_obj_in_tls(f"{_STASH}_probe", probe)
+    stash_object_in_tls(f"{_STASH}_probe", probe)
     if sys.getrefcount(probe) > count:
         return True
     ctypes.pythonapi.Py_IncRef(ctypes.py_object(probe))
@@ -170,7 +171,7 @@ def _torch_counts_references() -> bool:
 def choose(device_type: str) -> str:
     """The backend that serves tensors of this device now. A compiled function keeps what it was traced with."""
     forced = _forced.get()
-    if forced is None and torch._C._is_key_in_tls(_STASH):
+    if forced is None and is_key_in_tls(_STASH):
         name, thread = _get_stashed()
         forced = name if thread != threading.get_ident() else None  # on its own thread the variable says it
     forced = forced or _environment
@@ -181,7 +182,7 @@ def choose(device_type: str) -> str:
     return backend
 
 
-choose._dynamo_marked_constant = True  # type: ignore[attr-defined]  # torch.compiler.assume_constant_result, which imports torch._dynamo
+mark_constant(choose)
 _known: dict[tuple[str | None, str], str] = {}
 
 

@@ -4,10 +4,12 @@ counters stand, and both of ONNX's."""
 import torch
 from torch.compiler import is_exporting
 
+from ..torch_private import get_tracing_state
+
 
 def wants_plain_operations() -> bool:
     """Whether one of them is looking: nothing may then depend on a size, which is a symbol, nor be an op of ours."""
-    return torch._C._get_tracing_state() is not None or is_onnx_program()
+    return get_tracing_state() is not None or is_onnx_program()
 
 
 def is_onnx_program() -> bool:

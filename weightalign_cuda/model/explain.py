@@ -1,0 +1,124 @@
+"""What aligns each layer of a model, and why."""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from torch import nn
+
+from ..functional.checks import check_module
+from ..nn.layers import Aligned
+from .fingerprint import has_plain_parameters, why_not_plain
+from .foreach import Foreach, buckets
+from .foreach_source import ForeachSource
+from .select import select
+
+
+class LayerExplanation(NamedTuple):
+    """One layer of a model."""
+
+    name: str  # as in model.named_modules()
+    layer: str  # its class
+    filters: tuple[int, int]  # how many, of how many values each
+    aligned: str  # "together", "alone", "no", or "by" what gives the layer its filters
+    why: str
+
+
+class Explanation(tuple[LayerExplanation, ...]):
+    """The layers of a model in its order, printed as a table."""
+
+    def __str__(self) -> str:
+        header = LayerExplanation("name", "layer", ("filters", "values"), "aligned", "why")  # type: ignore[arg-type]
+        rows = [(row.name, row.layer, *map(str, row.filters), row.aligned, row.why) for row in (header, *self)]
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        return "\n".join(
+            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+        )
+
+    __repr__ = __str__
+
+
+def explain(model: nn.Module) -> Explanation:
+    """What aligns each layer of the model, and why: `print(wa.explain(model))`, or data to go through.
+
+    It says what a forward of the model that began now would do. A layer with foreach also aligns itself if its weight
+    or the autocast dtype changes during the forward, in the second run of reentrant checkpointing, under torch.func, or
+    where a part of the model is called alone: the logger "weightalign_cuda" says so at level DEBUG, with the reason.
+
+    Args:
+        model: any module.
+
+    Returns:
+        A tuple with one `LayerExplanation` (name, layer, filters, aligned, why) for each layer of this package and each
+        convolution that is left plain. `aligned` is "together" (one launch with others), "alone" (a launch of its own),
+        "by frozen" or "by accumulate" (inside of these contexts), or "no".
+
+    Raises:
+        TypeError: for a model that is not a torch.nn.Module.
+    """
+    check_module(model)
+    aligned, plain = dict(_aligned(model)), dict(_plain(model))
+    names = {module: name for name, module in model.named_modules()}
+    return Explanation(
+        LayerExplanation(name, type(module).__name__, _size(module), *(aligned | plain)[module])
+        for module, name in names.items()
+        if module in aligned or module in plain
+    )
+
+
+def _size(layer: nn.Module) -> tuple[int, int]:
+    filters = layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels
+    weight = layer.weight
+    return filters, weight.numel() // max(filters, 1)  # type: ignore[return-value, operator, type-var]
+
+
+def _aligned(model: nn.Module) -> Iterator[tuple[nn.Module, tuple[str, str]]]:
+    """The layers of this package; those of several models with foreach, one in the other, go with the outermost."""
+    together: dict[Aligned, str] = {}
+    for name, root in model.named_modules():
+        foreach = root.__dict__.get("_foreach")
+        if isinstance(foreach, Foreach):
+            layers = [m for m in root.modules() if isinstance(m, Aligned) and m not in together and _may_join(m)]
+            launches = [launch for bucket in buckets(layers, foreach.buckets) for launch in _of_one_kind(bucket)]
+            for i, launch in enumerate(launches, 1):
+                where = f"launch {i} of {len(launches)}, with {len(launch) - 1} others, by foreach"
+                together |= dict.fromkeys(launch, f"{where} of {name!r}" if name else where)
+    without = "it is not in a part with foreach" if together else "foreach is off: wa.convert(model, foreach=True)"
+    for layer in model.modules():
+        if not isinstance(layer, Aligned):
+            continue
+        if layer in together:
+            yield layer, ("together", together[layer])
+        elif layer.aligned_by is None or isinstance(layer.aligned_by, ForeachSource):
+            yield layer, ("alone", why_not_plain(layer) or without)
+        else:
+            giver = getattr(layer.aligned_by, "name", repr(layer.aligned_by))
+            yield layer, (f"by {giver}", "its filters are kept")
+
+
+def _of_one_kind(layers: list[Aligned]) -> list[list[Aligned]]:
+    """By device and dtype of their weights, which a launch has one of each."""
+    by_kind: dict[object, list[Aligned]] = {}
+    for layer in layers:
+        by_kind.setdefault((layer.weight.device, layer.weight.dtype), []).append(layer)
+    return list(by_kind.values())
+
+
+def _may_join(layer: Aligned) -> bool:
+    return has_plain_parameters(layer) and (layer.aligned_by is None or isinstance(layer.aligned_by, ForeachSource))
+
+
+def _plain(model: nn.Module) -> Iterator[tuple[nn.Module, tuple[str, str]]]:
+    """Convolutions that are not of this package."""
+    names = {name: module for name, module in model.named_modules(remove_duplicate=False)}
+    try:
+        selection = select(model, None, None)
+    except (TypeError, ValueError) as error:  # convert would raise it
+        for module in model.modules():
+            if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)) and not isinstance(module, Aligned):
+                yield module, ("no", str(error))
+        return
+    for reason, of_these in (selection.skipped | selection.unknown).items():
+        for name in of_these:
+            yield names[name], ("no", reason)
+    for module in selection.chosen:
+        yield module, ("no", "wa.convert(model) would convert it")

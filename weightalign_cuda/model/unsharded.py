@@ -1,0 +1,30 @@
+"""Models in which no layer has all its parameters at once: what aligns several layers together cannot serve them."""
+
+import functools
+from collections.abc import Sequence
+
+from torch import nn
+
+_REASONS = {
+    "FSDPModule": "FSDP2 gathers a layer's parameters only around that layer's own forward and backward",
+    "FullyShardedDataParallel": "FSDP gathers a layer's parameters only around that layer's own forward and backward",
+    "DataParallel": "torch.nn.DataParallel runs copies of the layers, on other threads and devices",
+}
+
+
+def check_unsharded(modules: Sequence[nn.Module], what: str, instead: str) -> None:
+    """modules: all of a model, itself first. `what` cannot be done, what to do `instead`: for the error.
+
+    Raises:
+        RuntimeError: saying why not.
+    """
+    reason = _REASONS["DataParallel"] if "_is_replica" in modules[0].__dict__ else None
+    for cls in set(map(type, modules)):
+        reason = reason or _reason(cls)
+    if reason:
+        raise RuntimeError(f"{what}, as {reason}; {instead}")
+
+
+@functools.cache
+def _reason(cls: type) -> str | None:
+    return next((_REASONS[base.__name__] for base in cls.__mro__ if base.__name__ in _REASONS), None)

@@ -1,0 +1,103 @@
+"""Every private name of torch that this package uses, and what for. All of them are in torch 2.11 to 2.15; what needs
+one that a later torch lacks raises an error that names it."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+
+_missing: list[str] = []
+
+
+def _find(name: str) -> Any:
+    """What this name stands for or, if there is no such thing, a function that says so."""
+    found: Any = torch
+    for part in name.split(".")[1:]:
+        if not hasattr(found, part):
+            _missing.append(name)
+            return _absent(name)
+        found = getattr(found, part)
+    return found
+
+
+def _absent(name: str) -> Callable[..., Any]:
+    def fail(*_: Any, **__: Any) -> Any:
+        raise RuntimeError(f"weightalign_cuda needs {name}, which torch {torch.__version__} does not have")
+
+    return fail
+
+
+# Autograd. The context in which an op is called from an autograd.Function, below the Autograd dispatch key.
+below_autograd = _find("torch._C._AutoDispatchBelowAutograd")
+# The id of the backward that runs on this thread, -1 outside of one; whether it was called with retain_graph.
+current_graph_task_id = _find("torch._C._current_graph_task_id")
+backward_keeps_graph = _find("torch._C._autograd._get_current_graph_task_keep_graph")
+# The innermost saved_tensors_hooks, by which activation checkpointing shows.
+top_saved_tensors_hooks = _find("torch._C._autograd._top_saved_tensors_default_hooks")
+
+# Whether torch.func's transforms are active, or a tensor is inside of one; those need decomposable operations.
+are_functorch_transforms_active = _find("torch._C._are_functorch_transforms_active")
+is_functorch_wrapped = _find("torch._C._functorch.is_functorch_wrapped_tensor")
+# Whether is_grads_batched=True has made this gradient.
+is_legacy_batched = _find("torch._C._functorch.is_legacy_batchedtensor")
+
+# torch.jit.trace, None outside of it.
+get_tracing_state = _find("torch._C._get_tracing_state")
+
+# Objects that go with a backward to autograd's device threads, where context variables are unset: `use_backend`.
+get_object_in_tls = _find("torch._C._get_obj_in_tls")
+is_key_in_tls = _find("torch._C._is_key_in_tls")
+stash_object_in_tls = _find("torch._C._stash_obj_in_tls")
+
+# What torch.compile does with a function, without the import of torch._dynamo (1.5 s) that its public API takes; and
+# whether torch.compile is active on this thread.
+set_code_exec_strategy = _find("torch._C._dynamo.eval_frame.set_code_exec_strategy")
+FrameAction = _find("torch._C._dynamo.eval_frame._FrameAction")
+FrameExecStrategy = _find("torch._C._dynamo.eval_frame._FrameExecStrategy")
+get_eval_frame_callback = _find("torch._C._dynamo.eval_frame.get_eval_frame_callback")
+
+# The base classes of torch.nn's convolutions: subclasses of ours are subclasses of theirs.
+Convolution = _ConvNd
+TransposedConvolution = _ConvTransposeNd
+
+
+def is_forward_mode_active() -> bool:
+    """Whether forward-mode differentiation is."""
+    return torch.autograd.forward_ad._current_level >= 0
+
+
+def mark_constant(function: Any) -> None:
+    """torch.compiler.assume_constant_result, which imports torch._dynamo."""
+    function._dynamo_marked_constant = True
+
+
+# Attributes and methods that are used where they stand.
+_ATTRIBUTES: dict[str, tuple[Any, tuple[str, ...]]] = {
+    # to swap layers and read their parameters; forward hooks; checkpoints; torch.compile of a layer
+    "torch.nn.Module": (
+        nn.Module(),
+        (
+            *("_parameters", "_modules", "_forward_pre_hooks"),
+            *("_load_from_state_dict", "_load_state_dict_pre_hooks", "_compiled_call_impl"),
+        ),
+    ),
+    "torch.nn.Conv2d": (nn.Conv2d, ("_conv_forward",)),
+    "torch.nn.ConvTranspose2d": (nn.ConvTranspose2d, ("_output_padding",)),
+    "torch.Tensor": (torch.Tensor, ("_version",)),  # how often it was written to
+    "torch.autograd.forward_ad": (torch.autograd.forward_ad, ("_current_level",)),
+    # the overload's function in C++, without its Python
+    "torch.ops.aten.add.Tensor": (torch.ops.aten.add.Tensor, ("_op",)),
+}
+
+
+def missing() -> list[str]:
+    """The names above that this torch does not have."""
+    attributes = (
+        f"{owner}.{name}"
+        for owner, (having, names) in _ATTRIBUTES.items()
+        for name in names
+        if not hasattr(having, name)
+    )
+    return [*_missing, *attributes]
