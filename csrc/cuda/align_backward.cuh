@@ -1,11 +1,11 @@
 // Gradients of weights and gains, for all filters of a table of tensors.
 //
-// One block takes as many filters of one tensor as fit in its registers (AlignShape), each with its own team of 8
-// threads up to the whole block, and about 16 values per thread of the weight and of the gradient. Both are read once,
-// in 16-byte accesses where rows are aligned (a transposed gradient through shared memory), kept in registers for three
-// sums that are formed together, and the weight's gradient is written once; the gain's is one store, without atomics.
-// Only a filter longer than AlignShape::kOnChip values is read a second time. For the reasons behind this shape see the
-// forward, whose blocks are the same.
+// One block takes as many filters of one tensor as fit in its registers (AlignShape), each with a team of 8 threads up
+// to the whole block, about 16 values per thread of the weight and of the gradient. Both are read once, in 16-byte
+// accesses where rows are aligned (a transposed gradient through shared memory), kept in registers for three sums that
+// are formed together, and the weight's gradient is written once; the gain's is one store, without atomics. Only a
+// filter longer than AlignShape::kOnChip is read a second time. For the reasons behind this shape see the forward,
+// whose blocks are the same.
 #pragma once
 #include "align_work.cuh"
 #include "prepare.cuh"

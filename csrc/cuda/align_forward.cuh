@@ -1,12 +1,11 @@
 // Aligned weights and their statistics, for all filters of a table of tensors.
 //
-// One block takes as many filters of one tensor as fit in its registers (AlignShape), each with its own team of 8
-// threads up to the whole block, and about 16 values per thread. A filter is read once, in 16-byte accesses where its
-// rows are aligned, kept in registers for the mean and the centred squares, and written once, through shared memory
-// only if it is transposed; its statistics are one store. Only a filter longer than AlignShape::kOnChip values is read
-// a second time. Why this shape: 16 floats per thread at 1024 threads per SM keep up to 64 KB in flight, twice what an
-// H200 needs, and let every path through the kernel fit in 64 registers; blocks of 32 KB keep the tail of the launch
-// short.
+// One block takes as many filters of one tensor as fit in its registers (AlignShape), each with a team of 8 threads up
+// to the whole block, about 16 values per thread. A filter is read once, in 16-byte accesses where its rows are
+// aligned, kept in registers for the mean and the centred squares, and written once, through shared memory only if
+// transposed; its statistics are one store. Only a filter longer than AlignShape::kOnChip is read a second time. Why
+// this shape: 16 floats per thread at 1024 threads per SM keep up to 64 KB in flight, twice what an H200 needs, and let
+// every path through the kernel fit in 64 registers; blocks of 32 KB keep the tail of the launch short.
 #pragma once
 #include "align_work.cuh"
 #include "prepare.cuh"
