@@ -48,7 +48,7 @@ def test_records(layer):
 
 
 @pytest.mark.parametrize("name", ["prepare", "conv2d"])
-def test_a_wrong_result_is_an_error(name, monkeypatch):
+def test_wrong_result_is_an_error(name, monkeypatch):
     right = getattr(wa, name)
 
     def wrong(*args, **options):
