@@ -32,7 +32,7 @@ def pairs(padding, spatial):
     return [(e, e) if isinstance(e, int) else e for e in entries]
 
 
-def is_left(padding, mode):
+def is_implicit(padding, mode):
     return mode == "zeros" and all(before == after for before, after in padding)
 
 
@@ -51,7 +51,7 @@ def check_prepare(x, w, g=None, *, padding=0, padding_mode="zeros", activation=N
     g = None if g is None else g.detach().requires_grad_()
     prepared, aligned = wa.prepare(x, w, g, padding=padding, padding_mode=padding_mode, activation=activation, **kwargs)
     each = pairs(padding, w.dim() - 2)
-    explicit = [(0, 0)] * len(each) if is_left(each, padding_mode) else each
+    explicit = [(0, 0)] * len(each) if is_implicit(each, padding_mode) else each
     leaf = x.detach().double().requires_grad_()
     batch = leaf if x.dim() == w.dim() else leaf.unsqueeze(0)
     truth = padded(ACTIVATIONS[activation](batch), explicit, padding_mode).view_as(prepared)
