@@ -32,7 +32,7 @@ struct AlignTask {
     uint32_t n;
     uint32_t filters;
     uint32_t first_filter;  // this weight's first row in the list's statistics and gain gradients
-    // If not 0, filters of the aligned side are the transpose of the weight's, a filter of which is the matrix (n /
+    // If not 0, each filter of the aligned side is the transpose of the weight's, seen as a matrix (n /
     // transposed_columns, transposed_columns): as between contiguous and channels_last.
     uint32_t transposed_columns;
     DType weight_dtype;
