@@ -1,7 +1,7 @@
-# make bench | bench-layers | bench-step | test | fuzz | demo | gpu-report | lint | docs: each creates .venv first if it is missing.
+# make bench | bench-layers | bench-step | test | fuzz | demo | gpu-report | lint | docs: each first creates .venv.
 #
 #   TORCH=torch==2.13.0   the torch to install
-#   PY=python3            use an existing environment instead of .venv: nothing is downloaded, missing rivals are skipped
+#   PY=python3            an existing environment instead of .venv: nothing is downloaded, missing rivals are skipped
 
 TORCH ?= torch
 VENV ?= .venv

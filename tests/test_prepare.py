@@ -133,7 +133,7 @@ ORDERS = [
 @pytest.mark.parametrize("padding", [(0, 0, 0), ((1, 0), 1, 0)], ids=["unpadded", "padded"])
 @pytest.mark.parametrize("activation", ["relu", "gelu"])
 def test_formats_and_gradients_in_the_input_strides(native, device, is_last, order, padding, activation):
-    """Unpadded rows that are contiguous to each other, on one side or both, are merged."""
+    """Unpadded rows that are contiguous on both sides are merged; the orders cover one side and both."""
     spatial = len(order) - 2
     memory_format = FORMATS[len(order)] if is_last else torch.contiguous_format
     x = dense(normal(2, 5, *[4, 3, 2][:spatial], device=device), order)

@@ -18,8 +18,7 @@
 namespace simt {
 namespace {
 
-constexpr uint16_t kSeveralWarps = 0xffff,
-                   kSeveralLanes = 0x8000;  // values of Cell::reader; the second is combined with the warp
+constexpr uint16_t kSeveralWarps = 0xffff, kSeveralLanes = 0x8000;  // in Cell::reader; the second or-ed with the warp
 // The last accesses of one granule; all zero: none.
 struct Cell {
     uint32_t write_block, read_block, write_epoch, read_epoch;  // epoch: block << 16 | warp
