@@ -1,7 +1,7 @@
-# make bench | bench-layers | bench-step | test | fuzz | demo | gpu-report | lint | docs: each makes .venv first, once.
+# make bench | bench-layers | bench-step | test | fuzz | demo | gpu-report | lint | docs: each first creates .venv.
 #
-#   TORCH=torch==2.13.0   another torch to install
-#   PY=python3            an existing environment instead of .venv: nothing is downloaded, absent rivals are left out
+#   TORCH=torch==2.13.0   the torch to install
+#   PY=python3            an existing environment instead of .venv: nothing is downloaded, missing rivals are skipped
 
 TORCH ?= torch
 VENV ?= .venv
@@ -11,14 +11,14 @@ PYTEST = $(PY) -m pytest
 INSTALL = $(PY) -m pip install --no-build-isolation --no-deps -e .
 else
 PY := $(VENV)/bin/python
-# Two processes, whose OpenMP threads do not spin while they wait: each other's work is what they would spin away.
+# Two processes, whose OpenMP threads sleep while they wait: spinning would take CPU time from the other process.
 PYTEST = OMP_WAIT_POLICY=passive $(PY) -m pytest -n 2 --dist worksteal
 INSTALLED := $(VENV)/installed
-# torch first: it is then what the library is built against, instead of a second one in pip's build environment.
+# torch first, so that the library is built against it, not against a second one in pip's build environment.
 INSTALL = $(PY) -m pip install -q "$(TORCH)" && $(PY) -m pip install -q "$(TORCH)" -e ".[test,libraries,bench,lint,docs]"
 $(INSTALLED): $(VENV)/bin/python
 endif
-# An editable install, for the repository's root shadows an installed package; its library is rebuilt when this changes.
+# Editable, because the repository's root shadows an installed package; reinstalled when one of these changes.
 SOURCES := setup.py pyproject.toml CMakeLists.txt $(shell find csrc -type f)
 CPP := $(shell git ls-files -co --exclude-standard '*.cpp' '*.h' '*.cu' '*.cuh')
 
@@ -38,8 +38,8 @@ bench-step: $(INSTALLED)
 test: $(INSTALLED)
 	$(PYTEST)
 
-# Hypothesis's tests on thousands of random examples. `make fuzz SEED=...` repeats a run, the blob that a failure prints
-# (as @reproduce_failure) one example.
+# The Hypothesis tests on thousands of random examples. `make fuzz SEED=...` repeats a run, the blob that a failure
+# prints (for @reproduce_failure) a single example.
 fuzz: $(INSTALLED)
 	$(PYTEST) -m hypothesis --hypothesis-profile=fuzz --hypothesis-seed=$(SEED)
 
@@ -60,7 +60,7 @@ lint: $(INSTALLED)
 	$(PY) -m mypy
 	$(VENV)/bin/clang-format --dry-run --Werror $(CPP)
 
-# The site, in build/site. Nothing is fetched; a broken link or anchor is an error.
+# The documentation, in build/site. Nothing is fetched; a broken link or anchor is an error.
 docs: $(INSTALLED)
 	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict -f docs/mkdocs.yml
 

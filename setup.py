@@ -1,7 +1,7 @@
-"""Calls CMake for the native library; everything else is in pyproject.toml and CMakeLists.txt.
+"""Builds the native library with CMake; everything else is in pyproject.toml and CMakeLists.txt.
 
-Environment: WEIGHTALIGN_CUDA=1 (an error without nvcc) or 0 (no CUDA kernels; default: if nvcc is found),
-WEIGHTALIGN_CUDA_ARCHS=80;90 (default: 75;80;90;100;120, as far as nvcc knows them).
+Environment: WEIGHTALIGN_CUDA=1 (require nvcc) or 0 (no CUDA kernels; default: if nvcc is found),
+WEIGHTALIGN_CUDA_ARCHS=80;90 (default: those of 75;80;90;100;120 that nvcc supports).
 """
 
 import os
@@ -21,14 +21,14 @@ TORCH = "torch>=2.11"
 
 
 def installed_torch() -> pathlib.Path | None:
-    """The torch of the environment that is installed into: also from inside pip's isolated build, whose own path hides
-    it, `sysconfig` still names that environment's site-packages. Headers and libraries are all that is needed."""
+    """The torch of the target environment. pip's isolated build hides it from sys.path, but `sysconfig` still names
+    that environment's site-packages. Only headers and libraries are needed."""
     for key in ("purelib", "platlib"):
         folder = pathlib.Path(sysconfig.get_paths()[key]) / "torch"
         if (folder / "include").is_dir():
             return folder
     try:
-        import torch  # in the build environment, put there by setup_requires, or a user's site-packages
+        import torch  # of the build environment (setup_requires) or the user's site-packages
     except ImportError:
         return None
     return pathlib.Path(torch.__file__).parent
@@ -54,7 +54,7 @@ class CMakeBuild(build_ext):
             raise SystemExit(f"WEIGHTALIGN_CUDA: expected 0, 1 or nothing, got {os.environ['WEIGHTALIGN_CUDA']!r}")
         configure = [
             "cmake", "-S", ROOT, "-B", build, "-G", "Ninja", f"-DWA_TORCH={torch}", f"-DWA_CUDA={cuda}",
-            f"-DCMAKE_MAKE_PROGRAM={shutil.which('ninja')}",  # the cache names that of an earlier build environment
+            f"-DCMAKE_MAKE_PROGRAM={shutil.which('ninja')}",  # the cached one is of an earlier build environment
             f"-DWA_CUDA_ARCHITECTURES={os.environ.get('WEIGHTALIGN_CUDA_ARCHS', '').replace(',', ';')}",
         ]  # fmt: skip
         subprocess.run(configure, check=True)
@@ -63,7 +63,7 @@ class CMakeBuild(build_ext):
 
 
 class AnyPythonWheel(bdist_wheel):
-    """The library has no Python in it: one wheel a platform."""
+    """The library does not depend on Python: one wheel per platform."""
 
     def get_tag(self) -> tuple[str, str, str]:
         return "py3", "none", super().get_tag()[2]

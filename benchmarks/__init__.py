@@ -1,1 +1,1 @@
-"""Measurements: speed of the alignment against its rivals, and what alignment does for training."""
+"""Benchmarks: the speed of alignment against its rivals, and its effect on training."""

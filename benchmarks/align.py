@@ -1,9 +1,9 @@
-"""python -m benchmarks.align: what aligning costs, against its rivals, on the convolutions of ResNet-50.
+"""python -m benchmarks.align: the cost of alignment, against its rivals, on the convolutions of ResNet-50.
 
-Forward, backward and both, with the autograd and allocation a training step pays: each distinct weight shape alone,
-then the whole network; the op alone beside a copy; the host's time, in calls and models that are tiny. Rivals: the
-formula in eager PyTorch, timm's F.batch_norm trick, torch.compile of the formula; floors: gain * weight, the cast of a
-plain convolution, a flat copy. Writes align.jsonl (a record a line) and a plot for each dtype.
+Forward, backward and both, with the autograd and allocation of a training step: each distinct weight shape alone, then
+the whole network; the op alone, compared with a copy; the host's time, for tiny calls and models. Rivals: the formula
+in eager PyTorch, timm's F.batch_norm trick, torch.compile of the formula; floors: gain * weight, the cast of a plain
+convolution, a flat copy. Writes align.jsonl (one record per line) and a plot per dtype.
 """
 
 import importlib.util
@@ -21,11 +21,11 @@ from .layers import Network
 from .providers import DIRECTIONS, Setting, providers, short, why_no_compile
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-NETWORK_COST = 12  # a direction of the network takes about so many times one of a layer, for the time left
+NETWORK_COST = 12  # time of the network relative to a layer's, roughly, for the estimate of the time left
 
 
 def settings(device: str, dtype: str, out_dtype: str | None) -> list[Setting]:
-    """fp32 -> fp32; on CUDA also fp32 -> bf16 channels_last, which convolutions under autocast consume."""
+    """fp32 -> fp32; on CUDA also fp32 -> bf16 channels_last, as convolutions under autocast take it."""
     if out_dtype is not None or dtype != "float32":
         return [Setting(device, DTYPES[dtype], DTYPES[out_dtype or dtype])]
     half = Setting(device, torch.float32, torch.bfloat16, torch.channels_last)
@@ -42,7 +42,7 @@ def cases(network: Network, only: str | None) -> list[Case]:
 def run(
     chosen: Sequence[Setting], network: Network, only: str | None, limits: Limits, console: Console
 ) -> tuple[list[dict[str, Any]], list[str]]:
-    """All records, and what was left out and why."""
+    """All records, and what was skipped and why."""
     records: list[dict[str, Any]] = []
     left_out = []
     todo = cases(network, only)

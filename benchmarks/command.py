@@ -13,7 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from . import machine
 
 Case = TypeVar("Case")
-QUIET = 0.05  # processors that other programs may keep busy
+QUIET = 0.05  # number of processors that other programs may use
 
 
 def parser(doc: str | None, seconds: float, cases: str) -> argparse.ArgumentParser:
@@ -28,7 +28,7 @@ def parser(doc: str | None, seconds: float, cases: str) -> argparse.ArgumentPars
 
 
 def chosen(cases: Mapping[str, Case], only: str | None) -> list[Case]:
-    """Those whose name contains `only`."""
+    """The cases whose name contains `only`."""
     kept = [case for name, case in cases.items() if only is None or only in name]
     if not kept:
         raise SystemExit(f"--only {only}: none of {', '.join(cases)}")
@@ -36,13 +36,13 @@ def chosen(cases: Mapping[str, Case], only: str | None) -> list[Case]:
 
 
 def progress(console: Console) -> Progress:
-    """Drawn once a second, for it takes time from what is measured."""
+    """Drawn once a second, because drawing takes time from the measurements."""
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
     return Progress(*columns, TimeRemainingColumn(), console=console, refresh_per_second=1)
 
 
 def write(records: Sequence[dict[str, Any]], path: pathlib.Path) -> None:
-    """One a line; and a warning, if the machine was not quiet."""
+    """Writes one record per line, and warns if the machine was not quiet."""
     busy = machine.others_busy()
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(record | {"others_busy": busy}) + "\n" for record in records))

@@ -1,9 +1,9 @@
-"""python -m benchmarks.conv_layers: what whole convolution layers cost, against the unfused PyTorch steps.
+"""python -m benchmarks.conv_layers: the cost of whole convolution layers, against the unfused PyTorch steps.
 
-Forward + backward, at batch 1 and 8: layers of ResNet-50 (padding left to the convolution), of a style-transfer network
-(reflect padding) and such as NFNet-F0 has (asymmetric "same"). prep: activation, padding and alignment, as wa.prepare
-or as the steps in eager PyTorch; conv: the same and the convolution; plain: the convolution alone, of what prep made.
-Writes conv_layers.jsonl, a record a line.
+Forward + backward, at batch 1 and 8: layers of ResNet-50 (padding done by the convolution), of a style-transfer network
+(reflect padding) and as in NFNet-F0 (asymmetric "same"). prep: activation, padding and alignment, with wa.prepare or as
+steps in eager PyTorch; conv: the same plus the convolution; plain: the convolution alone, on prep's results. Writes
+conv_layers.jsonl, one record per line.
 """
 
 import itertools
@@ -27,10 +27,10 @@ from .providers import EPS, Setting, formula, make_inputs
 from .stats import geometric_mean, median_ratio, spread
 
 BATCHES = (1, 8)
-# What runs without --all: of each stage, kernels of 1 and 3, stride 1 and 2, wide and narrow.
+# The layers that run without --all: from each stage, kernels of 1 and 3, stride 1 and 2, wide and narrow.
 SUBSET = {"conv1", "layer1.0.conv2", "layer1.0.conv3", "layer2.0.conv2", "layer2.1.conv1", "layer3.1.conv2"}
 SUBSET |= {"layer4.0.downsample.0", "layer4.1.conv2"}
-# A float32 convolution's gradient of the weight sums up to batch * 112 * 112 products, the alignment's then those.
+# The weight gradient of a float32 convolution sums up to batch * 112 * 112 products, and alignment sums those.
 TOLERANCES = {"prep": harness.TOLERANCES[torch.float32], "conv": 1e-4}
 Step = Callable[..., tuple[Tensor, ...]]
 Buffers = dict[str, tuple[list[Tensor], list[Tensor]]]
@@ -38,7 +38,7 @@ Buffers = dict[str, tuple[list[Tensor], list[Tensor]]]
 
 @dataclass(frozen=True)
 class Layer:
-    """A convolution, what precedes it, and the size of its input."""
+    """A convolution, its activation and padding, and the size of its input."""
 
     group: str
     name: str
@@ -52,7 +52,7 @@ class Layer:
 
     @property
     def pairs(self) -> list[tuple[int, int]]:
-        """(before, after) of height and width; TensorFlow's "SAME" puts the odd one behind."""
+        """(before, after) of height and width; TensorFlow's "SAME" puts the odd one after."""
         if isinstance(self.padding, int):
             return [(self.padding, self.padding)] * 2
         sizes = zip(self.size, self.shape[2:], strict=True)
@@ -60,14 +60,14 @@ class Layer:
         return [(total // 2, total - total // 2) for total in totals]
 
     @property
-    def left(self) -> list[int]:
-        """The padding that the convolution itself does: only zeros, as many before as after."""
+    def implicit_padding(self) -> list[int]:
+        """The padding that the convolution itself does: zeros, equal before and after."""
         symmetric = all(before == after for before, after in self.pairs)
         return [before if self.mode == "zeros" and symmetric else 0 for before, _ in self.pairs]
 
 
 def resnet50() -> list[Layer]:
-    """Each distinct convolution of torchvision's ResNet-50 at 224 x 224, by the name of the first."""
+    """Each distinct convolution of torchvision's ResNet-50 at 224 x 224, named after the first layer that has it."""
     import torchvision
 
     found: dict[Any, Layer] = {}
@@ -85,7 +85,7 @@ def resnet50() -> list[Layer]:
     return list(found.values())
 
 
-# Padding that no convolution does itself: reflect, and TensorFlow's "SAME" at stride 2.
+# Padding that no convolution can do itself: reflect, and TensorFlow's "SAME" at stride 2.
 REFLECT, SAME = "style transfer, reflect", "NFNet-like, asymmetric same"
 EXPLICIT = (
     Layer(REFLECT, "3->32 k9 at 128", (32, 3, 9, 9), (128, 128), 1, 4, "reflect"),
@@ -99,18 +99,18 @@ EXPLICIT = (
 
 
 def steps(layer: Layer) -> dict[str, Step]:
-    """What is timed, as functions of input, weight and gain; "conv plain" of prepared input and aligned weight."""
+    """The functions to time, of input, weight and gain; "conv plain" of prepared input and aligned weight."""
     options: dict[str, Any] = {"padding_mode": layer.mode, "activation": layer.activation, "eps": EPS}
     convolution = layer.stride, layer.padding, 1, layer.groups
-    spread = [n for pair in reversed(layer.pairs) for n in pair]  # as F.pad wants it
-    pads = any(spread) and not any(layer.left)
+    spread = [n for pair in reversed(layer.pairs) for n in pair]  # in F.pad's order
+    pads = any(spread) and not any(layer.implicit_padding)
 
     def prep_eager(x: Tensor, weight: Tensor, gain: Tensor) -> tuple[Tensor, ...]:
         x = getattr(F, layer.activation)(x)
         return F.pad(x, spread, layer.mode.replace("zeros", "constant")) if pads else x, formula(weight, gain)
 
     def plain(x: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
-        return (F.conv2d(x, weight, None, layer.stride, layer.left, 1, layer.groups),)
+        return (F.conv2d(x, weight, None, layer.stride, layer.implicit_padding, 1, layer.groups),)
 
     return {
         "prep ours": lambda x, weight, gain: wa.prepare(x, weight, gain, padding=layer.pairs, **options),
@@ -122,7 +122,7 @@ def steps(layer: Layer) -> dict[str, Step]:
 
 
 def buffers(layer: Layer, batch: int, device: str) -> Buffers:
-    """One set, for each of steps(): leaves, and gradients of the results."""
+    """One set of buffers for each of steps(): leaves, and gradients of the results."""
     made = make_inputs([layer.shape], Setting(device))
     x = torch.randn(batch, layer.shape[1] * layer.groups, *layer.size, device=device).requires_grad_()
     leaves = [x, made.weights[0], made.gains[0]]
@@ -143,7 +143,7 @@ def check(layer: Layer, sets: Buffers) -> dict[str, float]:
         doubles = [t.detach().double().requires_grad_() for t in leaves]
         expected = exact(*doubles)
         expected += torch.autograd.grad(expected, doubles, [g.double() for g in grads])
-        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # its rounding would hide ours
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # its rounding would mask ours
             found = tuple(functions[name](*leaves))
             found += torch.autograd.grad(found, leaves, grads)
         errors[name] = 0.0
@@ -157,7 +157,7 @@ def check(layer: Layer, sets: Buffers) -> dict[str, float]:
 
 
 def measure(layer: Layer, batch: int, device: str, limits: Limits) -> list[dict[str, Any]]:
-    """A record for each of steps(), after all of them were checked."""
+    """A record for each of steps(), all of which are checked first."""
     first = buffers(layer, batch, device)
     errors = check(layer, first)
     footprint = sum(t.nbytes for name in ("prep ours", "conv plain") for ts in first[name] for t in ts)
@@ -169,7 +169,7 @@ def measure(layer: Layer, batch: int, device: str, limits: Limits) -> list[dict[
         calls = [lambda a=a, g=g, step=step: torch.autograd.grad(step(*a), a, g) for a, g in chosen]  # type: ignore
         timers[name] = harness.wall_timer(calls, device == "cuda")
     samples: dict[str, list[float]] = {}
-    for kind in ("prep", "conv"):  # apart, for prep takes little and should not get the few rounds of a slow conv
+    for kind in ("prep", "conv"):  # separate: prep is fast and should not be limited to the few rounds of a slow conv
         samples |= harness.interleave({n: timer for n, (timer, _) in timers.items() if n.startswith(kind)}, limits)
     records = []
     for name, own in samples.items():
@@ -188,7 +188,7 @@ def measure(layer: Layer, batch: int, device: str, limits: Limits) -> list[dict[
 
 
 def print_report(console: Console, records: Sequence[dict[str, Any]]) -> None:
-    """A table for each group, then how much faster prep is over all."""
+    """A table for each group, then prep's overall speedup."""
     heads = "layer|batch|prep us|eager|conv us|eager|plain us|ours/plain".replace(" us", "\nus").replace("/", "/\n")
     for group in dict.fromkeys(r["group"] for r in records):
         table = Table(title=f"{group}, forward + backward", title_justify="left", box=None, padding=(0, 1, 0, 0))

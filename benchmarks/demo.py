@@ -2,10 +2,10 @@
 
 A small residual network on scikit-learn's 8x8 digits, three times: aligned (WAConv2d, no norm), plain (Conv2d, no norm)
 and batch norm (Conv2d, BatchNorm2d after each). The same architecture, seeds, data order, and SGD with momentum 0.9 and
-weight decay 5e-4, cosine to 0. Each branch starts at zero through its last convolution: gain 0 (aligned), weights 0
-(plain), norm weight 0 (batch norm). Each variant trains at each of RATES; the run with the best accuracy on validation
-images is the one reported, and test images serve for that report only. One seed, 450 test images: differences of a
-percent or two mean nothing.
+weight decay 5e-4, cosine schedule to 0. Each branch starts at zero because of its last convolution: gain 0 (aligned),
+weights 0 (plain), norm weight 0 (batch norm). Each variant trains at each of RATES; the run with the best accuracy on
+validation images is reported, and test images are used only for that report. One seed, 450 test images: differences of
+a percent or two mean nothing.
 Writes demo.png, the smoothed training loss.
 """
 
@@ -31,7 +31,7 @@ Images = tuple[Tensor, Tensor]
 
 
 class Block(nn.Module):
-    """relu(x + branch(x)), the branch of two convolutions starting at zero."""
+    """relu(x + branch(x)) with a branch of two convolutions that starts at zero."""
 
     def __init__(self, inside: int, outside: int, stride: int, variant: str) -> None:
         super().__init__()
@@ -45,7 +45,7 @@ class Block(nn.Module):
 
 
 def unit(inside: int, outside: int, size: int, stride: int, variant: str) -> nn.Sequential:
-    """A convolution as the variant has it."""
+    """A convolution, with the variant's class and norm."""
     kind = wa.WAConv2d if variant == "aligned" else nn.Conv2d
     norm = variant == "batch norm"
     convolution = kind(inside, outside, size, stride, size // 2, bias=not norm)
@@ -82,7 +82,7 @@ def data() -> tuple[Images, Images, Images]:
 def train(
     variant: str, rate: float, steps: int, images: Images, advance: Callable[[], None]
 ) -> tuple[nn.Module, list[float]]:
-    """The trained network and its loss at each step; a loss that is not finite ends it."""
+    """The trained network and its loss at each step; stops at a non-finite loss."""
     model = network(variant)
     optimizer = torch.optim.SGD(model.parameters(), rate, momentum=0.9, weight_decay=5e-4, foreach=True)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)

@@ -1,8 +1,8 @@
-"""How things are measured: clocks, providers in turn, correctness first, one record for each result.
+"""Measurement: clocks, interleaved providers, a correctness check first, one record per result.
 
-CPU: wall time of enough calls for 2 ms. CUDA: a CUDA graph of many calls ("graph", the primary clock) and the wall
-time of eager calls ("wall"). Calls rotate over sets of fresh random buffers, together three times the last cache where
-the cap on sets allows it (`sets` and `bytes_rotated` of a record say).
+CPU: wall time of enough calls for 2 ms. CUDA: a CUDA graph of many calls ("graph", the primary clock) and the wall time
+of eager calls ("wall"). Calls rotate through sets of random buffers, together three times the last-level cache where
+the cap on sets allows it (a record's `sets` and `bytes_rotated` say).
 """
 
 import gc
@@ -23,7 +23,7 @@ from .stats import Ratio, median_ratio, quantiles, spread
 
 MIN_ROUNDS = 10
 MAX_SETS = {"cpu": 8, "cuda": 200}
-GRAPH_BYTES = 1 << 30  # what the calls of one CUDA graph may move: their results are all kept
+GRAPH_BYTES = 1 << 30  # limit for the calls of one CUDA graph, whose results are all kept
 Call = Callable[[], Any]
 Timer = Callable[[], float]
 Key = TypeVar("Key")
@@ -55,14 +55,14 @@ class Case:
 
 @dataclass(frozen=True)
 class Limits:
-    """When to stop sampling: after `rounds`, or after `seconds` but with MIN_ROUNDS at least."""
+    """When to stop sampling: after `rounds`, or after `seconds` but at least MIN_ROUNDS."""
 
     rounds: int = 30
     seconds: float = 2.0
 
 
 def interleave(timers: dict[Key, Timer], limits: Limits) -> dict[Key, list[float]]:
-    """One sample of each timer a round: A B A B."""
+    """One sample of each timer per round: A B A B."""
     samples: dict[Key, list[float]] = {name: [] for name in timers}
     collecting = gc.isenabled()
     gc.collect()
@@ -81,7 +81,7 @@ def interleave(timers: dict[Key, Timer], limits: Limits) -> dict[Key, list[float
 
 
 def wall_timer(calls: Sequence[Call], cuda: bool) -> tuple[Timer, int]:
-    """Wall seconds a call, over calls that take 2 ms together, on CUDA to the end of their kernels."""
+    """Wall seconds per call, over calls that take 2 ms together; on CUDA including their kernels."""
     turn = itertools.cycle(calls)
     finish = torch.cuda.synchronize if cuda else lambda: None
     target = 2e-3
@@ -102,11 +102,11 @@ def wall_timer(calls: Sequence[Call], cuda: bool) -> tuple[Timer, int]:
 
 
 def graph_timer(calls: Sequence[Call], count: int, stream: "torch.cuda.Stream") -> tuple[Timer, int]:
-    """GPU seconds a call, from replays of a CUDA graph of `count` calls captured on `stream`, the current one."""
+    """GPU seconds per call, from replays of a CUDA graph of `count` calls captured on `stream`, the current one."""
     for call in calls:
         call()
     graph = torch.cuda.CUDAGraph()
-    kept = []  # so that no result takes the memory of another one, still in the cache
+    kept = []  # so that no result reuses the memory, still cached, of another
     with torch.cuda.graph(graph, stream=stream):
         for call in itertools.islice(itertools.cycle(calls), count):
             kept.append(call())
@@ -125,7 +125,7 @@ def graph_timer(calls: Sequence[Call], count: int, stream: "torch.cuda.Stream") 
 
 
 def largest_error(provider: Provider, direction: Direction, inputs: Inputs) -> float:
-    """Largest error / largest value over the results, memory poisoned before; WrongResultError beyond the tolerance."""
+    """Largest error / largest value over the results, with poisoned memory; WrongResultError beyond the tolerance."""
     expected = provider.expected(direction, inputs)
     call = provider.call(direction, inputs)
     poison = [torch.full_like(t, math.nan, dtype=t.dtype) for t in (*inputs.weights, *inputs.grads)]
@@ -146,7 +146,7 @@ def largest_error(provider: Provider, direction: Direction, inputs: Inputs) -> f
 
 
 def count_launches(call: Call) -> int:
-    """Kernels, copies and fills that one call puts on the GPU."""
+    """Kernels, copies and fills that one call launches."""
     from torch.profiler import ProfilerActivity, profile
 
     torch.cuda.synchronize()
@@ -157,9 +157,9 @@ def count_launches(call: Call) -> int:
 
 
 def peak_bytes(call: Call, cuda: bool) -> int:
-    """The most that PyTorch's allocator holds during the call, over what it held before.
+    """The peak of PyTorch's allocator during the call, minus what it held before.
 
-    On the CPU it does not see the call free what was there before: leave it nothing of that kind.
+    On the CPU, frees of earlier allocations are not counted: leave the call none to free.
     """
     from torch.profiler import ProfilerActivity, profile
 
@@ -170,7 +170,7 @@ def peak_bytes(call: Call, cuda: bool) -> int:
         call()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # each start and stop is a line on stderr else
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # otherwise each start and stop prints a line to stderr
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         call()
     events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
@@ -179,7 +179,7 @@ def peak_bytes(call: Call, cuda: bool) -> int:
 
 
 def cache_bytes(device: str) -> int:
-    """The cache to be larger than: L2 of the GPU, the largest one of the CPU (32 MiB if it does not say)."""
+    """The size of the last-level cache: the GPU's L2, or the CPU's largest (32 MiB if unknown)."""
     if device == "cuda":
         return int(torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size)
     sizes = [p.read_text().strip() for p in pathlib.Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")]
@@ -187,7 +187,7 @@ def cache_bytes(device: str) -> int:
 
 
 def copy_rate(device: str) -> float:
-    """Bytes a second, read and written, of copying a buffer that no cache holds."""
+    """Bytes per second, read and written, of copying a buffer larger than any cache."""
     source = torch.ones((1 << 29 if device == "cuda" else 1 << 27) // 4, device=device)
     target = torch.zeros_like(source)
     timer, _ = wall_timer([lambda: target.copy_(source)], device == "cuda")
@@ -240,7 +240,7 @@ def measure(
 
 
 def summary(name: str, samples: dict[str, list[float]], bytes_min: int, copy: float | None) -> dict[str, Any]:
-    """Quantiles, rates and, for ours, speedups of one provider."""
+    """Quantiles and rates of one provider and, for ours, speedups."""
     times = spread(samples[name])
     rate = bytes_min / times["p50"]
     speedups: dict[str, Ratio] = {}

@@ -1,5 +1,6 @@
-"""The host's part: calls on weights so tiny that nothing else is left. `wa.align` beside an autograd.Function that does
-nothing, lists beside torch's own, and models of 53 tiny convolutions beside the plain one, in one process in turns."""
+"""The host's time, on weights so tiny that little else remains: `wa.align` against an autograd.Function that does
+nothing, lists against torch's own, and models of 53 tiny convolutions against the plain one, interleaved in one
+process."""
 
 import contextlib
 from collections.abc import Iterator
@@ -22,7 +23,7 @@ LAYERS = 53  # as many as ResNet-50 has
 
 
 class Empty(torch.autograd.Function):
-    """The least that a function of two tensors written in Python costs."""
+    """The minimum cost of a two-tensor autograd.Function in Python."""
 
     @staticmethod
     def forward(ctx: Any, weight: Tensor, gain: Tensor) -> Tensor:
@@ -72,7 +73,7 @@ def alignments(setting: Setting) -> Calls:
 
 @contextlib.contextmanager
 def models(setting: Setting) -> Iterator[Calls]:
-    """8x8x3x3 on images of 4x4, by one thread: how many times what the plain model takes."""
+    """8x8x3x3 on 4x4 images, on one thread, relative to the plain model."""
 
     def plain() -> nn.Module:
         torch.manual_seed(0)
@@ -103,7 +104,7 @@ def models(setting: Setting) -> Iterator[Calls]:
 
 
 def _measured(calls: Calls, setting: Setting, limits: Limits) -> list[dict[str, Any]]:
-    """Of calls by case and provider, all in turns."""
+    """Records of calls by case and provider, all interleaved."""
     timers = {key: harness.wall_timer([call], setting.device == "cuda")[0] for key, call in calls.items()}
     samples = harness.interleave(timers, limits)
     results = []

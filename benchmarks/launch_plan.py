@@ -1,7 +1,7 @@
-"""python -m benchmarks.launch_plan: what one launch over ResNet-50's weights asks of a GPU.
+"""python -m benchmarks.launch_plan: how one launch over ResNet-50's weights loads a GPU.
 
-The CUDA kernels run on the tests' emulator, which counts what each block moves: no rule of the launch is written here
-again. Blocks are then dealt out to the SMs of an H200 as its scheduler does, as if each took the time of its bytes.
+The CUDA kernels run on the tests' emulator, which counts each block's bytes, so that no launch rule is duplicated here.
+Blocks are then scheduled on the SMs of an H200 as in hardware, as if time were proportional to bytes.
 """
 
 import heapq
@@ -23,10 +23,10 @@ from .providers import Setting
 sys.path.insert(0, str(machine.ROOT / "tests" / "simt"))
 import emulator as simt
 
-SMS, BLOCKS_PER_SM = 132, 2  # of an H100 or H200; of 512 threads and 64 registers each
+SMS, BLOCKS_PER_SM = 132, 2  # of an H100 or H200; with 512 threads of 64 registers
 SATURATING = 29 << 10  # bytes in flight on an SM that saturate an H200's memory
 SETTING = Setting("cpu", torch.float32, torch.bfloat16)
-# Bytes read and written for each value, and for each filter: gain, statistics, the gain's gradient.
+# Bytes read and written per value, and per filter: gain, statistics, the gain's gradient.
 PER_VALUE = {"forward": (4, 2), "backward": (6, 4)}
 PER_FILTER = {"forward": (4, 8), "backward": (12, 4)}
 Direction = Literal["forward", "backward"]
@@ -40,7 +40,7 @@ class Plan:
 
     @property
     def values(self) -> list[float]:
-        """How many each block takes, from the two equations of what it reads and writes."""
+        """The values of each block, solved from the bytes that it reads and writes."""
         (read, written), (read_once, written_once) = PER_VALUE[self.direction], PER_FILTER[self.direction]
         divisor = read * written_once - written * read_once
         return [(b.read * written_once - b.written * read_once) / divisor for b in self.blocks]
@@ -56,16 +56,16 @@ class Plan:
 
     @property
     def in_flight(self) -> float:
-        """Bytes that an SM's blocks ask for before they use the first of them, on average over the bytes read."""
+        """Bytes that an SM's blocks request before using the first of them, averaged over the bytes read."""
         return BLOCKS_PER_SM * sum(b.read**2 for b in self.blocks) / sum(b.read for b in self.blocks)
 
     def tail(self, slots: int = SMS * BLOCKS_PER_SM) -> float:
-        """Time of the launch / time if all slots were busy to its end."""
+        """Time of the launch / time if all slots were busy until its end."""
         return makespan(self.moved, slots) / (sum(self.moved) / slots)
 
 
 def makespan(costs: Sequence[float], slots: int) -> float:
-    """When the last block ends, each begun in order as soon as a slot is free."""
+    """When the last block ends if each starts in order as soon as a slot is free."""
     ends = [0.0] * slots
     for cost in costs:
         heapq.heapreplace(ends, ends[0] + cost)
@@ -73,7 +73,7 @@ def makespan(costs: Sequence[float], slots: int) -> float:
 
 
 def plan(emulator: simt.Emulator, case: Case, direction: Direction) -> Plan:
-    """Counted in a run on zeros, float32 to bfloat16."""
+    """Counts a run on zeros, float32 to bfloat16."""
     shapes = [(shape[0], math.prod(shape[1:])) for shape in case.shapes]
     weights = [torch.zeros(shape, dtype=SETTING.dtype) for shape in shapes]
     gains, ones = [torch.zeros(k) for k, _ in shapes], [1.0] * len(shapes)
@@ -107,7 +107,7 @@ def launch_table(plans: Sequence[Plan]) -> Table:
 
 
 def length_table(emulator: simt.Emulator, network: layers.Network) -> Table:
-    """A full block of each length of filter."""
+    """A full block for each length of filter."""
     table = Table("n", "share of weights", "values a block", "loads a thread, in 16 bytes", "KB in flight an SM")
     table.title = "forward; backward: by length of filter"
     weights = {}

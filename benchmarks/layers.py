@@ -1,6 +1,6 @@
-"""The convolutions of real networks, as JSON in benchmarks/layers/ made from the models.
+"""The convolutions of real networks, as JSON files in benchmarks/layers/ that are generated from the models.
 
-python -m benchmarks.layers    writes them again (needs torchvision)
+python -m benchmarks.layers regenerates them (needs torchvision)
 """
 
 import collections
@@ -20,7 +20,7 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Network:
-    """Convolutions of a network in the order of its modules."""
+    """The convolutions of a network, in module order."""
 
     name: str
     layers: tuple[tuple[str, Shape], ...]
@@ -59,13 +59,13 @@ def from_model(name: str) -> Network:
 
 
 def load(name: str) -> Network:
-    """The network as committed."""
+    """The committed network."""
     layers = json.loads((FOLDER / f"{name}.json").read_text())["layers"]
     return Network(name, tuple((layer["name"], tuple(layer["shape"])) for layer in layers))
 
 
 def to_text(network: Network) -> str:
-    """JSON, one layer a line."""
+    """JSON, one layer per line."""
     fields = []
     for key, value in network.to_json().items():
         rows = ",\n".join(f"    {json.dumps(row)}" for row in value) if isinstance(value, list) else None

@@ -1,4 +1,4 @@
-"""What a record says about where and when it was made."""
+"""Where and when a record was made."""
 
 import datetime
 import os
@@ -16,7 +16,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 
 
 def _times() -> tuple[float, float, float] | None:
-    """Seconds of all processors that any program used, that this one used, and of the clock."""
+    """Processor seconds used by all programs, those used by this one, and the clock."""
     stat = pathlib.Path("/proc/stat")
     if not stat.exists():
         return None
@@ -29,7 +29,7 @@ _AT_IMPORT = _times()
 
 
 def others_busy() -> float | None:
-    """How many processors other programs kept busy since this file was imported, on average. While one of ours is taken
+    """How many processors other programs kept busy since this file was imported, on average. If one of ours is taken
     away, all others wait for it at OpenMP's next barrier."""
     now = _times()
     if now is None or _AT_IMPORT is None:
@@ -39,7 +39,7 @@ def others_busy() -> float | None:
 
 
 def output_of(*command: str) -> str | None:
-    """What a command prints; None if it is missing or fails."""
+    """The output of a command; None if it is missing or fails."""
     try:
         return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
@@ -86,6 +86,6 @@ def facts(device: str) -> dict[str, Any]:
 
 
 def label(facts: dict[str, Any]) -> str:
-    """The machine in a line."""
+    """The machine in one line."""
     name = facts["gpu"] or f"{facts['cpu']} ({facts['cpu_kernels']} kernels), {facts['threads']} threads"
     return f"{name}, torch {facts['torch']}"

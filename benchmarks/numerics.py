@@ -1,8 +1,8 @@
-"""python -m benchmarks.numerics: how far from float64 each backend and its rivals are, on weights hard to align.
+"""python -m benchmarks.numerics: errors of each backend and its rivals against float64, on difficult weights.
 
-Writes benchmarks/results/numerics.md. Truth and bounds are those of tests/truth.py; tests/test_numerics.py holds every
-backend to the same cases. Without a GPU the CUDA kernels run on the tests' emulator, if pybind11 is there to build it,
-and Triton's are interpreted.
+Writes benchmarks/results/numerics.md. Truth and bounds are those of tests/truth.py; tests/test_numerics.py checks every
+backend on the same cases. Without a GPU the CUDA kernels run on the tests' emulator, if pybind11 is installed to build
+it, and Triton's are interpreted.
 """
 
 import importlib.util
@@ -39,7 +39,7 @@ def he(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def he_but(filters: dict[int, float], value: int | slice = slice(None)) -> Tensor:
-    """He-initialised, but for one value or all values of some filters."""
+    """He-initialised, except one value or all values of some filters."""
     weight = he(*SHAPE)
     for k, x in filters.items():
         weight.flatten(1)[k, value] = x
@@ -51,7 +51,7 @@ class Case:
     name: str
     weight: Callable[[], Tensor]
     gain: float = 1.0
-    in_range: bool = True  # of float32 sums of squares; beyond it results are 0 or NaN
+    in_range: bool = True  # of float32 for sums of squares; otherwise results are 0 or NaN
 
     def inputs(self, device: str = "cpu") -> tuple[Tensor, Tensor, Tensor]:
         """Weight, gain, and a gradient of the aligned weight in its dtype."""
@@ -61,10 +61,10 @@ class Case:
         return weight.to(device), gain.to(device), grad.to(device)
 
     def check(self, results: tuple[Tensor, ...]) -> None:
-        """Asserts what every backend owes."""
+        """Asserts what every backend must satisfy."""
         if self.in_range:
             truth.assert_right(*self.inputs(), *results)
-        else:  # nothing that could be taken for a result
+        else:  # nothing that could be mistaken for a result
             assert all(bool(((t == 0) | t.isnan()).all()) for t in results)
 
 
@@ -112,7 +112,7 @@ def rival(function: Callable[..., Tensor]) -> Column:
 
 
 def emulated(emulator: Any) -> Column:
-    """The CUDA kernels on the CPU; emulator: tests/simt/emulator.py's."""
+    """The CUDA kernels on the CPU; `emulator` is that of tests/simt/emulator.py."""
 
     def run(case: Case) -> Results:
         weight, gain, grad = case.inputs()
@@ -153,7 +153,7 @@ def row(case: Case, column: Column) -> list[str]:
     weight, gain, grad = case.inputs()
     try:
         results = column(case)
-    except (RuntimeError, ValueError):  # batch_norm will not have n = 1
+    except (RuntimeError, ValueError):  # batch_norm rejects n = 1
         return ["refused"] * len(RESULTS)
     judgements = zip(results, truth.judged(weight, gain, grad, weight.dtype), strict=True)
     cells = {name: cell(result, *judgement) for result, (name, *judgement) in judgements}
@@ -168,10 +168,10 @@ INTRODUCTION = """\
 # Errors against float64
 
 Written by `python -m benchmarks.numerics` (torch {version}). Largest error of a result, relative to the largest of the
-terms that it sums; of an aligned weight that is its largest value (of a subnormal one, the least normal number's).
-**Bold**: beyond what rounding explains, about 1.3e-6 in sums, then half a unit of the last place of the dtype (float32
-unless it says another), as derived in `tests/truth.py`. Expected NaN and infinity, and only those, count as right.
-Weights are 64x64x3x3 unless they say another shape.
+terms that it sums; for an aligned weight that is its largest value (for a subnormal one, the smallest normal number).
+**Bold**: beyond what rounding explains, about 1.3e-6 in sums, then half a unit in the last place of the dtype (float32
+unless stated otherwise), as derived in `tests/truth.py`. Only expected NaN and infinity count as correct. Weights are
+64x64x3x3 unless stated otherwise.
 
 Sums of squares are float32's: a filter whose deviation exceeds about 1e19 / sqrt(n) overflows them, and gives 0 or NaN.
 """

@@ -1,5 +1,5 @@
-"""The op without Python's and autograd's part: what the CPU kernels take where the values lie in L1, in L2 and in
-memory, by one thread and by all, beside a copy (forward) and an addition (backward) of as many values."""
+"""The op without Python and autograd: the CPU kernels on values in L1, L2 and memory, on one thread and on all, against
+a copy (forward) and an addition (backward) of as many values."""
 
 import math
 from collections.abc import Callable

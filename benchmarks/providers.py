@@ -1,9 +1,9 @@
-"""What is measured: our alignment, its rivals, and three floors, all for a list of weights.
+"""What is measured: our alignment, its rivals, and three floors, each for a list of weights.
 
-Floors: `multiply` is gain * weight, the least that a differentiable function of both can cost: autograd, allocation and
-the same bytes moved, by PyTorch's own operation. `cast` is what a plain convolution under autocast does to its weights
-(a clone where the dtype stays, whose backward then moves nothing). `flat` moves the bytes of the alignment in one
-elementwise operation, without autograd.
+Floors: `multiply` is gain * weight, the minimum cost of a differentiable function of both: autograd, allocation and the
+same bytes moved, in PyTorch's own operation. `cast` is what a plain convolution under autocast does to its weights (a
+clone if the dtype stays, whose backward then moves nothing). `flat` moves the bytes of the alignment in one elementwise
+operation, without autograd.
 """
 
 import math
@@ -40,7 +40,7 @@ class Setting:
 
     @property
     def fields(self) -> dict[str, str]:
-        """Of records."""
+        """Fields for records."""
         return {
             "dtype": short(self.dtype),
             "out_dtype": short(self.out_dtype),
@@ -51,7 +51,7 @@ class Setting:
 
 @dataclass
 class Inputs:
-    """One set of buffers: weights and gains, which want gradients, and gradients of the aligned weights."""
+    """One set of buffers: weights and gains, which require grad, and gradients of the aligned weights."""
 
     weights: list[Tensor]
     gains: list[Tensor]
@@ -64,7 +64,7 @@ def short(name: Any) -> str:
 
 
 def make_inputs(shapes: Sequence[Shape], setting: Setting) -> Inputs:
-    """He-initialised weights off zero mean, gains about 1, normal gradients in the layout of the result."""
+    """He-initialised weights with a nonzero mean, gains around 1, normal gradients in the layout of the result."""
     device, weights, gains, grads = setting.device, [], [], []
     for shape in shapes:
         deviation = math.sqrt(2 / math.prod(shape[1:]))
@@ -78,7 +78,7 @@ def make_inputs(shapes: Sequence[Shape], setting: Setting) -> Inputs:
 
 
 def formula(weight: Tensor, gain: Tensor, eps: float = EPS) -> Tensor:
-    """The alignment as one writes it in PyTorch."""
+    """The alignment, written in PyTorch."""
     dims, n = (1, 2, 3), weight[0].numel()
     mean = weight.mean(dims, keepdim=True)
     var = weight.var(dims, keepdim=True, unbiased=False)
@@ -90,7 +90,7 @@ def multiply(weight: Tensor, gain: Tensor) -> Tensor:
 
 
 def timm_trick(weight: Tensor, gain: Tensor) -> Tensor:
-    """F.batch_norm over the filters, as timm.layers.ScaledStdConv2d with gamma = sqrt(2), eps = 2 eps / n: ours."""
+    """F.batch_norm over the filters, as in timm.layers.ScaledStdConv2d; gamma = sqrt(2), eps = 2 eps / n give ours."""
     n = weight[0].numel()
     scaled = (gain * (2**0.5 * n**-0.5)).view(-1)
     flat = weight.reshape(1, weight.shape[0], -1)
@@ -110,7 +110,7 @@ class Provider:
         self.name, self.align, self.truth, self.has_gains = name, align, truth or formula, has_gains
 
     def call(self, direction: Direction, inputs: Inputs) -> Callable[[], list[Tensor]]:
-        """What is timed: returns the aligned weights (forward) or the gradients of weights and gains."""
+        """The call to time: returns the aligned weights (forward) or the gradients of weights and gains."""
         weights, gains, grads = inputs.weights, inputs.gains, inputs.grads
         wanted = weights + gains if self.has_gains else weights
         if direction == "forward":
@@ -131,7 +131,7 @@ class Provider:
 
 
 class Flat(Provider):
-    """The ceiling: forward w.to(dtype), backward w + G, each over one flat buffer and into one that is there."""
+    """The lower bound: forward w.to(dtype), backward w + G, each over one flat buffer into an existing one."""
 
     def __init__(self) -> None:
         super().__init__("flat", lambda weights, gains: [], has_gains=False)
@@ -160,9 +160,9 @@ def per_layer(function: Truth, setting: Setting) -> Align:
 
 
 def compiled(setting: Setting) -> Align:
-    """torch.compile of the formula over the list, as a function of its own: no other shape's guards to check.
+    """torch.compile of the formula over the list, as a separate function, so that no other shape's guards are checked.
 
-    Donated buffers are off, because the backward is timed on a graph that is kept.
+    Donated buffers are off because the backward is timed on a retained graph.
     """
     import torch._functorch.config
 
@@ -197,7 +197,7 @@ def cast(setting: Setting) -> Align:
 
 
 def providers(setting: Setting, layers: int, with_compile: bool) -> list[Provider]:
-    """All of them for a list of `layers` weights; ours comes first, and for a list also ours layer by layer."""
+    """All providers for a list of `layers` weights; ours comes first, for a list also ours layer by layer."""
     own = [Provider("ours", ours(setting))]
     if layers > 1:
         own = [Provider("ours", ours_foreach(setting)), Provider("ours per layer", ours(setting))]
@@ -213,7 +213,7 @@ def providers(setting: Setting, layers: int, with_compile: bool) -> list[Provide
 
 
 def why_no_compile(setting: Setting) -> str | None:
-    """Why torch.compile does not work here, from compiling one tiny weight; None if it does."""
+    """Why torch.compile does not work here, by compiling one tiny weight; None if it does."""
     inputs = make_inputs([(8, 4, 1, 1)], setting)
     try:
         Provider("compile", compiled(setting)).call("both", inputs)()

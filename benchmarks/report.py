@@ -26,7 +26,7 @@ def present(records: Sequence[Record], among: Sequence[str] = RIVALS) -> list[st
 
 
 def ratio_text(speedup: dict[str, float]) -> str:
-    """4.31x; red where ours loses for certain, yellow where the interval holds 1."""
+    """4.31x; red if ours is certainly slower, yellow if the interval contains 1."""
     text = f"{speedup['ratio']:.2f}x"
     if speedup["high"] < 1:
         return f"[red]{text}[/red]"
@@ -36,7 +36,7 @@ def ratio_text(speedup: dict[str, float]) -> str:
 def table(
     title: str, first: str, rows: Sequence[tuple[str, Record]], among: Sequence[str] = RIVALS, unit: str = "us"
 ) -> Table:
-    """One line a record of ours: what it takes, and how many times more each rival does."""
+    """One line per record of ours: what it takes, and how many times that each rival takes."""
     rivals = present([record for _, record in rows], among)
     result = Table(first, f"ours {unit}", *rivals, title=title, title_justify="left", box=None, padding=(0, 1, 0, 0))
     result.columns[0].no_wrap = True
@@ -53,7 +53,7 @@ def table(
 
 
 def summary_lines(records: Sequence[Record]) -> list[str]:
-    """Of the single layers: geometric mean, minimum, and share of shapes not slower, for each rival and direction."""
+    """For single layers: geometric mean, minimum, and share of shapes not slower, for each rival and direction."""
     lines = []
     for rival in present(records):
         for direction in ("forward", "backward", "both"):

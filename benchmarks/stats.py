@@ -31,7 +31,7 @@ def spread(samples: Sequence[float]) -> dict[str, float]:
 
 
 def median_ratio(numerator: Sequence[float], denominator: Sequence[float], resamples: int = 2000) -> Ratio:
-    """median(numerator) / median(denominator). The two were sampled in turn, so rounds are resampled as pairs."""
+    """median(numerator) / median(denominator). Samples were taken in turn, so rounds are resampled as pairs."""
     above, below = np.asarray(numerator), np.asarray(denominator)
     if above.shape != below.shape or above.ndim != 1 or above.size == 0:
         raise ValueError(f"expected two equally long lists of samples, got {above.shape} and {below.shape}")

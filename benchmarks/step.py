@@ -1,14 +1,14 @@
-"""python -m benchmarks.step: what a training step costs with aligned weights, against the same model without.
+"""python -m benchmarks.step: the cost of a training step with aligned weights, against the same model without.
 
 ResNet-50 (torchvision), an NFNet and a BiT model (timm), random images, cross-entropy, SGD with momentum; float32 on
 the CPU, autocast to bfloat16 in channels_last on CUDA. plain: the same model without alignment, timm's standardised
-layers replaced by torch's; eager: the formula in PyTorch; timm: F.batch_norm of the weight, in its models their own
+layers replaced by torch's; eager: the formula in PyTorch; timm: F.batch_norm of the weight, or in its models their own
 layers; compile: torch.compile of the formula over all weights at once; ours: wa.convert, foreach or per layer.
 
-Peak memory is what PyTorch has allocated for a model, of one step by itself: parameters, buffers, momentum and, at its
-height, all that the step adds. On the CPU the profiler's record of allocations is summed up (what a library takes from
-malloc by itself is not in it), and a step under autocast is measured, too, for its memory alone.
-Writes step.jsonl, a record a line.
+Peak memory is what PyTorch has allocated for a model during one separate step: parameters, buffers, momentum and, at
+its peak, all that the step adds. On the CPU it is summed from the profiler's allocation events (a library's own mallocs
+are not included), and a step under autocast is measured as well, for memory only.
+Writes step.jsonl, one record per line.
 """
 
 from collections.abc import Sequence
@@ -28,9 +28,9 @@ from .providers import Setting, short, why_no_compile
 from .stats import median_ratio, spread
 from .step_models import NETWORKS, RESNET, Network, variants
 
-# Largest relative difference of the first loss, and of the second, which sees the first's gradients: those of a batch
-# norm over one image differ by a few per cent between any two ways to round. In float32, for rounded to bfloat16 on the
-# way the losses of a residual network of 50 layers differ by some per cent, too.
+# Largest relative difference of the first loss, and of the second, which depends on the first's gradients: those of a
+# batch norm over one image differ by a few per cent between any two roundings. Checked in float32: rounded to bfloat16
+# on the way, the losses of a residual network of 50 layers also differ by some per cent.
 TOLERANCES = (2e-5, 1e-3)
 LEARNING_RATE = 1e-5
 PROVIDERS = ("plain", "eager", "timm", "compile", "ours per layer")
@@ -39,7 +39,7 @@ Record = dict[str, Any]
 
 @dataclass(frozen=True)
 class Case:
-    """A network on images of a size. `timed`: else only its memory is measured."""
+    """A network on images of one size. If not `timed`, only its memory is measured."""
 
     network: Network
     batch: int
@@ -57,17 +57,17 @@ class Case:
 
     @property
     def with_compile(self) -> bool:
-        """In one case, for a model's list of weights takes long to compile."""
+        """In one case only, because a model's list of weights takes long to compile."""
         return self.timed and self.network is RESNET and self.batch == 1
 
     @property
     def cost(self) -> int:
-        """In seconds or so on two cores, for the time left."""
+        """Roughly in seconds on two cores, for the estimate of the time left."""
         return 20 + 10 * self.batch if self.timed else 10
 
 
 def cases(device: str, size: int) -> list[Case]:
-    """On a GPU, where a batch of one is bound by its launches, a large one as well."""
+    """On a GPU also a large batch, because a batch of one is bound by launches."""
     half = Setting(device, torch.float32, torch.bfloat16, torch.channels_last)
     networks = [network for network in NETWORKS if network.is_installed]
     if device == "cuda":
@@ -95,14 +95,14 @@ class Training:
         return loss.detach()
 
     def peak_bytes(self) -> int:
-        self.step()  # makes the momentum
+        self.step()  # allocates the momentum
         momentum = [each["momentum_buffer"] for each in self.optimizer.state.values()]
         lasting = sum(t.nbytes for t in (*self.model.parameters(), *self.model.buffers(), *momentum))
         return lasting + harness.peak_bytes(self.step, self.setting.device == "cuda")
 
 
 def trainings(case: Case, with_compile: bool) -> dict[str, Training]:
-    """Each provider's, from the same weights and on the same images."""
+    """Each provider's training, with the same weights and images."""
     torch.manual_seed(0)
     images = torch.randn(case.batch, 3, case.size, case.size, device=case.setting.device)
     labels = torch.randint(10, (case.batch,), device=case.setting.device)
@@ -114,8 +114,8 @@ def trainings(case: Case, with_compile: bool) -> dict[str, Training]:
 
 
 def check(entrants: dict[str, Training]) -> dict[str, float | None]:
-    """Relative difference of the first loss from timm's; None for plain, another function; WrongResultError if that or
-    the second loss is beyond the tolerance."""
+    """Relative difference of the first loss from timm's; None for plain, which computes another function.
+    WrongResultError if that or the second loss exceeds the tolerance."""
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         losses = {name: torch.stack([entrant.step() for _ in range(2)]) for name, entrant in entrants.items()}
     errors: dict[str, float | None] = {}
@@ -129,7 +129,7 @@ def check(entrants: dict[str, Training]) -> dict[str, float | None]:
 
 
 def sample(entrants: dict[str, Training], cuda: bool, limits: Limits) -> dict[str, dict[str, list[float]]]:
-    """Seconds of each provider's steps, for each clock."""
+    """Seconds of each provider's steps, by clock."""
     timers = {"wall": {name: harness.wall_timer([each.step], cuda)[0] for name, each in entrants.items()}}
     if cuda:
         stream = torch.cuda.current_stream()
@@ -140,10 +140,10 @@ def sample(entrants: dict[str, Training], cuda: bool, limits: Limits) -> dict[st
 def measure(case: Case, limits: Limits, with_compile: bool) -> list[Record]:
     """A record of each provider's memory, and one of its time for each clock."""
     cuda = case.setting.device == "cuda"
-    with torch.cuda.stream(torch.cuda.Stream() if cuda else None):  # graphs are captured on no default stream
+    with torch.cuda.stream(torch.cuda.Stream() if cuda else None):  # graphs cannot be captured on the default stream
         errors = check(trainings(case.in_float32, with_compile))
         entrants = trainings(case, with_compile)
-        # As samples of one round: their ratios have no width.
+        # As one sample each: their ratios have no interval.
         measured = {"memory": {name: [entrant.peak_bytes()] for name, entrant in entrants.items()}}
         if case.timed:
             measured |= sample(entrants, cuda, limits)
@@ -167,7 +167,7 @@ def measure(case: Case, limits: Limits, with_compile: bool) -> list[Record]:
 
 
 def goals(record: Record) -> list[tuple[str, float]]:
-    """(rival, the largest share of what it takes) that a record of ours is to keep to."""
+    """(rival, largest allowed ratio of ours to it) for a record of ours."""
     if record["clock"] == "memory":
         return [("plain", 1.05)] if record["out_dtype"] == "bfloat16" else []
     if record["case"] != RESNET.name:
@@ -178,7 +178,7 @@ def goals(record: Record) -> list[tuple[str, float]]:
 
 
 def goal_lines(records: Sequence[Record]) -> list[str]:
-    """Each goal beside what was measured, missed or not."""
+    """Each goal with its measurement, met or missed."""
     lines = []
     for record in records:
         for rival, goal in goals(record) if record["provider"].startswith("ours") else []:

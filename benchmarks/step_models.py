@@ -1,4 +1,4 @@
-"""The networks of benchmarks.step, each with plain weights, with weights aligned by a rival, and by us."""
+"""The networks of benchmarks.step, with plain weights, with weights aligned by rivals, and by us."""
 
 import functools
 import importlib.util
@@ -18,7 +18,7 @@ Variant = Callable[[nn.Module], nn.Module]
 
 @dataclass(frozen=True)
 class Network:
-    """A network, the package that has it, and the name of the class of its layers whose weights are aligned."""
+    """A network, its package, and the class name of the layers whose weights are aligned."""
 
     name: str
     package: str
@@ -35,7 +35,7 @@ class Network:
 
     @property
     def aligns_itself(self) -> bool:
-        """Else torch's plain convolutions, which are aligned by the paper's formula."""
+        """Otherwise its layers are torch's plain convolutions, which are aligned by the paper's formula."""
         return self.layer != "Conv2d"
 
 
@@ -64,7 +64,7 @@ NETWORKS = (RESNET, NFNET, BIT)
 
 
 class AlignedConv2d(nn.Conv2d):
-    """A rival's layer: torch's convolution with a gain, its weight from `aligned`."""
+    """A rival's layer: torch's convolution with a gain, and its weight from `aligned`."""
 
     aligned: Callable[[], Tensor]
 
@@ -73,7 +73,7 @@ class AlignedConv2d(nn.Conv2d):
 
 
 def variants(network: Network, setting: Setting, with_compile: bool) -> dict[str, Variant]:
-    """What makes a fresh model into each provider's, in place."""
+    """Functions that turn a fresh model into each provider's, in place."""
     own = {"ours foreach": functools.partial(wa.convert, foreach=True), "ours per layer": wa.convert}
     plain: dict[str, Variant] = {"plain": functools.partial(_plain, network)}
     if network.aligns_itself:
@@ -88,7 +88,7 @@ def variants(network: Network, setting: Setting, with_compile: bool) -> dict[str
 
 
 def _plain(network: Network, model: nn.Module) -> nn.Module:
-    """Standardised layers as torch's own, without the gain, which would have no part in the loss."""
+    """Replaces standardised layers by torch's, without the gain, which would not take part in the loss."""
     for layer in network.layers(model):
         layer.__class__ = nn.Conv2d
         layer._parameters.pop("gain", None)
@@ -111,7 +111,7 @@ def _by_layer(network: Network, function: Truth, model: nn.Module) -> nn.Module:
 
 
 def _by_list(network: Network, align: Align, model: nn.Module) -> nn.Module:
-    """All weights at once, before the model's forward; a layer takes its own away, so that none outlives its use."""
+    """All weights at once, before the model's forward; each layer pops its own, so that none outlives its use."""
     layers, given = _rival_layers(network, model), {}
     for layer in layers:
         layer.aligned = functools.partial(given.pop, layer)

@@ -1,6 +1,6 @@
-"""python -m benchmarks.tables: writes the documents' tables anew, from the records in benchmarks/results.
+"""python -m benchmarks.tables: regenerates the documents' tables from the records in benchmarks/results.
 
-Each stands between two comments, of which the first names it. A test keeps them the same as the records.
+Each is between two comments, the first of which names it. A test checks that they match the records.
 """
 
 import json
@@ -16,7 +16,7 @@ DOCUMENTS = (machine.ROOT / "README.md", machine.ROOT / "docs/pages/performance.
 RESULTS = machine.ROOT / "benchmarks/results"
 END = "<!-- end of table -->"
 PLACE = re.compile(rf"<!-- table of benchmarks/tables.py: (\w+) -->\n.*?{END}", re.DOTALL)
-# The machines: how their files of records end, and what is to be known beside what the records of benchmarks.align say.
+# The machines: suffixes of their record files, and what to add to the facts in the records of benchmarks.align.
 NEWEST = "epyc-avx2-2-cores.jsonl"
 MACHINES = {
     NEWEST: "AVX2 without AVX-512",
@@ -49,7 +49,7 @@ def read(benchmark: str, file: str) -> list[Record]:
 
 
 def ratio(record: Record, rival: str) -> str:
-    """Empty where the rival did not run."""
+    """Empty if the rival did not run."""
     return times(record["speedups"][rival]["ratio"]) if rival in record["speedups"] else ""
 
 
@@ -75,7 +75,7 @@ def network_table(whole: Sequence[Record]) -> list[str]:
 
 
 def ratios_table(title: str, records: Sequence[Record]) -> list[str]:
-    """How many times what something else takes."""
+    """Ratios of ours to the others."""
     lines = head(title, "us", "times as long as")
     for r in records:
         case = r["case"] if r["suite"] == "host" else f"{r['case']}, {r['direction']}"
@@ -149,7 +149,7 @@ def steps() -> list[str]:
 
 
 def summary() -> list[str]:
-    """Of the machine that was measured last."""
+    """For the machine measured last."""
     rivals = ("eager", "timm", "compile", "plain")
     records, step_records = read("align", NEWEST), read("step", NEWEST)
     single = pick(records, suite="layer", provider="ours", direction="both")
@@ -171,7 +171,7 @@ TABLES = {"summary": summary, "align": align, "layers": layers, "steps": steps}
 
 
 def with_tables(text: str) -> str:
-    """A document's text with the tables of today."""
+    """A document's text with current tables."""
 
     def renewed(place: re.Match[str]) -> str:
         name = place.group(1)

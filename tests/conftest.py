@@ -1,8 +1,8 @@
 """Which tests run here, and the fixtures they share.
 
-A test file that needs a package which is not installed is left out, and named in the summary. Slow cases of a test
-whose other cases always run are left out as well, unless -m asks for them. With WEIGHTALIGN_TESTS=all every test runs,
-and a package that is not installed is an error.
+A test file that needs a package which is not installed is skipped, and named in the summary. Slow cases of a test whose
+other cases always run are skipped as well, unless -m selects them. With WEIGHTALIGN_TESTS=all every test runs, and a
+package that is not installed is an error.
 """
 
 import importlib.util
@@ -21,7 +21,7 @@ import weightalign_cuda as wa  # noqa: E402
 
 SERVING = {"cpu": ("cpu", "triton", "reference"), "cuda": ("cuda", "triton", "reference")}
 ALL_BACKENDS = [name for name in SERVING[DEVICE] if wa.backends()[name] == "available"]
-# On the CPU Triton is interpreted, some hundred times slower: it has tests of its own, and those of any backend.
+# On the CPU Triton is interpreted, some hundred times slower: it has its own tests, and those that use any_backend.
 BACKENDS = [name for name in ALL_BACKENDS if (name, DEVICE) != ("triton", "cpu")]
 if "triton" in set(ALL_BACKENDS) - set(BACKENDS):
     import triton_interpreter
@@ -64,7 +64,7 @@ if left_out and ALL:
 if importlib.util.find_spec("hypothesis"):
     from hypothesis import settings
 
-    # The same examples every time; by `make fuzz`, which names this profile, others and many more.
+    # The same examples every time; `make fuzz`, which selects the other profile, draws others and many more.
     settings.register_profile("same", derandomize=True, deadline=None, max_examples=60)
     settings.register_profile("fuzz", deadline=None, max_examples=3000, print_blob=True)
     settings.load_profile("same")
@@ -79,9 +79,9 @@ def pytest_terminal_summary(terminalreporter):
     if terminalreporter.config.option.markexpr == "not slow":
         terminalreporter.write_line("left out: slow tests, which -m slow or WEIGHTALIGN_TESTS=all runs")
     if DEVICE == "cpu":
-        terminalreporter.write_line("left out: tests/test_cuda.py, for torch sees no CUDA device")
+        terminalreporter.write_line("left out: tests/test_cuda.py, because torch sees no CUDA device")
     for name, absent in left_out.items():
-        terminalreporter.write_line(f"left out: tests/{name}, for {', '.join(absent)} is not installed")
+        terminalreporter.write_line(f"left out: tests/{name}, because {', '.join(absent)} is not installed")
 
 
 @pytest.fixture
@@ -91,21 +91,21 @@ def device():
 
 @pytest.fixture(params=BACKENDS)
 def backend(request):
-    """Each backend that serves `device` here, in force during the test."""
+    """Each backend that serves `device` here, selected for the test."""
     with wa.use_backend(request.param):
         yield request.param
 
 
 @pytest.fixture(params=ALL_BACKENDS)
 def any_backend(request):
-    """As `backend`, and Triton too where it is interpreted."""
+    """Like `backend`, plus Triton even if it is interpreted."""
     with wa.use_backend(request.param):
         yield request.param
 
 
 @pytest.fixture(params=[name for name in BACKENDS if name != "reference"])
 def native(request):
-    """As `backend`, for what only the registered ops promise: the reference is PyTorch's own autograd."""
+    """Like `backend`, without the reference (PyTorch's own autograd): for promises of the registered ops alone."""
     with wa.use_backend(request.param):
         yield request.param
 
@@ -131,7 +131,7 @@ def restore_threads():
 
 @pytest.fixture
 def quick(monkeypatch, restore_threads):
-    """For benchmarks: one thread, so that a busy machine costs little; few sets of buffers."""
+    """For benchmarks: one thread, so that a busy machine matters little, and few sets of buffers."""
     from benchmarks import harness
 
     torch.set_num_threads(1)

@@ -1,4 +1,4 @@
-"""How often the registered ops are called."""
+"""Counts calls of the registered ops."""
 
 import collections
 
@@ -6,7 +6,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 
 class CountOps(TorchDispatchMode):
-    """Counts the calls of the registered ops that reach a kernel, native or Triton's, by the native ones' names."""
+    """Counts the calls of registered ops, native or Triton's, that reach a kernel, under the native ops' names."""
 
     def __init__(self):
         super().__init__()

@@ -1,4 +1,4 @@
-"""The model of the tests of foreach, and steps with it."""
+"""The model of the foreach tests, and training steps with it."""
 
 import torch
 from count_ops import CountOps
@@ -12,7 +12,7 @@ from weightalign_cuda.layers import Aligned
 
 
 class Model(nn.Module):
-    """With an activation of ours, a transposed convolution, a layer that is not used; `middle` runs as it is told."""
+    """With a fused activation, a transposed convolution and an unused layer; `run` decides how `middle` is called."""
 
     def __init__(self, run=lambda block, x: block(x)):
         super().__init__()
@@ -41,7 +41,7 @@ def image(device="cpu", seed=9, dtype=torch.float32):
 
 
 def step(model, forward=None, x=None):
-    """The result and all gradients, None for what is not used; ops of the forward; ops of the backward."""
+    """The result and all gradients, None for unused parameters; ops of the forward; ops of the backward."""
     model.zero_grad()
     x = image(next(model.parameters()).device) if x is None else x
     with CountOps() as forward_ops:
@@ -68,5 +68,5 @@ def layers(model):
 
 
 def kept(model):
-    """How many aligned weights wait for a backward that runs layers again."""
+    """How many aligned weights are kept for layers to be recomputed in the backward."""
     return sum(len(layer.aligned_by.kept) for layer in layers(model))

@@ -19,8 +19,8 @@ def functions(path: pathlib.Path) -> Iterator[tuple[str, Function]]:
 
 
 def innermost_loops(code: Function) -> list[list[str]]:
-    """The instructions of each natural loop that has no other in it: what reaches a jump back to a block through which
-    every way to the jump leads."""
+    """The instructions of each innermost natural loop: the blocks that reach a back edge, a jump to a block that
+    dominates the jump."""
     places, follows = _blocks(code)
     before: dict[int, list[int]] = collections.defaultdict(list)
     for block, nexts in follows.items():
@@ -42,7 +42,7 @@ def innermost_loops(code: Function) -> list[list[str]]:
 
 
 def _blocks(code: Function) -> tuple[dict[int, range], dict[int, list[int]]]:
-    """Of runs without a jump, by their first instruction: all of them, and the runs that may follow."""
+    """The basic blocks, by their first instruction, and the successors of each."""
     index = {address: i for i, (address, _) in enumerate(code)}
     targets = {}
     for i, (_, instruction) in enumerate(code):
@@ -63,8 +63,8 @@ def _blocks(code: Function) -> tuple[dict[int, range], dict[int, list[int]]]:
 
 
 def _dominators(blocks: list[int], before: dict[int, list[int]]) -> dict[int, set[int]]:
-    """Of each block those through which every way to it leads. Ways begin at the function's first instruction, and
-    where none is seen to lead (a jump through a table)."""
+    """The dominators of each block. Entries are the function's first instruction, and blocks without a known
+    predecessor (targets of jump tables)."""
     found = {block: set(blocks) if before[block] and block else {block} for block in blocks}
     changed = True
     while changed:

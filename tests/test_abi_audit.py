@@ -1,4 +1,4 @@
-"""The library uses libtorch's stable ABI alone, as torch 2.11 has it: one file then serves every later torch."""
+"""The library uses only libtorch's stable ABI, as of torch 2.11, so that one file works with every later torch."""
 
 import json
 import pathlib

@@ -1,5 +1,5 @@
-"""Accelerate: its mixed precision enters autocast inside the forward of the model; its hooks, as of offloading, set a
-forward on each layer, so that convert is for before."""
+"""Accelerate: mixed precision enters autocast inside the model's forward; its hooks, such as those for offloading, set
+a forward on each layer, so convert must come first."""
 
 import logging
 
@@ -30,7 +30,7 @@ def fresh_state():
 
 @pytest.mark.parametrize("mixed_precision", ["no", "bf16"])
 def test_one_launch_each_way(mixed_precision):
-    """And the numbers of layers that align themselves."""
+    """With the results of layers that align themselves."""
     accelerator, found = accelerate.Accelerator(mixed_precision=mixed_precision, cpu=True), []
     for foreach in (True, False):
         model = wa.convert(network(), foreach=foreach)
@@ -67,7 +67,7 @@ def test_offloaded_models(caplog, make):
         "hooks are: convert before)"
     )
     image = normal(1, 3, 7, 7)
-    expected = model(image)  # as before: nothing was half done
+    expected = model(image)  # unchanged: nothing was converted in part
     remove_hook_from_submodules(model)
     assert torch.equal(model(image), expected)
     caplog.clear()

@@ -1,4 +1,4 @@
-"""wa.accumulate: what plain accumulation gives, from one launch forward and one backward."""
+"""wa.accumulate: the results of plain accumulation, from one launch forward and one backward."""
 
 import contextlib
 import copy
@@ -25,7 +25,7 @@ SEEDS = 1, 2, 3
 
 @pytest.fixture(autouse=True)
 def one_thread(restore_threads):
-    """These are many small models, on machines that may be busy."""
+    """Many small models, on machines that may be busy."""
     torch.set_num_threads(1)
 
 
@@ -54,7 +54,7 @@ def plainly(model, run=micro_batches):
 
 
 def assert_near(found, expected, rtol=1e-5):
-    """Relative to each tensor's largest value: sums of the same in another order."""
+    """Relative to each tensor's largest value: the same sums in another order."""
     for one, other in zip(found, expected, strict=True):
         assert (one is None) == (other is None)
         if one is not None:
@@ -70,7 +70,7 @@ def test_equals_plain_accumulation(backend, device, foreach, block):
     assert model.unused.weight.grad is None and model.unused.gain.grad is None
     before = [layer.aligned_by for layer in layers(model)]
     with wa.accumulate(model):
-        micro_batches(model)  # on top of the gradients that are there
+        micro_batches(model)  # adds to the existing gradients
     assert_near(gradients(model), plainly(model, lambda m: [micro_batches(m), micro_batches(m)]))
     assert [layer.aligned_by for layer in layers(model)] == before
 
@@ -81,7 +81,7 @@ def test_one_launch_each_way(native, device, foreach):
     with CountOps() as ops:
         accumulated(model)
     assert ops.calls["align_forward"] == ops.calls["align_backward"] == 1
-    assert ops.calls["prepare_forward"] == 3  # of inputs: relu and padding
+    assert ops.calls["prepare_forward"] == 3  # of inputs, for relu and padding
     with CountOps() as ops, wa.accumulate(model), torch.no_grad():
         model(image(device))
     assert ops.calls["align_forward"] == 1 and not ops.calls["align_backward"]
@@ -90,8 +90,8 @@ def test_one_launch_each_way(native, device, foreach):
     assert not ops.calls
 
 
-def test_truth(backend, device):
-    """Of one convolution in float64, by autograd of the formula."""
+def test_one_convolution_in_float64(backend, device):
+    """One convolution in float64, against autograd of the formula."""
     layer = wa.WAConv2d(3, 4, 3, eps=0.3, scale=1.7, dtype=F64, device=device)
     with torch.no_grad():
         layer.gain.copy_(normal(4, seed=5))
@@ -106,7 +106,7 @@ def test_truth(backend, device):
 
 
 def test_sums_in_float32(device):
-    """A thousand gradients of bfloat16 weights, each lost in a bfloat16 sum of the others; and under autocast."""
+    """600 gradients of bfloat16 weights, each too small for a bfloat16 sum of the others; also under autocast."""
     for model in (
         wa.WALinear(8, 4, bias=False, dtype=BF16, device=device),
         wa.WALinear(8, 4, bias=False, device=device),
@@ -142,7 +142,7 @@ def test_autocast_for_some_micro_batches(device):
 
 @pytest.mark.parametrize("other", [F64, BF16], ids=name)
 def test_one_launch_for_each_dtype(native, device, other):
-    """Of weights, though autocast has them aligned to the same."""
+    """Of weights, even if autocast aligns them to the same dtype."""
 
     def run(m):
         with torch.autocast(device, dtype=BF16, enabled=other == BF16):
@@ -168,7 +168,7 @@ def test_layers_shared_and_frozen(device):
         micro_batches(m, dtype=F64)
         assert [layer.aligned_filters().requires_grad for layer in (m.first, m.last)] == [False, True]
 
-    assert_near(accumulated(model, run), plainly(model, run), 1e-6)  # losses are of float32
+    assert_near(accumulated(model, run), plainly(model, run), 1e-6)  # losses are float32
     assert model.first.weight.grad is None and model.last.gain.grad is None
 
 
@@ -214,7 +214,7 @@ CHANGES = {
 
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
 def test_layers_that_change_inside(device, change):
-    """Noticed where they are used again, and at the end."""
+    """Detected at their next use, and at the end."""
 
     def refused():
         return pytest.raises(RuntimeError, match=r"wa\.accumulate: parameters changed inside")
@@ -229,7 +229,7 @@ def test_layers_that_change_inside(device, change):
     assert model.last.weight.grad is None
 
 
-def test_what_changed_inside_is_named(device):
+def test_changed_parameters_are_named(device):
     model = converted(Model()).to(device)
     for change, names in (
         (lambda: model.first.bias.add_(1), r"got first\.bias"),
@@ -240,7 +240,7 @@ def test_what_changed_inside_is_named(device):
             change()
 
 
-def test_weights_that_something_makes(device):
+def test_parametrized_and_pruned_weights(device):
     model = converted(Model()).to(device)
     parametrizations.weight_norm(model.first)
     prune.l1_unstructured(model.last, "weight", 0.5)
@@ -250,7 +250,7 @@ def test_weights_that_something_makes(device):
     assert_near(found, gradients(model))
 
 
-def test_memory_is_given_back(device):
+def test_memory_is_released(device):
     model, leaves = converted(Model()).to(device), []
     model.first.register_forward_pre_hook(lambda layer, _: leaves.append(weakref.ref(layer.aligned_filters())))
     accumulated(model)
@@ -271,7 +271,7 @@ def test_validation_before_the_first_micro_batch(device, context):
     assert_near(accumulated(model, run), plainly(model))
 
 
-def test_parameters_made_under_inference_mode(device):
+def test_parameters_created_under_inference_mode(device):
     with torch.inference_mode():
         model = converted(Model()).to(device)
         expected = model(image(device))
@@ -279,7 +279,7 @@ def test_parameters_made_under_inference_mode(device):
             assert torch.equal(model(image(device)), expected)
 
 
-def test_the_backend_of_the_forward_serves_the_backward(device):
+def test_backward_uses_the_backend_of_the_forward(device):
     layer, calls = vary(wa.WALinear(5, 4, device=device)), []
     for inside, outside in ((device, "reference"), ("reference", device)):
         with CountOps() as ops, wa.use_backend(outside), wa.accumulate(layer), wa.use_backend(inside):
@@ -289,7 +289,7 @@ def test_the_backend_of_the_forward_serves_the_backward(device):
 
 
 def test_functions_of_the_parameters(device):
-    """Their gradients are theirs, not part of the sums."""
+    """Their gradients are returned, not accumulated."""
     model, x = converted(Model()).to(device, F64), image(device, dtype=F64)
 
     def function(parameters):
@@ -347,8 +347,8 @@ def test_threads(device):
 
 @pytest.fixture
 def both_at_once(monkeypatch):
-    """A function in which two threads wait for each other, so that what may happen at once does; it gives up where a
-    lock of accumulate keeps one of them out."""
+    """A function in which two threads wait for each other, to force concurrent execution; it gives up if a lock of
+    accumulate excludes one of them."""
     both = threading.Barrier(2)
 
     class Lock:
@@ -372,8 +372,8 @@ def both_at_once(monkeypatch):
     return wait
 
 
-def test_threads_that_begin_at_once(native, device, both_at_once):
-    """Aligned once."""
+def test_threads_that_start_together(native, device, both_at_once):
+    """The weight is aligned once."""
     layer = wa.WALinear(5, 4, device=device)
     layer.filters = lambda: both_at_once() or layer.weight
 
@@ -386,7 +386,7 @@ def test_threads_that_begin_at_once(native, device, both_at_once):
         assert sum(pool.map(run, normal(2, 3, 5, device=device))) == 1
 
 
-def test_threads_that_add_at_once(device, both_at_once):
+def test_threads_that_accumulate_together(device, both_at_once):
     class Waiting(torch.Tensor):
         @classmethod
         def __torch_function__(cls, func, types, args=(), kwargs=None):
@@ -416,7 +416,7 @@ def test_compiled(device):
 
 
 class FSDPModule:
-    """As torch's, which fully_shard makes a base of a module's class."""
+    """Stands in for torch's class, which fully_shard adds to a module's bases."""
 
 
 class Sharded(FSDPModule, Model):

@@ -1,4 +1,4 @@
-"""Values and gradients of align, and what must hold of them whatever the weight."""
+"""Values and gradients of align, and properties that hold for any weight."""
 
 import math
 
@@ -24,7 +24,7 @@ SHAPES = {
 
 
 def he(*shape, device, dtype=F32, seed=0):
-    """Weights of the size that training starts with."""
+    """He-initialised weights."""
     return normal(*shape, std=(2 / math.prod(shape[1:])) ** 0.5, device=device, dtype=dtype, seed=seed)
 
 
@@ -36,8 +36,8 @@ def test_values_and_gradients(backend, device, shape, dtype, result_dtype):
 
 
 def near_midway(dtype):
-    """Numbers of float32 midway between neighbours of dtype, and next to that; and what each rounds to."""
-    first = 0x0800 if dtype == BF16 else 0  # no product of theirs is subnormal in float32
+    """float32 numbers midway between neighbours of dtype, and the floats next to those; and what each rounds to."""
+    first = 0x0800 if dtype == BF16 else 0  # so that no product is subnormal in float32
     bits = torch.arange(first, 0x7800, 61, dtype=torch.int16)
     low, high = bits.view(dtype), (bits + 1).view(dtype)
     middle = (low.double() + high.double()).div(2).float()
@@ -48,10 +48,10 @@ def near_midway(dtype):
 @pytest.mark.parametrize("result_dtype", [BF16, F16], ids=name)
 @pytest.mark.parametrize("n", [7, 512, 16384])
 def test_rounding_is_to_nearest_even(backend, device, result_dtype, n):
-    """Filters of zeros, -2 and 2: their statistics are exact, whatever the order of the sums, and aligned they are
-    -gain and gain, of which many are midway between two results."""
+    """Filters of zeros, -2 and 2: their statistics are exact in any order of summation, and aligned they are -gain and
+    gain, many of which are midway between two results."""
     gain, rounded = (t[:: max(1, n // 512)].to(device) for t in near_midway(result_dtype))
-    if result_dtype == F16:  # the largest number, and what is beyond it
+    if result_dtype == F16:  # the largest number, and beyond
         gain = torch.cat([gain, torch.tensor([65519.996, 65520, 1e6], device=device)])
         rounded = torch.cat([rounded, torch.tensor([65504, math.inf, math.inf], dtype=F16, device=device)])
     filters = torch.arange(len(gain), device=device)
@@ -69,7 +69,7 @@ def test_gain_of_any_dtype(backend, device, dtype, gain_dtype):
     check_align(he(16, 8, 3, 3, device=device, dtype=dtype), gain)
 
 
-def test_gain_in_every_other_place_of_a_tensor(backend, device):
+def test_strided_gain(backend, device):
     gain = normal(32, seed=1, device=device)[::2]
     check_align(he(16, 8, 3, 3, device=device), gain)
     check_align(he(16, 8, 3, 3, device=device), normal(1, device=device).expand(16))
@@ -77,7 +77,7 @@ def test_gain_in_every_other_place_of_a_tensor(backend, device):
 
 @pytest.mark.parametrize("gain_dtype", [F32, BF16], ids=name)
 def test_gain_of_timm(backend, device, gain_dtype):
-    """(K, 1, 1, 1), as its gradient is."""
+    """Gains of shape (K, 1, 1, 1), and gradients of the same."""
     weights = [he(16, 8, 3, 3, device=device).requires_grad_(), he(5, 7, device=device, seed=1).requires_grad_()]
     gains = [normal(*shape, seed=2, device=device, dtype=gain_dtype) for shape in ((16, 1, 1, 1), (5, 1))]
     gains = [gain.requires_grad_() for gain in gains]
@@ -122,7 +122,7 @@ def test_layer_norm_is_an_oracle(backend, device, shape):
 
 
 def test_gain_1_has_mean_0_and_norm_sqrt_2(backend, device):
-    aligned = wa.align(normal(64, 147, mean=3, std=20, device=device)).double()  # eps is nothing beside n/2 * 400
+    aligned = wa.align(normal(64, 147, mean=3, std=20, device=device)).double()  # eps is negligible against n/2 * 400
     assert aligned.mean(1).abs().max() < 1e-8
     assert (aligned.norm(dim=1) - 2**0.5).abs().max() < 1e-6
 
@@ -140,7 +140,7 @@ def test_gradient_sums_to_0_and_is_orthogonal_up_to_eps(backend, device):
     _, grad_weight, grad_gain = check_align(weight, gain, grad, eps=eps, scale=scale)
     assert grad_weight.sum(1).abs().max() < 1e-12
     deviations = weight - weight.mean(1, keepdim=True)
-    # d w . d = gain * d gain * eps / (n/2 * var + eps): 0 but for eps, since alignment cancels any factor of w
+    # d w . d = gain * d gain * eps / (n/2 * var + eps): 0 except for eps, since alignment is invariant to scaling w
     left = gain * grad_gain * eps / (147 / 2 * weight.var(1, correction=0) + eps)
     torch.testing.assert_close((grad_weight * deviations).sum(1), left, rtol=0, atol=1e-12)
 
@@ -164,7 +164,7 @@ def test_mean_far_above_the_deviations(backend, device, n, mean, std):
 
 @pytest.mark.parametrize("dtype", [F32, BF16, F64], ids=name)
 def test_large_and_small_weights(backend, device, dtype):
-    for std in (1e-12, 1e-6, 1e6, 1e10, 1e17):  # whose squares just fit float32
+    for std in (1e-12, 1e-6, 1e6, 1e10, 1e17):  # squares of 1e17 just fit float32
         check_align(normal(4, 288, std=std, device=device, dtype=dtype), torch.ones(4, device=device))
 
 

@@ -1,4 +1,4 @@
-"""align_foreach: one op call for a list, each result what align gives."""
+"""align_foreach: one op call for a list, with the results of align."""
 
 import contextlib
 
@@ -43,14 +43,14 @@ def each_alone(weights, gains, options, **kwargs):
 
 
 def gradients(results, weights, gains):
-    """Of weights, then of the gains that are not None."""
+    """Gradients of the weights, then of the gains that are not None."""
     grads = [normal(*r.shape, seed=5000 + i, device=r.device).to(r.dtype) for i, r in enumerate(results)]
     return torch.autograd.grad(results, [*weights, *(g for g in gains if g is not None)], grads)
 
 
 @pytest.mark.parametrize("count", [1, 2, 53, 600])
 @pytest.mark.parametrize(("dtype", "result_dtype"), [(F32, F32), (F32, BF16), (F16, F16), (F64, F64)], ids=name)
-def test_list_equals_each_alone(backend, device, count, dtype, result_dtype):
+def test_list_equals_single_calls(backend, device, count, dtype, result_dtype):
     weights, gains, options = network(count, device, dtype, SHAPES if count < 600 else SHAPES[1:6])
     weights, gains = with_grad(weights), with_grad(gains)
     together = wa.align_foreach(weights, gains, **options, dtype=result_dtype)
@@ -147,12 +147,12 @@ def test_frozen_weights_and_unused_results_get_no_gradient(backend, device, drop
 
 
 def test_frozen_weights_under_create_graph(backend, device):
-    """First and second derivatives of the used results of a list, as autograd finds them of each formula."""
+    """First and second derivatives of the used results of a list, against autograd of the formula."""
     weights, gains, options = network(6, device, F64)
     weights, gains = with_grad(weights), with_grad([g if g is None else g.double() for g in gains])
     weights[1].requires_grad_(False)
     gains[2].requires_grad_(False)
-    leaves = [weights[0], weights[2], gains[1], gains[5], weights[5]]  # 3 is not used, 4 not asked for
+    leaves = [weights[0], weights[2], gains[1], gains[5], weights[5]]  # 3 is not used, 4 not requested
     together = wa.align_foreach(weights, gains, **options)
     alone = [formula(*each) for each in zip(weights, gains, *options.values(), strict=True)]
     found = []
@@ -166,7 +166,7 @@ def test_frozen_weights_under_create_graph(backend, device):
         torch.testing.assert_close(ours, true, rtol=1e-9, atol=1e-11)
 
 
-def test_no_gradient_wanted(backend, device):
+def test_no_gradient_required(backend, device):
     *plain, options = network(4, device)
     leaves = [with_grad(each) for each in plain]
     for context, lists in ((torch.no_grad(), leaves), (contextlib.nullcontext(), plain)):

@@ -1,4 +1,4 @@
-"""The choice of backend: pure, per thread, kept for the backward; and its reasons."""
+"""The choice of backend: per thread, kept for the backward, without side effects; and the reasons given."""
 
 import re
 import threading
@@ -46,7 +46,7 @@ def test_nesting(device):
     assert served_by_op(weight)
 
 
-def test_choice_is_of_one_thread(device):
+def test_choice_is_per_thread(device):
     """Two threads inside `use_backend` at once, and this one outside."""
     weight = normal(4, 9, device=device)
     served, both_inside = {}, threading.Barrier(3)
@@ -72,8 +72,8 @@ def test_choice_is_of_one_thread(device):
     assert served == {device: True, "reference": False, "outside": True, "inside": True}
 
 
-def test_choice_goes_with_a_backward_to_its_threads(device):
-    """Those of autograd for CUDA tensors start with what torch carries over, and no context variables."""
+def test_choice_is_carried_to_backward_threads(device):
+    """Autograd's threads for CUDA tensors start with torch's thread-local state, but without context variables."""
     found = {}
     with wa.use_backend("reference"), wa.use_backend(device), wa.use_backend("reference"):
         carried = torch._C._get_obj_in_tls("weightalign_backend")
@@ -93,7 +93,7 @@ def test_choice_goes_with_a_backward_to_its_threads(device):
 
 
 @pytest.mark.parametrize("forward_by_op", [True, False])
-def test_backward_keeps_the_choice_of_its_forward(device, forward_by_op):
+def test_backward_uses_the_choice_of_its_forward(device, forward_by_op):
     names = (device, "reference") if forward_by_op else ("reference", device)
     weight = normal(4, 9, device=device).requires_grad_()
     with wa.use_backend(names[0]):
@@ -124,7 +124,7 @@ def test_forced_cpu_on_other_tensors():
 
 @pytest.fixture
 def plant(monkeypatch):
-    """States of backends, in place of those that hold here."""
+    """Replaces the states of the backends."""
 
     def plant(**states):
         monkeypatch.setattr(ops_backend, "state", lambda name: states.get(name, "available"))
@@ -133,7 +133,7 @@ def plant(monkeypatch):
     return plant
 
 
-def test_what_serves_where_everything_is_available(plant):
+def test_default_backend_of_each_device(plant):
     plant()
     assert [ops_backend.choose(device) for device in ("cuda", "cpu", "meta")] == ["cuda", "cpu", "reference"]
     plant(cuda="no nvcc")
@@ -142,7 +142,7 @@ def test_what_serves_where_everything_is_available(plant):
     assert [ops_backend.choose(device) for device in ("cuda", "cpu")] == ["reference", "reference"]
 
 
-def test_a_backend_that_is_not_there_never_falls_back(plant):
+def test_unavailable_backend_never_falls_back(plant):
     plant(cpu="broken: mend it")
     with (
         wa.use_backend("cpu"),
@@ -163,14 +163,14 @@ def test_a_backend_that_is_not_there_never_falls_back(plant):
     ],
     ids=str,
 )
-def test_architectures_that_a_library_serves(monkeypatch, compiled, serves, serves_not):
+def test_architectures_that_a_library_supports(monkeypatch, compiled, serves, serves_not):
     monkeypatch.setattr(ops_backend, "library", Library(architectures=compiled))
     assert [c for c in (*serves, *serves_not) if ops_backend._runs_on(c)] == list(serves)
 
 
 @pytest.fixture
 def cuda_machine(monkeypatch):
-    """Two devices, sm_90 and sm_70, and a library and driver of one's choice."""
+    """Two devices, sm_90 and sm_70, with a given library and driver."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: [(9, 0), (7, 0)][device])
@@ -201,7 +201,7 @@ def test_why_cuda_is_not_available(cuda_machine, monkeypatch):
     [({"architectures": ()}, "triton"), ({"driver": 12040}, "triton"), ({"architectures": (70, 90)}, "cuda")],
     ids=["no nvcc", "old driver", "kernels"],
 )
-def test_triton_serves_cuda_tensors_where_the_kernels_are_absent(cuda_machine, monkeypatch, library, serving):
+def test_triton_serves_cuda_tensors_without_the_kernels(cuda_machine, monkeypatch, library, serving):
     pytest.importorskip("triton")
     reason = cuda_machine(**library)
     monkeypatch.setattr(ops_backend, "_known", {})
@@ -211,7 +211,7 @@ def test_triton_serves_cuda_tensors_where_the_kernels_are_absent(cuda_machine, m
 
 
 def test_forced_triton(monkeypatch, plant):
-    """CPU tensors only where it is interpreted."""
+    """CPU tensors only if it is interpreted."""
     pytest.importorskip("triton")
     monkeypatch.setattr(ops_backend, "_is_interpreted", False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)

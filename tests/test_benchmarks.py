@@ -1,4 +1,4 @@
-"""The benchmarks measure what they say: layer lists, statistics, the gate on correctness, the fields of a record."""
+"""The benchmarks measure what they claim: layer lists, statistics, the correctness check, the fields of a record."""
 
 import itertools
 import json
@@ -25,7 +25,7 @@ pytestmark = pytest.mark.usefixtures("quick")
 MACHINE_FIELDS = {"gpu", "cpu", "driver", "cuda", "torch", "triton", "git", "time"}
 
 
-def test_layers_are_those_of_the_model():
+def test_layers_match_the_model():
     for name in layers.NETWORKS:
         assert (layers.FOLDER / f"{name}.json").read_text() == layers.to_text(layers.from_model(name))
 
@@ -55,14 +55,14 @@ def test_median_ratio_of_constant_samples_has_no_width():
 
 
 def test_median_ratio_pairs_rounds():
-    """Noise that both sides of a round share cancels: twice as slow in every round is twice as slow, exactly."""
+    """Noise common to both sides of a round cancels: twice as slow in every round is exactly twice as slow."""
     noise = np.random.default_rng(1).uniform(1, 5, 31)
     found = stats.median_ratio(2 * noise, noise)
     assert (found.low, found.high) == pytest.approx((2.0, 2.0))
 
 
 def test_median_ratio_interval_covers_the_truth():
-    """A 95 % interval holds the true ratio of medians about 95 times in 100."""
+    """A 95 % interval contains the true ratio of medians about 95 times in 100."""
     random = np.random.default_rng(2)
     held = 0
     for _ in range(200):
@@ -99,7 +99,7 @@ def test_wall_timer_rotates_and_fills_a_sample():
 
 
 @pytest.mark.parametrize("direction", providers.DIRECTIONS)
-def test_every_provider_is_right(direction):
+def test_every_provider_is_correct(direction):
     inputs = providers.make_inputs([(6, 3, 3, 3), (4, 8, 1, 1)], SETTING)
     for provider in providers.providers(SETTING, 2, with_compile=False):
         assert harness.largest_error(provider, direction, inputs) < 2e-5
@@ -107,7 +107,7 @@ def test_every_provider_is_right(direction):
 
 @pytest.mark.parametrize("value", [1.001, math.nan])
 @pytest.mark.parametrize("direction", providers.DIRECTIONS)
-def test_a_wrong_provider_is_an_error(direction, value):
+def test_wrong_provider_is_an_error(direction, value):
     right = providers.ours(SETTING)
     wrong = providers.Provider("wrong", lambda weights, gains: [value * y for y in right(weights, gains)])
     case = harness.Case("tiny", ((4, 2, 3, 3),))
@@ -166,6 +166,6 @@ def test_main_writes_records_and_plot(tmp_path, monkeypatch, capsys):
     assert (tmp_path / "align-cpu-float32-float32.png").stat().st_size > 10_000
 
 
-def test_only_names_what_there_is():
+def test_unknown_only_lists_the_cases():
     with pytest.raises(SystemExit, match="64x64x1x1"):
         align.cases(layers.load("resnet50"), "no such case")

@@ -29,7 +29,7 @@ def test_layers_of_resnet50():
     assert {layer.shape for layer in found} == set(layers.load("resnet50").shapes)
     assert set(conv_layers.SUBSET) < {layer.name for layer in found}
     strided = next(layer for layer in found if layer.name == "layer2.0.conv2")
-    assert (strided.size, strided.stride, strided.left) == ((56, 56), 2, [1, 1])
+    assert (strided.size, strided.stride, strided.implicit_padding) == ((56, 56), 2, [1, 1])
 
 
 @pytest.mark.parametrize("layer", [SAME, REFLECT], ids=lambda layer: layer.name)
@@ -48,7 +48,7 @@ def test_records(layer):
 
 
 @pytest.mark.parametrize("name", ["prepare", "conv2d"])
-def test_a_wrong_result_is_an_error(name, monkeypatch):
+def test_wrong_result_is_an_error(name, monkeypatch):
     right = getattr(wa, name)
 
     def wrong(*args, **options):

@@ -1,4 +1,4 @@
-"""wa.convert: an existing model on aligned weights. timm's and torchvision's own models are in test_timm_models.py."""
+"""wa.convert: an existing model with aligned weights. Models of timm and torchvision are in test_timm_models.py."""
 
 import copy
 
@@ -24,7 +24,7 @@ PLAIN = {
 
 
 def less_mean(conv):
-    """A convolution's weight less the mean of each filter."""
+    """A convolution's weight minus the mean of each filter."""
     if not conv.transposed:
         return conv.weight - conv.weight.flatten(1).mean(1).view(-1, *[1] * (conv.weight.dim() - 1))
     groups = conv.weight.unflatten(0, (conv.groups, -1))  # (groups, C_in / groups, C_out / groups, kernel...)
@@ -35,7 +35,7 @@ def less_mean(conv):
 @pytest.mark.parametrize(("cls", "arguments", "shape"), PLAIN.values(), ids=PLAIN)
 @pytest.mark.parametrize("gain", ["ones", "preserve"])
 def test_every_convolution(backend, device, cls, arguments, shape, gain):
-    """With gain="preserve", the plain layer on weights less their mean."""
+    """With gain="preserve", the plain layer on weights minus their mean."""
     plain = cls(*arguments, dtype=F64, device=device)
     layer = wa.convert(plain, gain=gain)
     assert type(layer).__name__ == f"WA{cls.__name__}" and type(plain) is cls and "gain" not in plain._parameters
@@ -53,7 +53,7 @@ def test_every_convolution(backend, device, cls, arguments, shape, gain):
         assert torch.equal(layer.gain, torch.ones(6, dtype=F64, device=device))
 
 
-def test_a_model(device, log):
+def test_model(device, log):
     model = network().to(device)
     before = dict(model.named_parameters())
     random = torch.get_rng_state()
@@ -75,7 +75,7 @@ def test_a_model(device, log):
     ]
 
 
-def test_again_changes_nothing():
+def test_converting_twice_changes_nothing():
     model = wa.convert(network())
     modules = list(model.modules())
     assert wa.convert(model) is model
@@ -84,7 +84,7 @@ def test_again_changes_nothing():
     assert wa.convert(layer) is layer
 
 
-def test_checkpoints_of_before_load():
+def test_plain_checkpoints_load():
     model, plain = wa.convert(network(), gain="preserve"), network()
     assert str(model.load_state_dict(plain.state_dict())) == "<All keys matched successfully>"
     assert all(torch.equal(g, torch.ones_like(g)) for g in wa.gain_parameters(model))
@@ -93,7 +93,7 @@ def test_checkpoints_of_before_load():
 
 
 @pytest.mark.parametrize("gain", ["ones", "preserve"])
-def test_what_is_kept(device, gain):
+def test_attributes_are_kept(device, gain):
     """dtype, memory layout, requires_grad, mode, gradients."""
     model = network().to(device, BF16, memory_format=torch.channels_last).eval()
     model[0].requires_grad_(False)
@@ -110,7 +110,7 @@ def test_what_is_kept(device, gain):
 
 
 def test_hooks():
-    """They run, with the new module; their handles take them off; those bound to a module are bound to the new one."""
+    """They run with the new module, are removed by their handles, and if bound to a module are bound to the new one."""
     conv, calls = nn.Conv2d(3, 4, 3), []
     handles = [
         conv.register_forward_pre_hook(lambda module, args: calls.append(("pre", module))),
@@ -133,7 +133,7 @@ def test_hooks():
     assert len(calls) == 5
 
 
-def test_what_is_shared_stays_shared(device):
+def test_sharing_is_kept(device):
     conv, first, second, other = (nn.Conv2d(4, 4, 3, padding=1) for _ in range(4))
     first.weight = second.weight
     turned, grouped = (nn.ConvTranspose2d(4, 4 * groups, 3, padding=1, groups=groups) for groups in (1, 2))
@@ -146,7 +146,7 @@ def test_what_is_shared_stays_shared(device):
 
 
 class Listed(nn.Module):
-    """Its forward goes through what it holds beside its submodules."""
+    """Its forward uses layers held in lists, tuples and dicts, not by submodule name."""
 
     def __init__(self):
         super().__init__()
@@ -162,7 +162,7 @@ class Listed(nn.Module):
         return x
 
 
-def test_layers_in_lists_are_swapped_as_well(device):
+def test_layers_in_containers_are_replaced(device):
     model = Listed().to(device, F64)
     image = normal(1, 3, 6, 6, dtype=F64, device=device)
     expected = image
@@ -173,7 +173,7 @@ def test_layers_in_lists_are_swapped_as_well(device):
 
 
 class Wrapped(nn.Module):
-    """For torch.compile, before 2.14, found nothing to compile in torch's own modules."""
+    """Needed because torch.compile, before 2.14, found nothing to compile in torch's own modules."""
 
     def __init__(self, inside):
         super().__init__()
@@ -183,7 +183,7 @@ class Wrapped(nn.Module):
         return self.inside(x)
 
 
-def test_a_compiled_model_notices(device):
+def test_compiled_model_notices(device):
     model = Wrapped(network()).to(device).eval()
     model.compile(backend="aot_eager", fullgraph=True)
     image = normal(2, 3, 8, 8, device=device)
@@ -205,18 +205,18 @@ REFUSED = {
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 @pytest.mark.parametrize(("make", "message"), REFUSED.values(), ids=REFUSED)
-def test_weights_that_something_else_makes_are_refused(make, message):
+def test_computed_weights_are_rejected(make, message):
     model = network()
     make(model[3][0])
     modules = list(model.modules())
     with pytest.raises(ValueError, match=f"model: expected the weight of '3.0' to be a plain.*{message}"):
         wa.convert(model)
-    assert all(a is b for a, b in zip(modules, model.modules(), strict=True))  # nothing was swapped
+    assert all(a is b for a, b in zip(modules, model.modules(), strict=True))  # nothing was replaced
     assert names_of_aligned(wa.convert(model, exclude="3.0")) == ["0", "3.1"]
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
-def test_other_models_that_are_refused():
+def test_other_rejected_models():
     with pytest.raises(
         TypeError, match=r"model: expected floating-point layers, got torch.ao.nn.quantized.*Conv2d at '0'"
     ):
@@ -250,7 +250,7 @@ def test_errors(arguments, error, message):
         wa.convert(**{"model": network()} | arguments)
 
 
-def test_preserve_in_half_precision_and_of_a_constant_filter(device):
+def test_preserve_in_bfloat16_and_with_a_constant_filter(device):
     conv = nn.Conv2d(8, 4, 3, dtype=BF16, device=device)
     with torch.no_grad():
         conv.weight[1] = 0.25
@@ -262,8 +262,8 @@ def test_preserve_in_half_precision_and_of_a_constant_filter(device):
     assert layer.aligned_filters()[1].abs().max() == 0
 
 
-def test_a_converted_model_trains(device):
-    """And a copy of it, without the original."""
+def test_converted_model_trains(device):
+    """As a copy, without the original."""
     model = wa.convert(network()).to(device)
     model = copy.deepcopy(model)
     images, labels = normal(8, 3, 8, 8, device=device), torch.arange(8, device=device) % 5
@@ -279,7 +279,7 @@ def test_a_converted_model_trains(device):
 
 
 class Constants(dict):
-    """As configurations that refuse all changes."""
+    """Like configurations that are immutable."""
 
     def _refuse(self, *_):
         raise TypeError("constant")
@@ -287,7 +287,7 @@ class Constants(dict):
     __setitem__ = update = _refuse
 
 
-def test_what_holds_no_layer_is_not_touched():
+def test_containers_without_layers_are_not_touched():
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3))
     model.config, model.itself = Constants(depth=2), {"again": {}}
     model.itself["again"]["once more"] = model.itself
@@ -302,7 +302,7 @@ def test_layers_in_a_tuple_of_a_converted_layer():
     assert model[0].peers == (model[1], "and a name")
 
 
-def test_a_model_that_is_refused_is_as_before():
+def test_rejected_model_is_unchanged():
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3))
     seen = []
     model[0].register_load_state_dict_pre_hook(lambda module, *_: seen.append(module))

@@ -1,4 +1,4 @@
-"""wa.conv1d/2d/3d: torch's convolution of what prepare makes, every form of padding, torch.compile."""
+"""wa.conv1d/2d/3d: torch's convolution of the prepared input and weight, every form of padding, torch.compile."""
 
 import pytest
 import torch
@@ -32,7 +32,7 @@ def assert_same(ours, theirs, inputs):
 @pytest.mark.parametrize("spatial", [1, 2, 3])
 @pytest.mark.parametrize("mode", ["zeros", "reflect", "replicate", "circular"])
 @pytest.mark.parametrize("batched", [True, False])
-def test_as_the_layers_of_torch(backend, device, spatial, mode, batched):
+def test_matches_the_layers_of_torch(backend, device, spatial, mode, batched):
     ours, _, layer = CONV[spatial]
     inputs = x, w, g, b = tensors(spatial, device, groups=2)
     x = x if batched else x[0]
@@ -45,7 +45,7 @@ def test_as_the_layers_of_torch(backend, device, spatial, mode, batched):
 
 @pytest.mark.parametrize("spatial", [1, 2, 3])
 @pytest.mark.parametrize("kernel", [2, 3, 4])
-def test_same_of_torch(backend, device, spatial, kernel):
+def test_same_padding_of_torch(backend, device, spatial, kernel):
     ours, theirs, _ = CONV[spatial]
     inputs = x, w, g, b = tensors(spatial, device, kernel=kernel)
     result = ours(x, w, b, 1, "same", 2, gain=g)
@@ -56,7 +56,7 @@ def test_same_of_torch(backend, device, spatial, kernel):
 @pytest.mark.parametrize("stride", [1, 2, 3, (2, 1)])
 @pytest.mark.parametrize("kernel", [1, 2, 3, 5])
 @pytest.mark.parametrize("dilation", [1, 2])
-def test_same_of_tensorflow_has_its_size(backend, device, stride, kernel, dilation):
+def test_same_padding_of_tensorflow_has_its_size(backend, device, stride, kernel, dilation):
     x, w, _, _ = tensors(2, device, kernel=kernel)
     strides = (stride, stride) if isinstance(stride, int) else stride
     result = wa.conv2d(x, w, None, stride, "same_tf", dilation)
@@ -71,13 +71,13 @@ def test_valid_and_asymmetric(backend, device):
     assert_same(wa.conv2d(x, w, b, padding=((1, 1), 2), gain=g), F.conv2d(x, formula(w, g), b, padding=(1, 2)), inputs)
 
 
-def test_batch_of_none(backend, device):
+def test_empty_batch(backend, device):
     _, w, g, b = tensors(2, device)
     x = torch.empty(0, 4, 9, 7, device=device, dtype=F64)
     assert wa.conv2d(x, w, b, 2, 1, gain=g, activation="gelu", padding_mode="reflect").shape == (0, 6, 5, 4)
 
 
-def test_channels_last_goes_through(native, device):
+def test_channels_last_is_kept(native, device):
     x, w, g, b = tensors(2, device, dtype=F32)
     result = wa.conv2d(x.to(memory_format=torch.channels_last), w, b, 1, 1, gain=g, padding_mode="circular")
     assert result.is_contiguous(memory_format=torch.channels_last)
@@ -113,7 +113,7 @@ class Layer(torch.nn.Module):
     ],
     ids=str,
 )
-def test_compiled_for_any_batch(native, device, options):
+def test_compiled_for_any_batch_size(native, device, options):
     torch._dynamo.reset()
     layer = Layer(device, **options)
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")

@@ -1,5 +1,5 @@
-"""The CPU kernels of each instruction set that this machine has, in a process of its own: WEIGHTALIGN_CPU is read at
-the first call."""
+"""The CPU kernels of each instruction set that this machine supports, each in its own process: WEIGHTALIGN_CPU is read
+at the first call."""
 
 import itertools
 import math
@@ -25,7 +25,7 @@ HERE = NAMES[: {"AVX2": 2, "AVX512": 3}.get(torch.backends.cpu.get_cpu_capabilit
 
 
 def run_apart(check, instruction_set):
-    """This file's function of that name in another process."""
+    """Runs this file's function `check` in another process."""
     path = os.pathsep.join([str(pathlib.Path(wa.__file__).parents[1]), str(TESTS)])
     env = {**os.environ, "PYTHONPATH": path, "WEIGHTALIGN_BACKEND": "cpu", VARIABLE: instruction_set}
     code = f"import test_cpu_instruction_sets as t; t.{check}()"
@@ -38,13 +38,13 @@ def test_values_gradients_and_conversions(name):
     run_apart("check_all", name)
 
 
-def test_the_best_serves_where_nothing_is_named():
+def test_best_instruction_set_is_the_default():
     with wa.use_backend("cpu"):
         assert keeps_payload() == ((os.environ.get(VARIABLE) or HERE[-1]) != "baseline")
 
 
 def check_errors():
-    """What fails is chosen again at the next call."""
+    """A failed choice is repeated at the next call."""
     asked = os.environ[VARIABLE]
     for name in ("sse9", "AVX2", *NAMES[len(HERE) :]):
         os.environ[VARIABLE] = name
@@ -68,7 +68,7 @@ def cast(x, dtype):
 
 
 def keeps_payload():
-    """Whether float32 to float16 keeps what is in a NaN beside the fact: only the instruction for it does."""
+    """Whether float32 to float16 keeps the payload of a NaN: only the hardware conversion does."""
     nan = torch.tensor([[[0x7FC02000]]], dtype=torch.int32).view(F32)
     return cast(nan, F16).view(torch.int16).item() == 0x7E01
 
@@ -86,7 +86,7 @@ def check_values():
 
 
 def check_conversions():
-    """Against PyTorch's, to the last bit. Rows of 16 values are converted together, of 15 one by one."""
+    """Bitwise equal to PyTorch's. Rows of 16 values are converted together, of 15 one by one."""
     for dtype in (F16, BF16):
         every = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype)
         for x, to in [(every, F32), (edges(every), dtype)]:
@@ -100,8 +100,8 @@ def check_conversions():
 
 
 def edges(every):
-    """All numbers of a 16-bit dtype, those midway between two of them or, beyond the largest, to infinity, and the
-    nearest floats to both sides of these; some far beyond; and NaNs of the least and the largest bits."""
+    """All numbers of a 16-bit dtype; the midpoints of neighbours and, beyond the largest, the limit to infinity, with
+    the nearest floats on both sides; some far beyond; and NaNs with the smallest and the largest bits."""
     limit = 2.0**16 if every.dtype == F16 else 2.0**128
     numbers = every.double()[every.isfinite()].unique()
     ends = torch.cat([torch.tensor([-limit]), numbers, torch.tensor([limit])])

@@ -1,5 +1,5 @@
-"""What the compiler made of the CPU kernels' loops: vectors that are wider than the registers, or too many of them, go
-through the stack, at a third of the speed, and no number shows it."""
+"""The compiled loops of the CPU kernels. Vectors wider than the registers, or too many of them, are spilled to the
+stack at a third of the speed, and no result shows it."""
 
 import pathlib
 import platform
@@ -15,10 +15,10 @@ from weightalign_cuda.ops import native_library
 pytestmark = pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="reads x86-64's machine code")
 
 CPU = pathlib.Path(__file__).parents[1] / "csrc/cpu"
-SETS = {"xmm": "x86-64", "ymm": "x86-64-v3", "zmm": "x86-64-v4"}  # by the registers that they bring
+SETS = {"xmm": "x86-64", "ymm": "x86-64-v3", "zmm": "x86-64-v4"}  # instruction sets by their registers
 STRAIGHT = r"(forward_filter|backward_filter|convert|add|activate|differentiate)<(float|double).*>\(.*\)"
 VECTORS = r"^v?(add|sub|mul|div|fn?m(add|sub)\w*)p[sd]\b|^vcvt(ph2ps|ps2ph) .*%[yz]mm|^v?p(srl|sll)d\b"
-VALUES = r"^v?(add|sub|mul|div|fn?m(add|sub)\w*)s[sd]\b|^call"  # of a row's last few, or by libm
+VALUES = r"^v?(add|sub|mul|div|fn?m(add|sub)\w*)s[sd]\b|^call"  # scalar: a row's remainder, or libm
 
 
 def loops_of(path):
@@ -39,12 +39,12 @@ def assert_off_the_stack(loops):
     for register, name, loop in loops:
         text = "\n".join([f"{name}, {register}:", *loop])
         assert not any(i.endswith(",STACK") and not i.startswith(("cmp", "test")) for i in loop), f"writes: {text}"
-        # exp and erf have more constants than there are registers; so has the formula of halves, where it is one.
+        # exp and erf have more constants than there are registers, and so does converting halves in software.
         if "activate" not in name and "differentiate" not in name and not (register == "xmm" and "Half" in name):
             assert not any("STACK" in i for i in loop), f"reads: {text}"
 
 
-def test_loops_of_the_library_keep_off_the_stack():
+def test_loops_of_the_library_do_not_spill():
     loops = list(loops_of(native_library.PATH))
     for register in SETS:
         names = {name for r, name, _ in loops if r == register}
@@ -57,7 +57,7 @@ def test_loops_of_the_library_keep_off_the_stack():
 
 @pytest.mark.skipif(not shutil.which("clang++"), reason="clang++ is not installed")
 @pytest.mark.parametrize("register", SETS)
-def test_loops_as_clang_makes_them(register, tmp_path):
+def test_loops_compiled_by_clang(register, tmp_path):
     for source in ("align_kernels", "prepare_kernels"):
         flags = ["-O3", "-std=gnu++17", "-fPIC", "-Wno-psabi", "-DWA_ISA=baseline", f"-march={SETS[register]}"]
         path = tmp_path / f"{source}.o"

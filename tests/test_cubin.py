@@ -1,4 +1,4 @@
-"""What ptxas made of the kernels: read from the machine code in the library itself, for every architecture in it."""
+"""The compiled CUDA kernels: checks of the machine code in the library, for every architecture in it."""
 
 import functools
 import pathlib
@@ -32,7 +32,7 @@ def machine_code(architecture: int) -> dict[str, str]:
     return dict(zip(parts[1::2], parts[2::2], strict=True))
 
 
-# Those of one differ little from the next one's.
+# Results differ little between architectures.
 ARCHITECTURES = [pytest.param(a, marks=pytest.mark.slow if a != 90 else ()) for a in library.architectures]
 
 
@@ -60,6 +60,6 @@ def test_accesses(architecture):
 
 
 def test_one_portable_copy():
-    """The PTX of the last architecture serves all later ones."""
+    """PTX for the last architecture, which all later ones can compile."""
     ptx = re.findall(r"sm_(\d+)\.ptx", cuobjdump("--list-ptx")) if library.architectures else []
     assert ptx == [str(a) for a in library.architectures[-1:]]

@@ -1,4 +1,4 @@
-"""What only a GPU can show: capture in CUDA graphs, no synchronisation with the host, streams."""
+"""What only a GPU can show: CUDA graphs, no synchronisation with the host, streams."""
 
 import pytest
 import torch
@@ -25,7 +25,7 @@ def step(weights, gains, image):
 
 
 def test_cuda_graph(backend):
-    """Captured once, replayed on other numbers."""
+    """Captured once, replayed on other values."""
     weights, gains = leaves()
     image = normal(2, 3, 8, 8, device="cuda")
     side = torch.cuda.Stream()
@@ -82,7 +82,7 @@ def network():
 
 @pytest.mark.parametrize("is_warm", [True, False])
 def test_graph_captured_inside_of_frozen(backend, is_warm):
-    """Replayed after it, when its filters are gone and their memory is somebody else's; and eager forwards between."""
+    """Replayed after the context, when its filters' memory has been reused; with eager forwards in between."""
     model, image = network().eval(), normal(2, 3, 8, 8, device="cuda")
     with torch.no_grad():
         expected = model(image)
@@ -104,7 +104,7 @@ def test_graph_captured_inside_of_frozen(backend, is_warm):
 
 
 def test_graph_captured_inside_of_accumulate(backend):
-    """Of a part of it the sums would be added to once, whatever is replayed."""
+    """If only part of it were captured, that part would be added once, whatever is replayed."""
     model, image = network(), normal(2, 3, 8, 8, device="cuda")
     with pytest.raises(RuntimeError, match="capture all of the context, or none of it"), wa.accumulate(model):
         model(image).sum().backward()
@@ -115,7 +115,7 @@ def test_graph_captured_inside_of_accumulate(backend):
 
 @pytest.fixture
 def late():
-    """Runs a model on a stream that waits for nothing but its filters, which are being made on the current one."""
+    """Runs a model on a stream that waits only for its filters, which are still being made on the current one."""
     side = torch.cuda.Stream()
 
     def run(model, image):
@@ -141,7 +141,7 @@ def test_filters_of_frozen_on_another_stream(backend, late):
 
 @pytest.mark.parametrize("context", ["foreach", "accumulate"])
 def test_filters_and_gradients_on_another_stream(backend, late, context):
-    """Gradients of accumulate are added up on both."""
+    """Gradients of accumulate are summed on both."""
     model, image = network(), normal(2, 3, 8, 8, device="cuda")
     expected = torch.autograd.grad(model(image).square().sum(), list(model.parameters()))
     if context == "accumulate":
@@ -158,8 +158,8 @@ def test_filters_and_gradients_on_another_stream(backend, late, context):
         torch.testing.assert_close(parameter.grad, times * grad, rtol=1e-4, atol=1e-5)
 
 
-def test_backend_of_a_recomputation(backend):
-    """On the thread on which autograd runs the backward of CUDA tensors."""
+def test_backend_of_recomputation(backend):
+    """In autograd's thread for the backward of CUDA tensors."""
     weight = normal(4, 9, device="cuda").requires_grad_()
     with CountOps() as ops:
         checkpoint(lambda w: wa.align(w).sin(), weight, use_reentrant=False).sum().backward()
@@ -167,7 +167,7 @@ def test_backend_of_a_recomputation(backend):
 
 
 @pytest.mark.parametrize("place", [0, 3])
-def test_backward_of_tensors_elsewhere(ops, place):
+def test_backward_of_tensors_on_another_device(ops, place):
     weights = [normal(4, 9, device="cuda")]
     aligned, statistics = ops.align_forward(weights, [None], [0.1], [1.5], torch.float32, torch.preserve_format)
     arguments = [aligned, weights, [None], statistics, [1.5]]

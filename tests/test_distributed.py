@@ -1,4 +1,4 @@
-"""Two gloo processes: sharded weights aligned where they lie, and the losses of one process under DDP and FSDP2."""
+"""Two gloo processes: sharded weights aligned locally, and the losses of a single process under DDP and FSDP2."""
 
 import contextlib
 import traceback
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch was built
 
 
 def serve(rank, folder, jobs, results):
-    """What each process does until it is told None."""
+    """Each process runs jobs until it gets None."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
     while (job := jobs.get()) is not None:
@@ -32,7 +32,7 @@ def serve(rank, folder, jobs, results):
 
 @pytest.fixture(scope="module")
 def in_two_processes(tmp_path_factory):
-    """A function that runs job(rank, *arguments) in two processes and gives what the first one returns. They are
+    """A function that runs job(rank, *arguments) in two processes and returns rank 0's result. The processes are
     started once, which takes longer than all the jobs."""
     context = torch.multiprocessing.get_context("spawn")
     folder, results, jobs = tmp_path_factory.mktemp("processes"), context.Queue(), [context.Queue() for _ in range(2)]
@@ -74,7 +74,7 @@ def align_sharded(rank):
         weight = weight.contiguous(memory_format=torch.channels_last) if i == 2 else weight
         plain.append([t.clone().requires_grad_() for t in (weight, gain)])
         placed.append([distribute_tensor(t, where, placements).requires_grad_() for t in (weight, gain)])
-    plain.append([normal(3, 4, dtype=F64).requires_grad_(), None])  # and one that is no DTensor at all
+    plain.append([normal(3, 4, dtype=F64).requires_grad_(), None])  # and one that is not a DTensor
     placed.append([plain[-1][0].detach().requires_grad_(), None])
     options = numbers(len(plain))
     each = list(zip(*options.values(), strict=True))
@@ -95,7 +95,7 @@ def align_sharded(rank):
             leaves = [t for t in pair if t is not None]
             with communication:
                 grads.append(torch.autograd.grad(result, leaves, grad, retain_graph=True))
-            assert communication.get_total_counts() == 0  # each `with` counts anew
+            assert communication.get_total_counts() == 0  # each `with` starts from 0
             assert all(
                 getattr(g, "placements", 0) == getattr(t, "placements", 0)
                 for g, t in zip(grads[-1], leaves, strict=True)
@@ -161,7 +161,7 @@ def network(**options):
 
 
 def train(model, rank, count):
-    """Losses of steps on this process's share of each batch, and what the model gives afterwards."""
+    """Losses of steps on this process's share of each batch, and the output afterwards."""
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     losses = []
     for seed in range(3):
@@ -184,7 +184,7 @@ def train_wrapped(rank, wrap, options):
 def by_fsdp2(model):
     from torch.distributed.fsdp import fully_shard
 
-    mesh = dist.init_device_mesh("cpu", (2,))  # else of the machine's GPUs
+    mesh = dist.init_device_mesh("cpu", (2,))  # the default would be the machine's GPUs
     fully_shard(model[3], mesh=mesh)
     return fully_shard(model, mesh=mesh)
 
@@ -199,7 +199,7 @@ def by_fsdp2(model):
     ],
     ids=["DDP", "DDP foreach", "DDP buckets", "FSDP2"],
 )
-def test_the_losses_of_one_process(in_two_processes, wrap, options):
+def test_losses_equal_one_process(in_two_processes, wrap, options):
     found = in_two_processes(train_wrapped, wrap, options)
     for one, other in zip(found, train(network(), 0, 1), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
@@ -226,12 +226,12 @@ def refuse_fsdp2(rank):
         pass
 
 
-def test_what_fsdp2_does_not_go_with(in_two_processes):
+def test_incompatible_with_fsdp2(in_two_processes):
     in_two_processes(refuse_fsdp2)
 
 
 def accumulate_under_ddp(model, rank, count, options):
-    """Parameters after steps of three micro-batches each, the last of which synchronises; validation is none."""
+    """Parameters after steps of three micro-batches, only the last of which synchronises, with validation between."""
     model = wa.convert(model, **options)
     model = nn.parallel.DistributedDataParallel(model) if count > 1 else model
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
@@ -285,5 +285,5 @@ def accumulate_wrongly(rank):
             pass
 
 
-def test_accumulation_that_would_not_synchronise(in_two_processes):
+def test_accumulation_without_synchronisation_is_an_error(in_two_processes):
     in_two_processes(accumulate_wrongly)

@@ -1,4 +1,4 @@
-"""Every message: the argument it names, what came, what is wanted; before anything runs."""
+"""Every message names the argument, what it got and what it expects, before anything runs."""
 
 import math
 import re

@@ -15,8 +15,8 @@ SIZES = [(32, 33), (33, 33), (34, 9), (35, 10), (9, 11), (10, 12), (11, 13), (12
 
 
 class SameTF(nn.ModuleList):
-    """Side by side, for the sizes that one gives would be few for the next: plain, with a kernel smaller than its
-    stride, dilated."""
+    """Side by side, because in sequence the sizes would get too small: plain, with a kernel smaller than its stride,
+    dilated."""
 
     def __init__(self):
         super().__init__(
@@ -37,7 +37,7 @@ LAYERS = {
         wa.WAConv2d(3, 4, 3, padding=1, padding_mode="reflect", activation="relu"),
         wa.WAConv2d(4, 4, 3, padding=1, padding_mode="circular"),
         wa.WAConv2d(4, 4, 3, padding="same", activation="silu", eps=0.7),
-        wa.WAConv2d(4, 4, (2, 3), padding=1, eps=0.4, scale=1.2),  # nothing but an alignment
+        wa.WAConv2d(4, 4, (2, 3), padding=1, eps=0.4, scale=1.2),  # aligned, otherwise plain
         wa.WAConvTranspose2d(4, 6, 3, groups=2, activation="silu", scale=0.6),
     ),
     "foreach": lambda: wa.convert(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3)), foreach=True),
@@ -55,7 +55,7 @@ def model(request):
 
 
 def assert_agrees(exported, model):
-    """At sizes that were not exported; two programs of float32 sums of up to 36 products and three layers."""
+    """At sizes that were not exported. Both are float32, with sums of up to 36 products and three layers."""
     for size in SIZES:
         image = normal(1, 3, *size, seed=size[0])
         expected = model(image)
@@ -64,7 +64,7 @@ def assert_agrees(exported, model):
 
 @pytest.fixture
 def quiet():
-    """But for warnings about sizes that a trace would not follow."""
+    """No warnings, except that TracerWarning, for sizes that a trace would not follow, is an error."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         warnings.simplefilter("error", torch.jit.TracerWarning)
@@ -95,7 +95,7 @@ def test_onnx(quiet, model, dynamo, is_folded, tmp_path):
 
 
 def test_trained_after_a_trace(quiet, model):
-    """A trace keeps the parameters, and their gradients."""
+    """A trace keeps the parameters and their gradients."""
     traced, image = torch.jit.trace(model, normal(1, 3, 32, 33)), normal(1, 3, 13, 41)
     found = [torch.autograd.grad(m(image).sin().sum(), list(model.parameters())) for m in (traced, model)]
     for ours, expected in zip(*found, strict=True):

@@ -1,4 +1,4 @@
-"""wa.fold and wa.frozen: the aligned weight once, for deployment and for inference between steps of training."""
+"""wa.fold and wa.frozen: weights aligned once, for deployment and for inference between training steps."""
 
 import copy
 import gc
@@ -55,7 +55,7 @@ def case(request, device):
 
 
 def network(device="cpu"):
-    """With a shared layer, layers that share parameters, and what needs classes of ours when folded."""
+    """With a shared layer, layers that share parameters, and layers that fold to classes of this package."""
     torch.manual_seed(0)
     model = nn.Sequential(
         wa.WAConv2d(3, 8, 3, padding="same_tf", stride=2),
@@ -91,7 +91,7 @@ def test_every_layer(case):
     assert wa.fold(folded, inplace=True) is folded
     for other in (copy.deepcopy(folded), pickle.loads(pickle.dumps(folded))):
         assert torch.equal(other(image), folded(image)) and repr(other) == repr(folded)
-    if folded_class in vars(nn).values():  # nothing of ours is left
+    if folded_class in vars(nn).values():  # nothing of this package is left
         size = [] if folded_class is nn.Linear else [3]
         assert folded.__dict__.keys() == folded_class(4, 6, *size).__dict__.keys()
     program = torch.export.export(folded, (image,), strict=False)
@@ -107,7 +107,7 @@ def test_repr():
 
 
 @pytest.mark.parametrize("inplace", [False, True])
-def test_a_model(device, inplace):
+def test_model(device, inplace):
     model = network(device)
     image = normal(2, 3, 9, 8, device=device)
     expected, keys = model(image), model.state_dict().keys()
@@ -132,7 +132,7 @@ def small(cls=wa.WAConv2d, out_channels=4, gain=0.6, **options):
     return layer
 
 
-DIFFERENT = {  # two layers each, to share weight and gain but for what differs
+DIFFERENT = {  # two layers each, which share weight and gain except what differs
     "eps": lambda: (small(eps=0.2), small(eps=2.0)),
     "scale": lambda: (small(scale=0.5), small(scale=1.7)),
     "weight": lambda: (small(), small()),
@@ -143,7 +143,7 @@ DIFFERENT = {  # two layers each, to share weight and gain but for what differs
 
 
 @pytest.mark.parametrize("different", DIFFERENT)
-def test_what_differs_is_not_shared(device, different):
+def test_different_layers_are_not_shared(device, different):
     first, second = DIFFERENT[different]()
     for name in {"weight", "gain"} - {different}:
         setattr(second, name, getattr(first, name))
@@ -153,19 +153,19 @@ def test_what_differs_is_not_shared(device, different):
         torch.testing.assert_close(folded(image), layer(image), rtol=1e-5, atol=1e-5)
 
 
-def test_what_is_kept(device):
+def test_attributes_are_kept(device):
     calls = []
     for cls in (wa.WAConv2d, wa.WAConvTranspose2d):
-        # A stride of the kernel's size: where windows overlap, torch adds them up in bfloat16, in an order of its own.
+        # Stride = kernel size: where windows overlap, torch adds them in bfloat16, in an order of its own.
         layer = make(cls, {"groups": 2, "stride": 3}, device, BF16).to(memory_format=torch.channels_last).eval()
         layer.weight.requires_grad_(False)
         layer.register_forward_hook(lambda module, *args: calls.append(module))
         folded = wa.fold(layer)
         image = normal(2, 4, 6, 6, dtype=BF16, device=device)
-        with torch.autocast(device, dtype=torch.float16):  # of no concern to what is folded
+        with torch.autocast(device, dtype=torch.float16):  # does not affect folding
             again = wa.fold(layer)
         assert torch.equal(again.weight, folded.weight)
-        # Of other strides, here of the filters, torch's convolution may make other sums.
+        # For other strides, here of the filters, torch's convolution may sum in another order.
         torch.testing.assert_close(folded(image), layer(image), rtol=2**-6, atol=2**-6)
         assert (folded.weight.dtype, folded.weight.stride()) == (BF16, layer.weight.stride())
         assert (folded.weight.requires_grad, folded.bias.requires_grad, folded.training) == (False, True, False)
@@ -236,7 +236,7 @@ def test_frozen_aligns_once(device, count):
     assert all(layer.aligned_by is None for layer in model.modules() if isinstance(layer, wa.nn.layers.Aligned))
 
 
-def test_frozen_is_undone_after_an_error_and_may_be_nested(count):
+def test_frozen_ends_after_an_error_and_can_be_nested(count):
     layer = wa.WALinear(3, 2).eval()
     with pytest.raises(KeyError), wa.frozen(layer):
         raise KeyError
@@ -251,11 +251,11 @@ def test_frozen_is_undone_after_an_error_and_may_be_nested(count):
     gone = weakref.ref(layer)
     del layer
     gc.collect()
-    assert gone() is None  # nothing waits for optimizers
+    assert gone() is None  # no optimizer hook keeps it alive
 
 
 def alias(layer):
-    """Another parameter on the same memory, which has been written to as often."""
+    """Another parameter on the same memory, with the same version."""
     other = nn.Parameter(layer.weight.data)
     while other._version < layer.weight._version:
         other.mul_(normal(6, 4, 3, 3, dtype=F64))
@@ -292,8 +292,8 @@ def test_frozen_notices_changes(change, activation):
     assert torch.equal(after, layer(image)) and not torch.equal(after.double(), before)
 
 
-def test_frozen_keeps_what_its_filters_were_made_from():
-    """Else another tensor could get the id or the address by which it knows them. Not longer than the filters."""
+def test_frozen_keeps_the_sources_of_its_filters():
+    """Otherwise another tensor could get the id or address that identifies them. No longer than the filters."""
     layer, image = make(wa.WAConv2d, {}).eval(), normal(2, 4, 6, 6, dtype=F64)
 
     def are_alive():
@@ -333,7 +333,7 @@ def test_frozen_under_autocast_and_inference_mode(device, count):
 
 
 def test_frozen_and_gradients(device):
-    """In eval mode those of inputs are right; training raises, with what to do; without grad mode nothing is asked."""
+    """Gradients of inputs are correct in eval mode; training raises an error, unless weight and gain are frozen."""
     layer, image = make(wa.WAConv2d, {}, device).eval(), normal(2, 4, 6, 6, dtype=F64, device=device).requires_grad_()
     expected = torch.autograd.grad(layer(image).sin().sum(), image)
     with wa.frozen(layer):
@@ -353,7 +353,7 @@ def test_frozen_and_gradients(device):
 
 
 def test_frozen_and_compiled(device):
-    """A graph does not see versions: it aligns, and so is never stale."""
+    """A graph cannot check versions, so it aligns at every call and is never stale."""
     layer = wa.WAConv2d(3, 4, 3).to(device).eval()
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     image = normal(2, 3, 6, 6, device=device)
@@ -366,7 +366,7 @@ def test_frozen_and_compiled(device):
 
 @pytest.mark.parametrize("options", [{"fused": True}, {"foreach": True}], ids=str)
 def test_frozen_notices_an_optimizer_step(options):
-    """Fused ones do not count their changes."""
+    """Fused optimizers do not bump versions."""
     layers, image = [wa.WAConv2d(3, 3, 3), wa.WAConv2d(3, 4, 3)], normal(1, 3, 5, 5)
     model = nn.Sequential(*layers)
     model(image).square().sum().backward()
@@ -388,7 +388,7 @@ def test_frozen_notices_other_strides():
 
 
 def test_frozen_under_transforms():
-    """Of images the kept weights serve; transformed parameters are aligned at each call."""
+    """vmap over images uses the kept weights; transformed parameters are aligned at each call."""
     layer, images = wa.WAConv2d(3, 4, 3).eval(), normal(2, 3, 5, 5)
     parameters = dict(layer.named_parameters())
     stacked = {name: torch.stack([p, p + 1]) for name, p in parameters.items()}

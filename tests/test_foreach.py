@@ -1,6 +1,6 @@
-"""wa.convert(model, foreach=True): the numbers of layers that align themselves, from one launch forward and one
-backward, whatever a program does to the model. (A model of one launch for each layer is held to the formula in other
-files.)"""
+"""wa.convert(model, foreach=True): the results of layers that align themselves, from one launch forward and one
+backward, whatever a program does to the model. (Other files compare models with one launch per layer to the
+formula.)"""
 
 import copy
 import gc
@@ -22,12 +22,12 @@ import weightalign_cuda as wa
 
 @pytest.fixture(autouse=True)
 def one_thread(restore_threads):
-    """These are many small models, on machines that may be busy."""
+    """Many small models, on machines that may be busy."""
     torch.set_num_threads(1)
 
 
 @pytest.mark.parametrize("foreach", [True, 1, 2, 4, 50])
-def test_same_numbers(backend, device, foreach):
+def test_same_results(backend, device, foreach):
     model = converted(Model(), foreach=foreach).to(device)
     for _ in range(2):
         found, *ops = step(model)
@@ -35,7 +35,7 @@ def test_same_numbers(backend, device, foreach):
     assert model.unused.weight.grad is None and model.unused.gain.grad is None
     if backend != "reference":
         launches = [min(int(foreach), len(layers(model)))] * 2
-        # Of what is not used, a bucket of its own has nothing to do in the backward.
+        # A bucket that holds only unused layers has nothing to do in the backward.
         assert ops[0]["align_forward"] == launches[0] and 0 <= launches[1] - ops[1]["align_backward"] <= 1
         assert (ops[0]["prepare_forward"], ops[1]["prepare_backward"]) == (1, 1)
 
@@ -46,8 +46,8 @@ def test_one_launch_each_way(native, device):
     assert backward == {"align_backward": 1, "prepare_backward": 1}
 
 
-def test_buckets_are_ready_while_the_backward_goes_on(native, device):
-    """In the order in which it meets them, each before the convolutions of the next."""
+def test_buckets_run_during_the_backward(native, device):
+    """In the backward's order, each before the convolutions of the next."""
     model = converted(nn.Sequential(*[nn.Conv2d(4, 4, 3, padding=1) for _ in range(6)]), foreach=3).to(device)
     events = []
     for i, layer in enumerate(model):
@@ -58,7 +58,7 @@ def test_buckets_are_ready_while_the_backward_goes_on(native, device):
         assert events.index(f"gradient {i}") < events.index(f"convolution {2 * (i // 2) - 2}")
 
 
-def test_layers_outside_of_a_forward_of_the_model(device):
+def test_layers_called_outside_the_model(device):
     model, plain = (converted(Model(), foreach=f).to(device) for f in (True, False))
     for m in (model, plain):
         with CountOps() as ops:
@@ -87,7 +87,7 @@ def test_layers_used_twice_and_shared_weights(device):
 
 
 def test_frozen_layers(native, device):
-    """Nothing is computed for them: their filters, of the same launch, want no gradients."""
+    """They cost nothing in the backward: their filters, from the same launch, do not require grad."""
     wanted = []
 
     def run(block, x):
@@ -114,7 +114,7 @@ def test_without_gradients(device):
                 found = model(image(device))
             assert torch.equal(found, plain(image(device)))
         assert ops.calls["align_forward"] == 1
-        assert_same(step(model)[0], step(plain)[0])  # nothing is left of it
+        assert_same(step(model)[0], step(plain)[0])  # no state is left
 
 
 def test_grad_mode_changes_in_the_forward(device):
@@ -197,7 +197,7 @@ def test_exceptions(device):
     assert_same(step(model)[0], alone(device))
 
 
-def test_a_model_in_a_model_and_recursion(native, device):
+def test_nested_models_and_recursion(native, device):
     inner = converted(Model(), foreach=True).to(device)
 
     def run(block, x):
@@ -221,7 +221,7 @@ def test_a_model_in_a_model_and_recursion(native, device):
     assert_same(found, step(wa.convert(model))[0], rtol=1e-4, atol=1e-5)
 
 
-def test_two_models_in_turns(device):
+def test_two_models_interleaved(device):
     models = [converted(Model(), foreach=True).to(device) for _ in range(2)]
     with torch.no_grad():
         models[1].first.gain.mul_(3)
@@ -269,7 +269,7 @@ def test_autocast(device, low):
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
 def test_copies(native, device, copied):
-    """They align their own layers together."""
+    """Copies align their own layers together."""
     model = converted(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3)), foreach=True).to(device)
     for other in (copied(model), copied(model.eval())):
         with torch.no_grad():
@@ -277,13 +277,13 @@ def test_copies(native, device, copied):
         found, forward, backward = step(other)
         assert forward["align_forward"] == backward["align_backward"] == 1
         assert all(p.grad is None for p in model.parameters())
-        assert_same(found, step(wa.convert(other))[0])  # without it now; the original still has it
+        assert_same(found, step(wa.convert(other))[0])  # foreach is off here, but still on in the original
         assert not other._forward_pre_hooks and not other._forward_hooks
         assert step(model)[1]["align_forward"] == 1
         model.zero_grad()
 
 
-def test_on_and_off(native, device):
+def test_turned_on_and_off(native, device):
     model = converted(Model()).to(device)
     for foreach, launches in ((True, 1), (True, 1), (3, 3), (False, 4), (False, 4), (2, 2)):
         modules = list(model.modules())
@@ -337,7 +337,7 @@ def test_twice_differentiable(device):
     assert_same(*found, rtol=1e-10, atol=1e-12)
 
 
-def test_memory_is_not_kept(device):
+def test_memory_is_released(device):
     model = converted(Model(), foreach=True).to(device)
     filters = []
     model.first.register_forward_pre_hook(lambda layer, _: filters.append(layer.aligned_filters()))
@@ -351,14 +351,14 @@ def test_memory_is_not_kept(device):
 
 
 class FSDPModule:
-    """As torch's, which fully_shard makes a base of a module's class."""
+    """Stands in for torch's class, which fully_shard adds to a module's bases."""
 
 
 class Sharded(FSDPModule, Model):
     pass
 
 
-def test_models_that_have_not_all_weights_at_once(device):
+def test_models_without_all_weights_at_once(device):
     for model, reason in ((Sharded(), "FSDP2 gathers"), (nn.DataParallel(Model()), "DataParallel runs copies")):
         modules = list(model.modules())
         with pytest.raises(RuntimeError, match=f"foreach: all layers cannot be aligned .*{reason}.*foreach=False"):

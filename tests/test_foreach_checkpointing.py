@@ -1,4 +1,4 @@
-"""wa.convert(model, foreach=True) and activation checkpointing: layers that run again in the backward."""
+"""wa.convert(model, foreach=True) and activation checkpointing: layers that are recomputed in the backward."""
 
 import gc
 
@@ -11,7 +11,7 @@ from varied import converted
 
 @pytest.fixture(autouse=True)
 def one_thread(restore_threads):
-    """These are many small models, on machines that may be busy."""
+    """Many small models, on machines that may be busy."""
     torch.set_num_threads(1)
 
 
@@ -25,7 +25,7 @@ def test_checkpointed_block(backend, device, reentrant, foreach):
         assert kept(model) == 0
     if backend != "reference":
         assert forward["align_forward"] == int(foreach)
-        # The reentrant kind trains what it runs a second time, where the block's layers align themselves.
+        # Reentrant checkpointing trains the recomputation, in which the block's layers align themselves.
         assert (backward["align_forward"] > 0) == reentrant
         assert reentrant or backward["align_backward"] == int(foreach)
 
@@ -41,7 +41,7 @@ def test_checkpointed_model(backend, device, reentrant):
 
 
 def test_checkpoints_of_several_forwards(device):
-    """Backward in either order, twice, and never."""
+    """Backward in either order, twice, or never."""
     model = converted(Model(checkpointed(False)), foreach=True).to(device)
     plain = converted(Model()).to(device)
     for order in ((0, 1), (1, 0)):
@@ -62,8 +62,8 @@ def test_checkpoints_of_several_forwards(device):
     assert kept(model) == 0
 
 
-def test_kinds_of_checkpointing_in_each_other(device):
-    """A block that runs again both as part of the model and of a reentrant run, in which it aligns itself."""
+def test_nested_kinds_of_checkpointing(device):
+    """A block that is recomputed both as part of the model and in a reentrant recomputation, where it aligns itself."""
 
     def nested(block, x):
         return checkpoint(lambda x: checkpoint(block, x, use_reentrant=False), x, use_reentrant=True)
@@ -75,8 +75,8 @@ def test_kinds_of_checkpointing_in_each_other(device):
         assert_same(*(step(converted(Model(run), foreach=f).to(device))[0] for f in (True, False)))
 
 
-def test_weight_changed_before_its_second_run(device):
-    """As torch says of any weight that the backward needs; never a silent wrong gradient."""
+def test_weight_changed_before_recomputation(device):
+    """torch's error for any weight that the backward needs; never a silently wrong gradient."""
     model = converted(Model(checkpointed(False)), foreach=True).to(device)
     result = model(image(device)).sum()
     with torch.no_grad():
@@ -86,13 +86,13 @@ def test_weight_changed_before_its_second_run(device):
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
-def test_a_backward_in_the_forward(device, reentrant):
-    """What it runs again is not of the forward around it."""
+def test_backward_inside_the_forward(device, reentrant):
+    """What it recomputes does not belong to the enclosing forward."""
 
     def run(block, x):
         (grad,) = torch.autograd.grad(checkpointed(False)(block, x).sum(), x, create_graph=True)
         inner = checkpoint(model.last, x, use_reentrant=reentrant).sum()
-        inner.backward(retain_graph=True)  # all gradients leave one node
+        inner.backward(retain_graph=True)  # one node gives all gradients
         return block(x) + grad.mean()
 
     found = []

@@ -11,7 +11,7 @@ from varied import converted
 
 @pytest.fixture(autouse=True)
 def one_thread(restore_threads):
-    """These are many small models, on machines that may be busy."""
+    """Many small models, on machines that may be busy."""
     torch.set_num_threads(1)
 
 
@@ -43,7 +43,7 @@ def test_compiled(device, fresh_compiler, block):
 
 
 def graphs_of(function):
-    """The function compiled, and the targets in each graph that this makes."""
+    """The compiled function, and the targets in each graph that compiling it makes."""
     graphs = []
 
     def backend(graph, _):
@@ -54,8 +54,8 @@ def graphs_of(function):
 
 
 def test_graphs_of_compile(device, fresh_compiler):
-    """The compiled model's graph takes the aligned weights; one around the model aligns them in itself, once; one of a
-    part aligns each layer."""
+    """The compiled model's graph takes the aligned weights as inputs; a graph around the model aligns them itself,
+    once; a compiled part of it aligns each layer."""
     model = converted(Model(), foreach=True).to(device).eval()
     around = nn.Sequential(model, nn.ReLU())
     expected = model(image(device))

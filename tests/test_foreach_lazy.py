@@ -1,4 +1,4 @@
-"""foreach aligns when the first layer asks: in the dtype it asks for, wherever in the forward that is."""
+"""foreach aligns when the first layer asks, in the dtype that it asks for, wherever in the forward that is."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ import weightalign_cuda as wa
 
 
 class Model(nn.Module):
-    """Three convolutions of other eps and scales, which run as they are told."""
+    """Three convolutions with different eps and scales; `run` decides how the block is called."""
 
     def __init__(self, run=lambda block, x: block(x)):
         super().__init__()
@@ -30,20 +30,20 @@ class Model(nn.Module):
 
 
 def together_and_alone(run, device):
-    """Of a model aligned together and one whose layers align themselves: results of `step`."""
+    """Results of `step` for a model aligned together and for one whose layers align themselves."""
     x = image(device).requires_grad_()
     return [step(wa.convert(Model(run), foreach=foreach).to(device), x=x) for foreach in (True, False)]
 
 
 class AutocastInside(Model):
-    """As Accelerate wraps `model.forward`, and as a training step of Lightning calls a part of its module."""
+    """As Accelerate wraps `model.forward`, and as a Lightning training step calls part of its module."""
 
     def forward(self, x):
         with torch.autocast(x.device.type, BF16):
             return super().forward(x)
 
 
-def test_autocast_that_the_forward_enters(native, device, log):
+def test_autocast_inside_the_forward(native, device, log):
     results = []
     for foreach in (True, False):
         model = wa.convert(AutocastInside(), foreach=foreach).to(device)
@@ -55,7 +55,7 @@ def test_autocast_that_the_forward_enters(native, device, log):
 
 
 def test_autocast_that_changes_after_the_first_layer(backend, device, log):
-    """Those that ask for another dtype align themselves, and that is said, once."""
+    """Layers that ask for another dtype align themselves, which is logged once."""
 
     def run(block, x):
         x = block(x)
@@ -74,7 +74,7 @@ def test_autocast_that_changes_after_the_first_layer(backend, device, log):
 
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_first_layer_in_a_checkpoint(backend, device, reentrant):
-    """The filters are no part of what runs again."""
+    """The filters are not part of the recomputation."""
 
     def run(block, x):
         return checkpoint(block, x, use_reentrant=reentrant)
@@ -86,7 +86,7 @@ def test_first_layer_in_a_checkpoint(backend, device, reentrant):
 
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
 def test_first_layer_without_gradients(backend, device, context):
-    """Filters of the others still get theirs."""
+    """Filters of the other layers still get gradients."""
 
     def run(block, x):
         with context():
@@ -98,8 +98,8 @@ def test_first_layer_without_gradients(backend, device, context):
     assert together[0][-1] is not None
 
 
-def test_part_outside_of_the_inference_mode(device, log):
-    """Autograd cannot save filters that were made inside of it, even of frozen layers."""
+def test_part_outside_inference_mode(device, log):
+    """Autograd cannot save filters that were made inside inference mode, even of frozen layers."""
 
     inside, found = [], []
 
@@ -122,7 +122,7 @@ def test_part_outside_of_the_inference_mode(device, log):
 
 
 def test_weight_written_to_in_a_training_forward(backend, device, log):
-    """Before its layer runs, as some regularisers do: its layer aligns itself, and all backwards are right."""
+    """Before its layer runs, as some regularisers do: its layer aligns itself, and all backwards are correct."""
 
     def run(block, x):
         x = block[1](block[0](x))
@@ -146,7 +146,7 @@ class TwoHeads(nn.Module):
 
 
 def test_two_losses_of_one_forward(native, device):
-    """All filters leave one node, but the backward of one loss leaves the graph of the other one whole."""
+    """One node makes all filters, but the backward of one loss leaves the other's graph intact."""
     found = []
     for foreach in (True, False):
         model = wa.convert(TwoHeads(), foreach=foreach).to(device)
@@ -156,7 +156,7 @@ def test_two_losses_of_one_forward(native, device):
     assert_same(*found)
 
 
-def test_nothing_is_aligned_where_nothing_asks(native, device):
+def test_nothing_is_aligned_if_no_layer_asks(native, device):
     model = wa.convert(Model(), foreach=True).to(device)
     model.forward = lambda x: x * model.last.bias.sum()
     assert step(model)[1:] == ({}, {})

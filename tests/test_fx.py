@@ -1,4 +1,4 @@
-"""torch.fx and what is built on it: layers are leaves, functions are recorded, tensors of other classes stay theirs."""
+"""torch.fx and tools built on it: layers are leaves, functions are recorded, tensor subclasses are kept."""
 
 import pytest
 import timm
@@ -47,7 +47,7 @@ def test_layers_are_leaves_and_functions_are_recorded():
 
 @pytest.mark.parametrize("foreach", [False, True])
 @pytest.mark.parametrize("is_folded", [False, True])
-def test_a_converted_model(foreach, is_folded):
+def test_converted_model(foreach, is_folded):
     model = wa.convert(nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.ConvTranspose2d(8, 4, 2)), foreach=foreach)
     model = wa.fold(model) if is_folded else model
     traced, image = fx.symbolic_trace(model), normal(1, 3, 8, 9)
@@ -58,7 +58,7 @@ def test_a_converted_model(foreach, is_folded):
 
 @pytest.mark.parametrize("foreach", [False, True])
 def test_feature_extractors(foreach):
-    """torchvision's and timm's."""
+    """Those of torchvision and timm."""
     image = normal(1, 3, 64, 64)
     model = wa.convert(torchvision.models.resnet18(), foreach=foreach).eval()
     features = create_feature_extractor(model, ["layer2.0.conv1", "flatten"])(image)
@@ -74,7 +74,7 @@ def test_feature_extractors(foreach):
 
 
 def test_fusing_tools_get_the_aligned_weight_or_an_error():
-    """Batch norm must not be baked into a weight that is not aligned."""
+    """Batch norm must not be folded into a weight that is not aligned."""
     model = nn.Sequential(wa.WAConv2d(3, 4, 3), nn.BatchNorm2d(4)).eval()
     nn.init.normal_(model[1].running_mean)
     image = normal(1, 3, 8, 8)
@@ -84,16 +84,16 @@ def test_fusing_tools_get_the_aligned_weight_or_an_error():
         nn.utils.fusion.fuse_linear_bn_eval(wa.WALinear(3, 4).eval(), nn.BatchNorm1d(4).eval())
     with pytest.raises((AssertionError, NotImplementedError), match="WAConv2d"):
         torch.ao.quantization.fuse_modules(model, [["0", "1"]])
-    assert torch.equal(fuse(model)(image), model(image))  # knows no layer of ours
+    assert torch.equal(fuse(model)(image), model(image))  # does not know our layers
     fused = nn.utils.fusion.fuse_conv_bn_eval(*wa.fold(model))
     torch.testing.assert_close(fused(image), model(image), rtol=1e-4, atol=1e-5)
 
 
 class Image(torch.Tensor):
-    """As torchvision's tv_tensors: a class of its own, which PyTorch's functions return, too."""
+    """Like torchvision's tv_tensors: a subclass, which PyTorch's functions return as well."""
 
 
-def test_tensors_of_other_classes():
+def test_tensor_subclasses():
     weight, gain = normal(4, 3, 3, 3), normal(4, seed=1)
     image = normal(1, 3, 6, 6).as_subclass(Image)
     options = {"gain": gain, "padding": 1, "padding_mode": "reflect", "eps": 0.3, "scale": 1.7}

@@ -1,4 +1,4 @@
-"""wa.convert leaves what predicts in the models of torchvision, segmentation-models-pytorch and transformers."""
+"""wa.convert skips prediction layers in the models of torchvision, segmentation-models-pytorch and transformers."""
 
 import copy
 
@@ -15,7 +15,7 @@ NONE = {"weights": None, "weights_backbone": None, "num_classes": 5}
 
 
 def stays_plain(model):
-    """The names of convolutions that `convert` leaves. On the meta device: nothing is computed."""
+    """The names of convolutions that `convert` skips. On the meta device: nothing is computed."""
     wa.convert(model)
     convolutions = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d)
     return [
@@ -133,8 +133,8 @@ def test_transformers(make, plain):
 
 
 def test_losses_of_retinanet():
-    """The classification loss begins where its bias puts it, at 0.25 * -log(0.01) for each box; the logits' own spread,
-    about 1, changes that by 10 %. So do the boxes', which add 4 * E|N(0, 1)| = 3.2 at most to theirs, a sum of four.
+    """The classification loss starts where its bias puts it, at 0.25 * -log(0.01) per box; the logits' own spread,
+    about 1, changes that by 10 %. The box loss, a sum of four, gains at most 4 * E|N(0, 1)| = 3.2 in the same way.
     Aligned, the last layers would give ten times that, and losses of 9."""
     torch.manual_seed(0)
     layers = {"norm_layer": nn.BatchNorm2d, "trainable_layers": 5}  # as retinanet_resnet50_fpn does without weights

@@ -1,5 +1,5 @@
-"""wa.convert leaves what predicts, by the names and classes that libraries use: stand-ins for those, and rules for all.
-The libraries themselves are in test_head_libraries.py."""
+"""wa.convert skips prediction layers, by the names and classes that libraries use: stand-ins for those, and general
+rules. The libraries themselves are in test_head_libraries.py."""
 
 import logging
 
@@ -18,7 +18,7 @@ def block(channels, out, kernel=3):
 
 
 class Detect(nn.Module):
-    """ultralytics', of YOLOv8 and later: boxes from cv2, classes from cv3, one of each for each feature map."""
+    """Like ultralytics' of YOLOv8 and later: boxes from cv2, classes from cv3, one each per feature map."""
 
     def __init__(self, classes=3, channels=(4, 8)):
         super().__init__()
@@ -30,7 +30,7 @@ class Detect(nn.Module):
 
 
 class Segment(Detect):
-    """Coefficients of masks from cv4, and their prototypes, which are features."""
+    """Mask coefficients from cv4, and their prototypes, which are features."""
 
     def __init__(self):
         super().__init__()
@@ -39,7 +39,7 @@ class Segment(Detect):
 
 
 class Anchors(nn.Module):
-    """mmdetection's heads: a tower, layers named by what they predict; lists of them."""
+    """Like mmdetection's heads: a tower, layers named by what they predict, and lists of them."""
 
     def __init__(self):
         super().__init__()
@@ -95,7 +95,7 @@ STANDS_IN = {
 
 
 @pytest.mark.parametrize(("make", "expected"), STANDS_IN.values(), ids=STANDS_IN)
-def test_what_predicts(caplog, make, expected):
+def test_prediction_layers(caplog, make, expected):
     caplog.set_level(logging.INFO, logger="weightalign_cuda")
     model = nn.Sequential(nn.Conv2d(3, 4, 3), make())
     assert plain_convolutions(wa.convert(model)) == [f"1.{name}" for name in expected]
@@ -119,15 +119,15 @@ OUTPUTS = {
 
 
 @pytest.mark.parametrize(("last", "predicts"), OUTPUTS.values(), ids=OUTPUTS)
-def test_the_last_convolution_of_a_model(last, predicts):
+def test_last_convolution_of_a_model(last, predicts):
     model = wa.convert(nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 1), last))
     assert [isinstance(m, wa.nn.layers.Aligned) for m in model] == [True, True, not predicts]
-    assert isinstance(wa.convert(last), wa.nn.layers.Aligned)  # a model of its own
+    assert isinstance(wa.convert(last), wa.nn.layers.Aligned)  # a single layer as the model
     followed = wa.convert(nn.Sequential(type(last)(4, 4, 1), nn.BatchNorm2d(4)))
     assert isinstance(followed[0], wa.nn.layers.Aligned)
 
 
-def test_a_backbone_of_timm_predicts_nothing():
+def test_timm_backbone_predicts_nothing():
     backbone = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 1))
     backbone.pretrained_cfg = {"classifier": "head"}  # with num_classes=0
     assert all(isinstance(layer, wa.nn.layers.Aligned) for layer in wa.convert(backbone))

@@ -1,4 +1,4 @@
-"""The layers: those of torch.nn on the aligned weight. What all share is tested on WAConv2d."""
+"""The layers: torch.nn's with an aligned weight. What all share is tested on WAConv2d."""
 
 import copy
 import io
@@ -33,7 +33,7 @@ def make(cls, arguments, **kwargs):
 
 @pytest.mark.parametrize("arguments", ARGUMENTS.values(), ids=ARGUMENTS)
 @pytest.mark.parametrize("eps", [1e-5, 0.3])
-def test_output_and_gradients_are_those_of_the_aligned_weight(backend, device, arguments, eps):
+def test_output_and_gradients_of_the_aligned_weight(backend, device, arguments, eps):
     conv = make(wa.WAConv2d, arguments, eps=eps, scale=1.5, device=device, dtype=F64)
     plain = make(nn.Conv2d, arguments, device=device, dtype=F64)
     image = normal(2, 6, 11, 10, seed=1, dtype=F64, device=device).requires_grad_()
@@ -113,7 +113,7 @@ def test_deepcopy_pickle_and_state_dict(device):
     with torch.no_grad():
         conv.gain.copy_(normal(8))
     image = normal(2, 6, 9, 9, device=device)
-    conv(image).sum().backward()  # a copy must work after a step as well
+    conv(image).sum().backward()  # a copy must also work after a step
     loaded = wa.WAConv2d(6, 8, 3, eps=1e-3, scale=1.25).to(device)
     loaded.load_state_dict(conv.state_dict())
     buffer = io.BytesIO()
@@ -126,7 +126,7 @@ def test_deepcopy_pickle_and_state_dict(device):
         assert repr(other) == repr(conv)
 
 
-def test_scale_of_the_weight_changes_nothing(backend, device):
+def test_invariant_to_the_scale_of_the_weight(backend, device):
     conv = wa.WAConv2d(6, 8, 3, dtype=F64, device=device, eps=1e-30)
     image = normal(2, 6, 9, 9, dtype=F64, device=device)
     before = conv(image)
@@ -173,7 +173,7 @@ def plain_class(cls):
 
 
 def truth(layer, arguments, image, eps=1e-5, scale=1.0):
-    """The output of torch's layer with the aligned weight; of transposed layers each filter is picked by itself."""
+    """The output of torch's layer with the aligned weight; filters of transposed layers are indexed one by one."""
     plain = plain_class(type(layer))(*arguments, dtype=F64, device=image.device)
     leaves, groups = dict(layer.named_parameters()), getattr(layer, "groups", 1)
     weight, gain = leaves["weight"], leaves.pop("gain")
@@ -201,7 +201,7 @@ def test_every_layer_against_torch(backend, device, case, activation):
         torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
 
 
-def test_every_layer_is_as_torch_makes_it(case):
+def test_every_layer_is_initialised_as_in_torch(case):
     cls, arguments, _ = case
     torch.manual_seed(3)
     layer = cls(*arguments)
@@ -248,7 +248,7 @@ def test_output_size_of_a_transposed_layer():
 
 @pytest.mark.parametrize("stride", [1, 2, 3])
 def test_tensorflow_padding(backend, device, stride):
-    """As zeros by hand: of 10 rows and a kernel of 4, at stride 3, total (4 - 1) * 3 + 4 - 10 = 3, one before."""
+    """Equal to explicit zeros: with 10 rows, a kernel of 4 and stride 3, total (4 - 1) * 3 + 4 - 10 = 3, one before."""
     layer = wa.WAConv1d(3, 4, 4, stride, "same_tf", eps=0.3, scale=1.7, dtype=F64, device=device)
     image = normal(2, 3, 10, dtype=F64, device=device)
     total = {1: 3, 2: 2, 3: 3}[stride]
@@ -262,7 +262,7 @@ def test_tensorflow_padding(backend, device, stride):
 @pytest.mark.parametrize("dtype", [F32, F64, BF16])
 @pytest.mark.parametrize("activation", [None, "relu"])
 def test_autocast_gives_the_dtypes_of_torch(device, cls, dtype, activation):
-    """Of every pair of dtypes of input and layer that torch's layer takes."""
+    """For every pair of dtypes of input and layer that torch's layer accepts."""
     layer = cls(4, 6, *([3] if cls is wa.WAConv2d else []), activation=activation, dtype=dtype, device=device)
     plain = plain_class(cls)(4, 6, *([3] if cls is wa.WAConv2d else []), dtype=dtype, device=device)
     image = normal(2, 4, 7, 7, device=device) if cls is wa.WAConv2d else normal(2, 4, device=device)
@@ -274,7 +274,7 @@ def test_autocast_gives_the_dtypes_of_torch(device, cls, dtype, activation):
 
 
 def test_gain_may_be_absent():
-    """As in layers converted from those without one; the keys of a checkpoint are then those of the plain layer."""
+    """As in layers converted from ones without a gain; a checkpoint then has the plain layer's keys."""
     layer = wa.WAConv2d(3, 4, 3, eps=0.3, scale=2)
     layer.register_parameter("gain", None)
     plain = nn.Conv2d(3, 4, 3)
@@ -293,7 +293,7 @@ def test_old_checkpoints_load():
         nn.init.constant_(gain, 3)
     keys = list(plain)
     assert str(model.load_state_dict(plain)) == "<All keys matched successfully>"
-    assert list(plain) == keys  # the caller's is as it was
+    assert list(plain) == keys  # the caller's is unchanged
     assert [g.tolist() for g in wa.gain_parameters(model)] == [[1] * 4, [1] * 2]
     assert torch.equal(model[0].weight, plain["0.weight"])
     with torch.device("meta"):
@@ -315,7 +315,7 @@ def test_gains_of_other_libraries_load(ones):
         layer.load_state_dict(layer.state_dict() | {"gain": normal(2, 2)})
 
 
-def test_a_part_of_a_checkpoint_leaves_gain_alone():
+def test_partial_checkpoint_leaves_gain_unchanged():
     layer = wa.WAConv2d(3, 4, 3)
     nn.init.constant_(layer.gain, 3)
     missing, _ = layer.load_state_dict({"bias": torch.zeros(4)}, strict=False)
@@ -324,7 +324,7 @@ def test_a_part_of_a_checkpoint_leaves_gain_alone():
 
 @pytest.mark.parametrize("options", [{}, {"activation": "gelu"}, {"padding": "same_tf"}, {"padding_mode": "reflect"}])
 def test_filters_aligned_elsewhere(backend, device, options):
-    """What stands in `aligned_by` serves a layer until it is taken away; copies do not have it."""
+    """A layer uses what its `aligned_by` returns until it is removed; copies do not have it."""
     cases = [(wa.WAConv2d, options | {"stride": 2})]
     if "padding" not in options and "padding_mode" not in options:
         cases += [(wa.WAConvTranspose2d, options | {"groups": 2}), (wa.WALinear, options)]
@@ -334,7 +334,7 @@ def test_filters_aligned_elsewhere(backend, device, options):
         image = normal(2, 4, *[9] * 2 * len(size), dtype=F64, device=device).requires_grad_()
         own, elsewhere = layer(image), layer.aligned_filters()
         layer.aligned_by = lambda held=elsewhere: held
-        layer.weight = nn.Parameter(torch.zeros_like(layer.weight))  # not looked at
+        layer.weight = nn.Parameter(torch.zeros_like(layer.weight))  # not used
         output = layer(image)
         assert torch.equal(output, own)
         (ours,), (theirs,) = (torch.autograd.grad(y.square().sum(), [image], retain_graph=True) for y in (output, own))
@@ -347,8 +347,8 @@ def test_filters_aligned_elsewhere(backend, device, options):
         assert not torch.equal(layer(image), own)
 
 
-def test_plain_padding_is_left_to_the_convolution(monkeypatch):
-    """Symmetric zeros and no activation: align and torch's convolution, nothing of prepare."""
+def test_plain_padding_is_done_by_the_convolution(monkeypatch):
+    """Symmetric zeros and no activation: align and torch's convolution, without prepare."""
     monkeypatch.setattr(wa.nn.layers, "convolve", None)
     for arguments in ({}, {"padding": 1}, {"padding": (2, 1), "stride": 2}):
         wa.WAConv2d(3, 4, 3, **arguments)(normal(1, 3, 6, 6))

@@ -1,4 +1,4 @@
-"""Strides of results and gradients, and values right in every layout of weight and incoming gradient."""
+"""Strides of results and gradients, and correct values in every layout of weight and incoming gradient."""
 
 import hypothesis.strategies as st
 import pytest
@@ -74,7 +74,7 @@ def test_gradients_reach_the_tensor_that_was_sliced(backend, device, sliced):
 @pytest.mark.parametrize("offset", range(1, 9))
 @pytest.mark.parametrize(("dtype", "result_dtype"), PAIRS, ids=name)
 def test_any_offset_in_memory(backend, device, offset, dtype, result_dtype):
-    """Vectors of 16 bytes that begin anywhere; n = 49 makes each filter begin elsewhere."""
+    """Unaligned 16-byte vectors; with n = 49 every filter starts at another alignment."""
     weight = normal(8 * 49 + offset, device=device, dtype=dtype)[offset:].view(8, 1, 7, 7)
     gain = normal(8 + offset, seed=1, device=device, dtype=dtype)[offset:]
     grad = normal(8 * 49 + 9 - offset, seed=2, device=device, dtype=result_dtype)[9 - offset :].view(8, 1, 7, 7)
@@ -148,7 +148,7 @@ def test_gradients_of_any_layout(native, device, grad, order, dtype, result_dtyp
 
 @st.composite
 def strided(draw, shape, dtype, seed):
-    """A tensor of this shape in any order of dimensions, perhaps with gaps, an offset, a dimension expanded."""
+    """A tensor of this shape with any order of dimensions, perhaps with gaps, an offset, an expanded dimension."""
     order = draw(st.permutations(range(len(shape))))
     steps = [draw(st.sampled_from([1, 1, 1, 2, 3])) for _ in shape]
     starts = [draw(st.sampled_from([0, 0, 1, 3])) for _ in shape]
@@ -177,7 +177,7 @@ def cases(draw):
 @given(case=cases())
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_shape_and_strides(backend, device, case):
-    """(The backend stays the same through the examples, which is all that the health check is about.)"""
+    """(The health check is about fixtures not being reset between examples; the backend should stay the same.)"""
     tensors = {key: case[key] if case[key] is None else case[key].to(device) for key in ("weight", "grad", "gain")}
     aligned, *_ = check_align(**tensors, dtype=case["dtype"], memory_format=case["memory_format"])
     weight, memory_format = tensors["weight"], case["memory_format"]

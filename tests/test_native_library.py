@@ -1,4 +1,4 @@
-"""The installed library: one small file that any torch >= 2.11 loads, with CUDA or without."""
+"""The installed library: one small file that any torch >= 2.11 loads, with or without CUDA."""
 
 import pathlib
 import re
@@ -11,25 +11,25 @@ PACKAGE = pathlib.Path(wa.__file__).parent
 LIBRARY = PACKAGE / "_weightalign.so"
 
 
-def test_it_is_here_and_loaded():
+def test_library_is_installed_and_loaded():
     assert [p.name for p in PACKAGE.rglob("*.so*")] == [LIBRARY.name]
     assert ops.library.error is None
     assert wa.backends()["cpu"] == "available"
 
 
-def test_it_is_small():
+def test_library_is_small():
     assert LIBRARY.stat().st_size < 3_000_000
 
 
-def test_it_needs_nothing_that_a_cpu_machine_lacks():
-    """CUDA comes in statically, and from whichever torch is there."""
+def test_library_has_no_cuda_dependencies():
+    """The CUDA runtime is linked statically; the rest comes from the torch that is loaded."""
     dynamic = subprocess.run(["readelf", "-d", str(LIBRARY)], capture_output=True, text=True, check=True).stdout
     needed = re.findall(r"\(NEEDED\).*\[(.+)\]", dynamic)
     assert "libtorch_cpu.so" in needed
     assert not [n for n in needed if re.match(r"lib(torch_cuda|torch_python|c10_cuda|cuda|cudart|nv|python)", n)]
 
 
-def test_it_says_what_it_was_built_with():
+def test_build_information():
     built_with_cuda = bool(ops.library.architectures)
     assert list(ops.library.architectures) == sorted(set(ops.library.architectures))
     assert all(70 <= a < 200 for a in ops.library.architectures)

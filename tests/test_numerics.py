@@ -1,4 +1,4 @@
-"""The cases of benchmarks/numerics.py on every backend, and the table that they are committed as."""
+"""The cases of benchmarks/numerics.py on every backend, and their committed table."""
 
 import pathlib
 import sys
@@ -21,7 +21,7 @@ def test_rounding_explains_every_error(backend, case):
 
 
 def committed():
-    """Of each result's table: the columns, and a row of cells for each case."""
+    """For each result's table: the columns, and a row of cells per case."""
     tables = {}
     for block in numerics.TABLE.read_text().split("\n\n"):
         if block.startswith("|"):
@@ -30,7 +30,7 @@ def committed():
     return tables
 
 
-def test_table_is_of_these_cases_and_columns():
+def test_table_has_these_cases_and_columns():
     tables = committed()
     assert list(tables) == list(numerics.RESULTS)
     for columns, rows in tables.values():
@@ -39,8 +39,8 @@ def test_table_is_of_these_cases_and_columns():
         assert columns[:-4] in (["cuda", "triton"], ["cuda (emulated)", "triton (interpreted)"])
 
 
-def test_table_says_where_ours_is_right():
-    """Bold beyond float32's range and nowhere else, as test_rounding_explains_every_error finds it."""
+def test_table_marks_where_ours_is_wrong():
+    """Bold beyond float32's range and nowhere else, in agreement with test_rounding_explains_every_error."""
     for columns, rows in committed().values():
         for case in numerics.CASES:
             for column, cell in zip(columns, rows[case.name], strict=True):
@@ -50,8 +50,8 @@ def test_table_says_where_ours_is_right():
 
 @by_name
 @pytest.mark.parametrize("column", [name for name in ("cpu", "reference") if wa.backends()[name] == "available"])
-def test_table_has_the_errors_of_today(column, case):
-    """Within a factor of 4: other processors and versions of torch sum in another order."""
+def test_table_has_current_errors(column, case):
+    """Within a factor of 4: other processors and versions of torch sum in other orders."""
     for i, (columns, rows) in enumerate(committed().values()):
         then, now = rows[case.name][columns.index(column)], numerics.row(case, numerics.ours(column))[i]
         if then.strip("*") in ("nan", "0") or now.strip("*") in ("nan", "0"):

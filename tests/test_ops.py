@@ -14,7 +14,7 @@ PRESERVE, CONTIGUOUS, LAST = torch.preserve_format, torch.contiguous_format, tor
 
 
 def image_weights(device, dtype):
-    """Dense in several orders, sliced, long, tiny; rank 2 and 5 too."""
+    """Dense in several orders, sliced, long, tiny; also rank 2 and 5."""
     w = [normal(*s, seed=i, device=device, dtype=dtype) for i, s in enumerate([(4, 3, 3, 3), (6, 5), (2, 4, 2, 3, 2)])]
     return [
         *w,
@@ -34,7 +34,7 @@ def forward_args(weights, gains, dtype, memory_format=PRESERVE):
 
 
 def some_gains(weights, dtype):
-    """One for each weight, but None for every third."""
+    """A gain for each weight, except None for every third."""
     return [normal(w.shape[0], seed=i, device=w.device, dtype=dtype) if i % 3 else None for i, w in enumerate(weights)]
 
 
@@ -96,7 +96,7 @@ def test_fake_kernels_agree_with_the_real_ones(device, dtype, result_dtype, memo
 @pytest.mark.parametrize("implementation", [ops, reference], ids=["registered", "reference"])
 @pytest.mark.parametrize(("dtype", "result_dtype"), [(F32, F32), (F32, BF16), (BF16, BF16), (F64, F64)], ids=name)
 def test_values_of_forward_and_backward(device, implementation, dtype, result_dtype):
-    """The reference's own backward serves only where there is no native library: autograd does, elsewhere."""
+    """The reference's own backward is used only without the native library; otherwise autograd is."""
     weights = [w for w in image_weights(device, dtype) if w.numel()]
     weights += [normal(3, 50, mean=1e4, std=1e-3, device=device, dtype=dtype), torch.full_like(weights[0], 0.1)]
     gains = some_gains(weights, F32)
@@ -127,7 +127,7 @@ def test_statistics_of_any_strides(ops, device, dtype):
 
 
 def test_statistics(device):
-    """Mean and 1 / sqrt(n/2 * var + eps), one row a filter of the whole list, float32 beside float64."""
+    """Mean and 1 / sqrt(n/2 * var + eps), one row per filter of the whole list, float32 or float64."""
     weights = [normal(3, 50, mean=4, device=device), normal(2, 5, 3, 3, seed=1, device=device)]
     for dtype, table_dtype, rtol in ((F32, F32, 1e-6), (BF16, F32, 1e-6), (F64, F64, 1e-13)):
         rounded = [w.to(dtype) for w in weights]
@@ -154,9 +154,9 @@ def step(conv, gain, image, extra):
 
 @pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
 @pytest.mark.usefixtures("fresh_compiler")
-def test_compile_without_a_graph_break(native, device, compiler):
-    """aot_eager: a whole training step. inductor, which checks strides as well: the function alone, in which there is
-    nothing that would call for a C++ compiler."""
+def test_compile_without_graph_breaks(native, device, compiler):
+    """aot_eager compiles a whole training step; inductor, which checks strides as well, only the function, which does
+    not need a C++ compiler."""
     conv = wa.WAConv2d(3, 8, 3, padding=1, eps=0.3, scale=1.5).to(device, memory_format=LAST)
     gain = normal(4, device=device).requires_grad_() if compiler == "inductor" else None
     extra = dense(normal(4, 2, 3, 3, seed=1, device=device), (1, 0, 2, 3)).requires_grad_()
@@ -177,7 +177,7 @@ def test_compile_without_a_graph_break(native, device, compiler):
 
 
 @pytest.mark.usefixtures("fresh_compiler")
-def test_compile_for_sizes_that_change(native, device):
+def test_compile_with_dynamic_sizes(native, device):
     compiled = torch.compile(wa.align, fullgraph=True, backend="aot_eager", dynamic=True)
     for shape in ((4, 9), (6, 9), (6, 12)):
         weight = normal(*shape, device=device).requires_grad_()
@@ -187,7 +187,7 @@ def test_compile_for_sizes_that_change(native, device):
 
 
 @pytest.mark.usefixtures("fresh_compiler")
-def test_compile_for_layers_that_differ(native, device):
+def test_compile_for_different_layers(native, device):
     """From the second value on, torch.compile makes eps and scale symbols instead of constants."""
     compiled = torch.compile(lambda conv, image: conv(image), fullgraph=True, backend="aot_eager")
     image = normal(2, 3, 8, 8, device=device)
@@ -235,8 +235,8 @@ def test_activation_checkpointing(backend, device):
     assert all(torch.equal(*pair) for pair in zip(*grads, strict=True))
 
 
-def test_weight_that_is_computed(backend, device):
-    """Not a leaf: the gradient goes on to what it was made of."""
+def test_computed_weight(backend, device):
+    """Not a leaf: the gradient continues to its inputs."""
     raw, gain = normal(4, 9, dtype=F64, device=device).requires_grad_(), normal(1, dtype=F64, device=device)
     gain.requires_grad_()
     found, true = (
@@ -246,7 +246,7 @@ def test_weight_that_is_computed(backend, device):
     torch.testing.assert_close(found, true, rtol=1e-10, atol=1e-12)
 
 
-def test_weight_changed_in_place_before_backward_is_noticed(native, device):
+def test_weight_changed_in_place_before_backward_is_an_error(native, device):
     weight = normal(4, 9, device=device).requires_grad_()
     aligned = wa.align(weight)
     with torch.no_grad():
@@ -255,8 +255,8 @@ def test_weight_changed_in_place_before_backward_is_noticed(native, device):
         aligned.sum().backward()
 
 
-def test_weight_of_a_list_changed_in_place_whose_result_is_not_used(native, device):
-    """It takes no part in the backward, so it spoils nothing; torch's saved tensors are checked all or none."""
+def test_unused_weight_of_a_list_changed_in_place(native, device):
+    """It takes no part in the backward, so it is no error. (torch's own check of saved tensors is all or none.)"""
     weights = [normal(4, 9, seed=i, device=device).requires_grad_() for i in range(2)]
     first, second = wa.align_foreach(weights, scale=[1.5, 0.5])
     expected = torch.autograd.grad(first.sin().sum(), weights[0], retain_graph=True)[0]
@@ -267,7 +267,7 @@ def test_weight_of_a_list_changed_in_place_whose_result_is_not_used(native, devi
         second.sum().backward()
 
 
-WRONG = {  # arguments of align_backward in place of the right ones
+WRONG = {  # invalid replacements for arguments of align_backward
     "short statistics": {3: lambda s: s[:3]},
     "statistics of one number": {3: lambda s: s[:, :1]},
     "flat statistics": {3: torch.flatten},
@@ -277,8 +277,8 @@ WRONG = {  # arguments of align_backward in place of the right ones
 
 
 @pytest.mark.parametrize("wrong", WRONG.values(), ids=WRONG)
-def test_backward_of_what_does_not_fit(ops, device, wrong):
-    """For whoever calls the op: nothing outside of a tensor is ever read."""
+def test_backward_with_mismatched_arguments(ops, device, wrong):
+    """For direct callers of the op: nothing outside a tensor is ever read."""
     weights = [normal(4, 9, device=device)]
     aligned, statistics = ops.align_forward(weights, [None], [0.1], [1.5], F32, PRESERVE)
     arguments = [aligned, weights, [None], statistics, [1.5]]
@@ -288,7 +288,7 @@ def test_backward_of_what_does_not_fit(ops, device, wrong):
         ops.align_backward(*arguments)
 
 
-def test_backward_twice_over_one_graph(backend, device):
+def test_backward_twice_through_one_graph(backend, device):
     weight = normal(4, 9, device=device).requires_grad_()
     aligned = wa.align(weight)
     grads = [torch.autograd.grad(aligned, weight, torch.ones_like(aligned), retain_graph=True)[0] for _ in range(2)]

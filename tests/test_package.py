@@ -1,4 +1,4 @@
-"""The package in processes of its own: its command, without the native library, under WEIGHTALIGN_BACKEND."""
+"""The package in separate processes: its command, without the native library, and under WEIGHTALIGN_BACKEND."""
 
 import importlib.util
 import os
@@ -17,13 +17,13 @@ HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
 def python(*args, root=PACKAGE.parent, **environment):
-    """A Python that imports the package from `root`, whichever is installed."""
+    """Runs a Python that imports the package from `root`, whichever is installed."""
     env = {k: v for k, v in os.environ.items() if k != "WEIGHTALIGN_BACKEND"} | {"PYTHONPATH": str(root)} | environment
     return subprocess.run([sys.executable, *args], cwd=root, env=env, capture_output=True, text=True, timeout=120)
 
 
 def test_command():
-    done = python("-m", "weightalign_cuda", WEIGHTALIGN_BACKEND="")  # empty: as if not set
+    done = python("-m", "weightalign_cuda", WEIGHTALIGN_BACKEND="")  # empty is the same as unset
     assert done.returncode == 0, done.stderr
     for expected in (f"weightalign_cuda {wa.__version__}", f"torch {torch.__version__}", "compiled architectures"):
         assert expected in " ".join(done.stdout.split())
@@ -37,7 +37,7 @@ import torch, weightalign_cuda as wa
 model = wa.convert(torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.Conv2d(4, 4, 3)), foreach=True)
 image = torch.ones(1, 3, 8, 8)
 with wa.accumulate(model):
-    model(image)  # torch's own backward asks
+    model(image)  # torch's own backward queries it
 with torch.no_grad(), wa.frozen(model):
     model(image)
 if {interpreted}:
@@ -47,7 +47,7 @@ print("aligned")
 """
 
 
-# Whatever the CUDA runtime asks the driver begins with one of these.
+# Every call of the CUDA runtime into the driver starts with one of these.
 DRIVER = """
 #include <unistd.h>
 static int asked(void) { return write(2, "driver asked", 12), 100; }
@@ -58,8 +58,8 @@ int cuGetProcAddress_v2(void) { return asked(); }
 """
 
 
-def test_cpu_tensors_ask_nothing_about_cuda(tmp_path):
-    """Asking would initialise it, and a process forked afterwards could not use it."""
+def test_cpu_tensors_do_not_query_cuda(tmp_path):
+    """A query would initialise CUDA, and a process forked afterwards could not use it."""
     compile_driver = ["g++", "-x", "c", "-shared", "-fPIC", "-", "-o", tmp_path / "libcuda.so.1"]
     subprocess.run(compile_driver, input=DRIVER.encode(), check=True)
     script = USE_ON_CPU.format(interpreted=os.environ.get("TRITON_INTERPRET") == "1" and HAS_TRITON)
@@ -148,6 +148,6 @@ def test_environment_variable():
     done = python("-c", OF_ENVIRONMENT, WEIGHTALIGN_BACKEND="gpu")
     assert done.returncode == 0, done.stderr
     refused, heavy, chosen, used = done.stdout.splitlines()
-    assert heavy == "[]"  # they take longer to import than all the rest
+    assert heavy == "[]"  # they take longer to import than everything else
     assert refused == "WEIGHTALIGN_BACKEND: expected one of cuda, cpu, triton, reference, got 'gpu'"
-    assert (chosen, used) == ("reference", "cpu")  # use_backend goes before it
+    assert (chosen, used) == ("reference", "cpu")  # use_backend takes precedence

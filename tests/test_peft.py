@@ -1,4 +1,4 @@
-"""peft's adapters beside aligned layers: they stay plain, and are merged into folded weights only."""
+"""peft's adapters on aligned layers: adapters stay plain, and are merged into folded weights only."""
 
 import copy
 import io
@@ -16,7 +16,7 @@ class Model(nn.Module):
     def __init__(self):
         super().__init__()
         self.first, self.second = nn.Conv2d(4, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
-        self.cls_logits, self.out = nn.Conv2d(8, 8, 3), nn.Conv2d(8, 4, 1)  # predict, by name and as the last
+        self.cls_logits, self.out = nn.Conv2d(8, 8, 3), nn.Conv2d(8, 4, 1)  # prediction layers, by name and by position
 
     def forward(self, x):
         return self.out(self.cls_logits(self.second(self.first(x).relu())))
@@ -44,12 +44,12 @@ def adapted(config):
 @pytest.mark.filterwarnings("ignore:Unmerge result can be inaccurate")
 @pytest.mark.parametrize("config", ADDING.values(), ids=ADDING)
 def test_adapters_stay_plain(log, config):
-    """What the adapter adds to, or scales, is aligned; it is not. Of what predicts, neither."""
+    """The layers that an adapter adds to, or scales, are aligned; the adapter and prediction layers are not."""
     model, plain = wa.convert(adapted(config)), adapted(config)
     aligned = [name for name, module in model.named_modules() if isinstance(module, wa.nn.layers.Aligned)]
     assert aligned == ["base_model.model.first", "base_model.model.second.base_layer"]
     assert "base_model.model.cls_logits.base_layer, base_model.model.out.base_layer (predictions)" in log.text
-    assert ("peft's adapters" in log.text) == (config is LORA)  # the others have no layers below theirs
+    assert ("peft's adapters" in log.text) == (config is LORA)  # the others contain no layers
     for layer in (plain.base_model.model.first, plain.base_model.model.second.base_layer):
         layer.weight.data = formula(layer.weight.data)
     image = normal(2, 4, 6, 5, dtype=F64)
@@ -71,7 +71,7 @@ def test_adapters_stay_plain(log, config):
 
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::RuntimeWarning")
 @pytest.mark.parametrize("config", [LoraConfig(**LAYERS, r=3, use_dora=True), BOFTConfig(**LAYERS, boft_block_size=2)])
-def test_base_layers_whose_weight_is_read_are_left(log, config):
+def test_base_layers_whose_weight_is_read_are_skipped(log, config):
     model = wa.convert(get_peft_model(Model(), config), include="*")
     aligned = [name for name, module in model.named_modules() if isinstance(module, wa.nn.layers.Aligned)]
     assert aligned == ["base_model.model.first"]
@@ -80,8 +80,8 @@ def test_base_layers_whose_weight_is_read_are_left(log, config):
     model.merge_adapter()
 
 
-def test_merged_before(log):
-    """To take the adapter out of a weight that has it needs the weight as it was."""
+def test_merged_before_convert(log):
+    """Removing a merged adapter needs the original weight."""
     model = adapted(LORA)
     image = normal(2, 4, 6, 5, dtype=F64)
     model.merge_adapter()

@@ -1,5 +1,5 @@
-"""wa.prepare: values and gradients of the prepared input against PyTorch's own steps in float64, layouts, what is
-copied and what is kept."""
+"""wa.prepare: values and gradients of the prepared input against PyTorch's own steps in float64, layouts, copies and
+saved tensors."""
 
 import itertools
 import math
@@ -27,31 +27,31 @@ def padded(x, padding, mode):
 
 
 def pairs(padding, spatial):
-    """As the contract reads what users write."""
+    """A user's padding as (before, after) of each spatial dimension."""
     entries = [padding] * spatial if isinstance(padding, int) else padding
     return [(e, e) if isinstance(e, int) else e for e in entries]
 
 
-def is_left(padding, mode):
+def is_implicit(padding, mode):
     return mode == "zeros" and all(before == after for before, after in padding)
 
 
 def bound(activation, places, size, truth, dtype, sums):
-    """exp and erf to some units in the last place of float32 (float64), and 6 operations, for an activation but relu; a
-    gradient sums up to `places` terms. Then one rounding."""
+    """Activations other than relu: exp and erf to a few units in the last place of float32 (float64), and 6 operations;
+    a gradient sums up to `places` terms. Then one rounding."""
     terms = (0 if activation in (None, "relu") else 16) + places
     computed = 2 * terms * roundoff(sums) * size
     return computed + (roundoff(dtype) * (truth.abs() + computed)).clamp(min=torch.finfo(dtype).smallest_normal)
 
 
 def check_prepare(x, w, g=None, *, padding=0, padding_mode="zeros", activation=None, lay=lambda grad: grad, **kwargs):
-    """Runs forward and backward, asserts that all is right; returns prepared, aligned, gradients of x, w, g. `lay`
-    makes the incoming gradient of a contiguous one."""
+    """Runs and checks forward and backward; returns prepared, aligned, gradients of x, w, g. `lay` changes the layout
+    of the contiguous incoming gradient."""
     x, w = x.detach().requires_grad_(), w.detach().requires_grad_()
     g = None if g is None else g.detach().requires_grad_()
     prepared, aligned = wa.prepare(x, w, g, padding=padding, padding_mode=padding_mode, activation=activation, **kwargs)
     each = pairs(padding, w.dim() - 2)
-    explicit = [(0, 0)] * len(each) if is_left(each, padding_mode) else each
+    explicit = [(0, 0)] * len(each) if is_implicit(each, padding_mode) else each
     leaf = x.detach().double().requires_grad_()
     batch = leaf if x.dim() == w.dim() else leaf.unsqueeze(0)
     truth = padded(ACTIVATIONS[activation](batch), explicit, padding_mode).view_as(prepared)
@@ -133,7 +133,7 @@ ORDERS = [
 @pytest.mark.parametrize("padding", [(0, 0, 0), ((1, 0), 1, 0)], ids=["unpadded", "padded"])
 @pytest.mark.parametrize("activation", ["relu", "gelu"])
 def test_formats_and_gradients_in_the_input_strides(native, device, is_last, order, padding, activation):
-    """Rows that lie as one on one side or on both, and are not padded, are taken as one."""
+    """Unpadded rows that are contiguous on both sides are merged; the orders cover one side and both."""
     spatial = len(order) - 2
     memory_format = FORMATS[len(order)] if is_last else torch.contiguous_format
     x = dense(normal(2, 5, *[4, 3, 2][:spatial], device=device), order)
@@ -190,7 +190,7 @@ def test_borders_that_overlap(backend, device, size, padding, mode):
     ids=str,
 )
 def test_rows_of_many_tiles(native, device, mode, dtype, out, shape, padding, is_last):
-    """Longer than what the CPU kernels work on at a time, 4096 values."""
+    """Longer than the CPU kernels' tiles of 4096 values."""
     x = normal(*shape, dtype=dtype, device=device)
     x = x.contiguous(memory_format=LAST) if is_last else x
     weight = normal(2, shape[1], *[1] * len(padding), dtype=dtype, device=device)
@@ -209,23 +209,23 @@ def test_empty_inputs(backend, device):
 
 
 @pytest.mark.parametrize("activation", list(ACTIVATIONS)[1:])
-def test_nan_and_infinity_go_where_float64_lets_them(native, device, activation):
-    """And a gradient that meets a derivative of 0 becomes 0 whatever it is. (The reference is PyTorch's own, whose
-    float32 gelu makes NaN of infinity.)"""
+def test_nan_and_infinity_propagate_as_in_float64(native, device, activation):
+    """And where the derivative is 0 so is the gradient, even if the incoming one is infinite or NaN. (The reference is
+    PyTorch's own, whose float32 gelu makes infinity NaN.)"""
     x = torch.tensor([0.5, math.nan, math.inf, -math.inf, 100.0, -100.0], device=device).tile(2, 3, 3).requires_grad_()
     prepared, _ = wa.prepare(x, normal(2, 3, 1, device=device), activation=activation, padding=((1, 0),))
     expected = F.pad(ACTIVATIONS[activation](x.double()), (1, 0))
     torch.testing.assert_close(prepared.double(), expected, rtol=1e-6, atol=1e-5, equal_nan=True)
     (slope,) = torch.autograd.grad(ACTIVATIONS[activation](x).sum(), x)
     assert (slope == 0).any()
-    if activation == "hardswish":  # PyTorch's is NaN or 1 at NaN, as its vectors end
+    if activation == "hardswish":  # at NaN PyTorch's depends on vectorisation: NaN or 1
         slope = slope.masked_fill(x.isnan(), math.nan)
     for value in (math.inf, math.nan):
         (grad,) = torch.autograd.grad(prepared, x, torch.full_like(prepared, value), retain_graph=True)
         torch.testing.assert_close(grad, torch.where(slope == 0, 0, value * slope), rtol=0, atol=0, equal_nan=True)
 
 
-def test_nothing_asked_nothing_copied(backend, device):
+def test_input_is_returned_if_nothing_changes(backend, device):
     w, g = normal(4, 3, 3, 3, device=device), normal(4, device=device)
     x = normal(2, 3, 5, 5, device=device)
     for each, kwargs in [
@@ -243,7 +243,7 @@ def test_nothing_asked_nothing_copied(backend, device):
         assert wa.prepare(x, w, g, **kwargs)[0] is not x
 
 
-def test_left_to_the_convolution_means_unpadded(backend, device):
+def test_padding_done_by_the_convolution_is_skipped(backend, device):
     x, w = normal(2, 3, 5, 5, device=device), normal(4, 3, 3, 3, device=device)
     assert wa.prepare(x, w, padding=(1, 2), activation="relu")[0].shape == x.shape
     assert wa.prepare(x, w, padding=((1, 1), (2, 3)), activation="relu")[0].shape == (2, 3, 7, 10)
@@ -251,7 +251,7 @@ def test_left_to_the_convolution_means_unpadded(backend, device):
 
 
 @pytest.mark.parametrize(("activation", "kept"), [(None, None), ("relu", "prepared"), ("silu", "input")])
-def test_nothing_is_kept_that_the_convolution_does_not_keep(native, device, activation, kept):
+def test_saves_only_what_the_convolution_saves(native, device, activation, kept):
     x, w = normal(2, 3, 6, 6, device=device).requires_grad_(), normal(4, 3, 3, 3, device=device).requires_grad_()
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
@@ -263,7 +263,7 @@ def test_nothing_is_kept_that_the_convolution_does_not_keep(native, device, acti
 
 @pytest.mark.parametrize("frozen", ["input", "weight", "gain"])
 @pytest.mark.parametrize("used", ["both", "prepared", "aligned"])
-def test_what_wants_no_gradient_gets_none(backend, device, frozen, used):
+def test_no_gradients_where_none_are_required(backend, device, frozen, used):
     tensors = {"input": normal(2, 3, 6, 6, device=device), "weight": normal(4, 3, 3, 3, device=device)}
     tensors["gain"] = normal(4, device=device)
     for key, t in tensors.items():
@@ -282,7 +282,7 @@ def test_what_wants_no_gradient_gets_none(backend, device, frozen, used):
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("mode", MODES)
-def test_differentiable_twice(backend, device, activation, mode):
+def test_twice_differentiable(backend, device, activation, mode):
     x, w = normal(1, 2, 3, 4, device=device, dtype=F64), normal(2, 2, 2, 2, device=device, dtype=F64)
     inputs = [t.requires_grad_() for t in (x, w, normal(2, device=device, dtype=F64))]
 
@@ -342,8 +342,8 @@ def test_opcheck(ops, device, activation, gain):
     ],
     ids=str,
 )  # fmt: skip
-def test_ops_called_wrongly_raise(ops, device, wrong):
-    """Whoever calls the ops themselves gets an error, too, and no crash."""
+def test_ops_reject_invalid_arguments(ops, device, wrong):
+    """Direct callers of the ops get an error, not a crash."""
     arguments = list(prepare_arguments(normal(2, 3, 4, 5, device=device), normal(4, 3, 3, 3, device=device), None, 1))
     for place, value in wrong.items():
         arguments[place] = value
@@ -351,7 +351,7 @@ def test_ops_called_wrongly_raise(ops, device, wrong):
         ops.prepare_forward(*arguments)
 
 
-def test_ops_called_with_two_accumulation_types_raise(native, device):
+def test_ops_reject_mixed_accumulation_types(native, device):
     x, w = normal(2, 3, 4, 5, device=device), normal(4, 3, 3, 3, device=device, dtype=F64)
     lists = [w], [w], [None], torch.empty(4, 2, device=device, dtype=F64), [1.0]
     with pytest.raises(RuntimeError, match="float64 exactly if they are"):

@@ -1,4 +1,4 @@
-"""What README and the pages of docs show: code runs, tables are those of the records, links lead somewhere."""
+"""README and documentation: code runs, tables match the records, links resolve."""
 
 import pathlib
 import re
@@ -16,7 +16,7 @@ BLOCK = re.compile(r"^```python\n(.*?)^```", re.DOTALL | re.MULTILINE)
 
 
 def code_of(page):
-    """All blocks of a page, on the lines where they stand, for tracebacks."""
+    """All code blocks of a page, on their own lines, for tracebacks."""
     lines = [""] * page.count("\n")
     for block in BLOCK.finditer(page):
         first = page.count("\n", 0, block.start(1))
@@ -40,14 +40,14 @@ for path in sys.argv[2:]:
 
 
 def test_examples(tmp_path):
-    """One after another, as a reader would type them, each page by itself; the training script, too, by one process."""
+    """Each page's blocks in order, as a reader would run them; the training script as well, in one process."""
     for page in PAGES:
         (tmp_path / page.name).write_text(code_of(page.read_text()))
     assert_trained(1, run("-c", EACH, str(tmp_path), *map(str, PAGES), cwd=tmp_path))
 
 
 @pytest.mark.slow
-def test_training_script_by_two_processes(tmp_path):
+def test_training_script_in_two_processes(tmp_path):
     page = (ROOT / "docs/pages/training.md").read_text()
     (tmp_path / "train.py").write_text(next(code for code in BLOCK.findall(page) if code.startswith("# train.py")))
     command = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "train.py"]
@@ -59,7 +59,7 @@ def assert_trained(processes, printed):
     assert len(losses) == processes and all(0 < loss < 10 for loss in losses)
 
 
-def test_tables_are_those_of_the_records():
+def test_tables_match_the_records():
     pytest.importorskip("rich")
     from benchmarks import tables
 
@@ -77,14 +77,14 @@ def test_every_public_name_is_in_the_reference():
 
 
 def anchors_of(page):
-    """Of its headings, as GitHub and mkdocs call them."""
+    """The anchors of a page's headings, as GitHub and mkdocs make them."""
     text = re.sub(r"^```.*?^```", "", page, flags=re.DOTALL | re.MULTILINE)
     headings = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 @pytest.mark.parametrize("page", LINKING, ids=lambda page: page.name)
-def test_links_lead_somewhere(page):
+def test_links_resolve(page):
     for target, anchor in re.findall(r"\]\((?![a-z]+:)([^)#\s]*)(?:#([^)\s]+))?\)", page.read_text()):
         path = page.parent / target if target else page
         assert path.exists(), target

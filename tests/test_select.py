@@ -1,4 +1,4 @@
-"""Which layers wa.convert takes, which it leaves and names."""
+"""Which layers wa.convert replaces, and which it skips and names."""
 
 import copy
 import re
@@ -35,7 +35,7 @@ def test_include_and_exclude(rules, expected):
 
 
 @pytest.mark.parametrize("as_rule", [str, lambda name: [name], lambda name: lambda own, _: own == name])
-def test_a_layer_in_two_places_goes_by_both_names(as_rule):
+def test_shared_layer_matches_by_any_of_its_names(as_rule):
     for name in ("0", "1.0"):
         for rule, expected in (("exclude", ["2"]), ("include", ["0"])):
             conv = nn.Conv2d(3, 3, 3)
@@ -50,7 +50,7 @@ class Doubled(nn.Conv2d):
 
 
 class Preset(nn.Conv2d):
-    """As torchvision's Conv3DSimple: a constructor and a helper of its own, the behaviour torch's."""
+    """Like torchvision's Conv3DSimple: its own constructor and a helper, but torch's behaviour."""
 
     def __init__(self, channels):
         super().__init__(channels, channels, 3, padding=1)
@@ -60,8 +60,8 @@ class Preset(nn.Conv2d):
         return 1
 
 
-def test_what_is_left_is_named(log):
-    """In a warning, if it is not known what it computes: then the model is converted in part only."""
+def test_skipped_layers_are_named(log):
+    """In a warning if it is unknown what they compute, since the model is then converted only in part."""
     patched = nn.Conv2d(3, 3, 3)
     patched.forward = lambda x: x
     model = nn.Sequential(nn.Conv2d(4, 4, 1, groups=4), nn.LazyConv2d(4, 3), Doubled(3, 3, 3), Preset(3), patched)
@@ -86,7 +86,7 @@ def test_what_is_left_is_named(log):
     assert not log.records
 
 
-def test_layers_whose_weight_is_used_without_them_are_left(log):
+def test_layers_whose_weight_is_used_by_others_are_skipped(log):
     model = nn.TransformerEncoderLayer(8, 2, 16)
     wa.convert(model, include="*")
     assert names_of_aligned(model) == [] and "used by MultiheadAttention itself" in log.records[0].getMessage()
@@ -107,7 +107,7 @@ CONSTANTS = {
 
 
 @pytest.mark.parametrize(("layer", "weight"), CONSTANTS.values(), ids=CONSTANTS)
-def test_constants_are_left(log, layer, weight):
+def test_constants_are_skipped(log, layer, weight):
     layer = frozen(copy.deepcopy(layer), weight)
     model = nn.Sequential(nn.Conv2d(3, 4, 3), layer, nn.BatchNorm2d(4))
     assert names_of_aligned(wa.convert(model, include="*")) == ["0"]
@@ -116,12 +116,12 @@ def test_constants_are_left(log, layer, weight):
     trained = copy.deepcopy(layer).requires_grad_()
     other = frozen(copy.deepcopy(layer), normal(*layer.weight.shape))
     unknown = copy.deepcopy(layer).to("meta")
-    expected = ["0"] if layer.out_channels == 1 else ["0", "1", "2"]  # one filter is a constant at any value
+    expected = ["0"] if layer.out_channels == 1 else ["0", "1", "2"]  # a single filter is always a constant
     assert names_of_aligned(wa.convert(nn.Sequential(trained, other, unknown))) == expected
 
 
 def test_frozen_layers_among_trained_ones_are_named(log):
-    """They cannot adapt to their gains of 1."""
+    """They cannot adapt to a gain of 1."""
 
     def model():
         return nn.Sequential(frozen(nn.Conv2d(3, 4, 3)), nn.Conv2d(4, 4, 3), frozen(nn.Conv2d(4, 4, 3)))

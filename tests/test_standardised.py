@@ -1,5 +1,5 @@
 """Weight standardisation of libraries that are not installed for these tests, by stand-ins: Composer's becomes an exact
-equivalent, the original repository's cannot. timm's and transformers' are in test_timm_models.py, test_transformers.py.
+equivalent, the original repository's cannot. timm's and transformers': test_timm_models.py, test_transformers.py.
 """
 
 import logging
@@ -15,7 +15,7 @@ import weightalign_cuda as wa
 
 
 class WeightStandardizer(nn.Module):
-    """Composer's."""
+    """Like Composer's."""
 
     def forward(self, weight):
         variance, mean = torch.var_mean(weight, dim=list(range(1, weight.dim())), keepdim=True, unbiased=False)
@@ -42,12 +42,12 @@ MODELS = {
 
 @pytest.mark.parametrize(("make", "shape"), MODELS.values(), ids=MODELS)
 def test_composer(device, make, shape):
-    """The same numbers from the same parameters, under the names of the plain layer; what is not parametrized stays."""
+    """The same results from the same parameters, under the plain layer's names; unparametrized layers stay."""
     torch.manual_seed(0)
     model = standardised(*make()).to(device, F64)
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.mul_(1e-4)  # of the size of its eps' root
+            parameter.mul_(1e-4)  # about the square root of its eps
     image = normal(*shape, dtype=F64, device=device)
     expected = model(image)
     expected.div(1e-4).sin().sum().backward()
@@ -70,7 +70,7 @@ class Doubled(nn.Conv2d):
         return 2 * super().forward(x)
 
 
-def test_what_composer_and_others_make_is_not_taken_for_composers(caplog):
+def test_composer_with_other_changes_is_not_converted(caplog):
     model = standardised(nn.Conv2d(3, 4, 3))
     parametrize.register_parametrization(model[0], "weight", nn.Tanh())
     with pytest.raises(ValueError, match="got a layer parametrized by"):
@@ -81,7 +81,7 @@ def test_what_composer_and_others_make_is_not_taken_for_composers(caplog):
 
 
 class OfTheRepository(nn.Conv2d):
-    """github.com/joe-siyuan-qiao/WeightStandardization: eps outside of the root, unbiased variance."""
+    """github.com/joe-siyuan-qiao/WeightStandardization: eps outside the root, unbiased variance."""
 
     def forward(self, x):
         weight = self.weight - self.weight.mean((1, 2, 3), keepdim=True)
@@ -89,7 +89,7 @@ class OfTheRepository(nn.Conv2d):
         return F.conv2d(x, weight / std, self.bias, self.stride, self.padding, self.dilation, self.groups)
 
 
-def test_what_cannot_be_exact_is_left_and_named(caplog):
+def test_inexact_layers_are_skipped_and_named(caplog):
     caplog.set_level(logging.WARNING, logger="weightalign_cuda")
     model = wa.convert(nn.Sequential(OfTheRepository(3, 4, 3), nn.Conv2d(4, 4, 3), OfTheRepository(4, 4, 3)))
     assert [type(layer) for layer in model] == [OfTheRepository, wa.WAConv2d, OfTheRepository]

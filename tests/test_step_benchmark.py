@@ -1,4 +1,4 @@
-"""benchmarks.step: who must agree does, memory is counted, records and report say what was measured."""
+"""benchmarks.step: losses are compared, memory is counted, records and report say what was measured."""
 
 import json
 import pathlib
@@ -37,7 +37,7 @@ def case(setting=CPU, timed=True):
 
 
 @pytest.mark.parametrize("network", step_models.NETWORKS, ids=lambda network: network.name)
-def test_networks_have_the_layers_that_convert_takes(network):
+def test_networks_have_the_layers_that_convert_replaces(network):
     with torch.device("meta"):
         model = network.build()
         layers = network.layers(model)
@@ -64,8 +64,8 @@ def test_records_and_report(capsys):
     assert "left out: a network: no package" in printed
 
 
-def test_an_untimed_case_is_measured_for_memory_alone(monkeypatch):
-    """In bfloat16, and its losses compared in float32."""
+def test_untimed_case_measures_only_memory(monkeypatch):
+    """In bfloat16, while losses are compared in float32."""
     check, checked = step.check, []
     monkeypatch.setattr(step, "check", lambda entrants: checked.extend(entrants.values()) or check(entrants))
     records = step.measure(case(HALF, timed=False), QUICK, with_compile=False)
@@ -95,7 +95,7 @@ def test_weights_given_as_a_list_do_not_outlive_the_forward():
 
 
 @pytest.mark.parametrize("provider", ["ours per layer", "plain"])
-def test_a_wrong_loss_is_an_error(provider):
+def test_wrong_loss_is_an_error(provider):
     entrants = step.trainings(case(), with_compile=False)
     with torch.no_grad():
         entrants[provider].model[3].bias[0] += float("nan") if provider == "plain" else 0.1
@@ -103,7 +103,7 @@ def test_a_wrong_loss_is_an_error(provider):
         step.check(entrants)
 
 
-def test_a_wrong_gradient_is_an_error():
+def test_wrong_gradient_is_an_error():
     entrants = step.trainings(case(), with_compile=False)
     for parameter in entrants["ours per layer"].model.parameters():
         parameter.register_hook(lambda grad: 1000 * grad)
@@ -111,7 +111,7 @@ def test_a_wrong_gradient_is_an_error():
         step.check(entrants)
 
 
-def test_peak_bytes_counts_what_lives_at_once():
+def test_peak_bytes_counts_live_tensors():
     def call():
         first = torch.ones(5000)
         del first
@@ -121,7 +121,7 @@ def test_peak_bytes_counts_what_lives_at_once():
     assert harness.peak_bytes(call, cuda=False) == pytest.approx(4 * 7000, abs=256)
 
 
-def test_goals_are_judged_by_what_was_measured():
+def test_goals_are_compared_with_measurements():
     ratio = {"ratio": 0.9, "low": 0.8, "high": 1.0}
     record = {"case": "resnet50", "batch": 1, "clock": "wall", "provider": "ours foreach", "device": "cpu"}
     measured = [{**record, "speedups": {"plain": each}} for each in (ratio, {**ratio, "ratio": 1.0})]
@@ -130,7 +130,7 @@ def test_goals_are_judged_by_what_was_measured():
     assert "1.000 (1.000 to 1.250), goal 1.05: met, within noise" in met
 
 
-def test_networks_of_packages_that_are_not_installed_are_named(tmp_path, monkeypatch, capsys):
+def test_networks_of_missing_packages_are_named(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(step_models.importlib.util, "find_spec", lambda name: None)
     monkeypatch.setattr(sys, "argv", ["step", "--device", "cpu", "--out", str(tmp_path)])
     step.main()

@@ -1,4 +1,4 @@
-"""timm's weight-standardised convolutions are ours with a constant scale and their own eps: an independent oracle."""
+"""timm's weight-standardised convolutions equal ours up to a constant scale and their own eps: an independent check."""
 
 import pytest
 import torch
@@ -51,8 +51,8 @@ def test_scaled_std_conv(backend, device, case, eps):
 
 
 @pytest.mark.parametrize(("gamma", "eps"), [(1.0, 1e-6), (1.7139, 1e-5)])
-def test_scaled_std_conv_of_any_gamma(backend, device, case, gamma, eps):
-    """As NFNets have it: gamma is that of their activation, times 1 / sqrt(2) our scale."""
+def test_scaled_std_conv_with_any_gamma(backend, device, case, gamma, eps):
+    """As in NFNets: gamma belongs to their activation; our scale is gamma / sqrt(2)."""
     channels, arguments, n = case
     theirs = ScaledStdConv2d(*channels, gamma=gamma, eps=eps, **arguments).double().to(device)
     ours = wa.WAConv2d(*channels, eps=n / 2 * eps, scale=gamma / 2**0.5, **arguments).double().to(device)
@@ -79,7 +79,7 @@ def test_std_conv(backend, device, case, eps):
 @pytest.mark.parametrize("stride", [1, 2, 3])
 @pytest.mark.parametrize("size", [(9, 8), (10, 7)])
 def test_same_padding(backend, device, stride, size):
-    """TensorFlow's, as timm pads the input of its NFNets and BiTs."""
+    """TensorFlow's padding, as timm pads the input in its NFNets and BiTs."""
     theirs = ScaledStdConv2dSame(4, 6, 3, stride=stride, gamma=2**0.5, eps=2e-5 / 36).double().to(device)
     x = normal(2, 4, *size, dtype=F64, device=device).requires_grad_()
     weight, gain, bias = theirs.weight, theirs.gain, theirs.bias

@@ -1,5 +1,5 @@
-"""Whole models of timm and torchvision as they come: weight-standardised ones become exact equivalents, and plain ones
-what they are with aligned weights."""
+"""Whole models of timm and torchvision: weight-standardised ones become exact equivalents, plain ones equal themselves
+with aligned weights."""
 
 import copy
 import pathlib
@@ -39,7 +39,7 @@ def standardised(request, device):
     model = request.param().eval().to(device)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if name.endswith("gain"):  # all 1, or 0 where a branch begins as nothing
+            if name.endswith("gain"):  # all 1, or 0 where a branch starts at zero
                 parameter.copy_(1 + normal(*parameter.shape, seed=2, std=0.3))
     return model
 
@@ -70,7 +70,7 @@ def test_standardised_models_in_float64(native, device, standardised):
 
 
 def test_standardised_models_in_float32(native, device, standardised):
-    """No farther from float64 than twice timm's own distance (or 1e-5)."""
+    """At most twice as far from float64 as timm's own result (or 1e-5)."""
     image = normal(2, 3, 65, 54, device=device)
     with torch.no_grad():
         truth = copy.deepcopy(standardised).double()(image.double())
@@ -81,8 +81,8 @@ def test_standardised_models_in_float32(native, device, standardised):
     assert (ours - truth).abs().max() <= allowed
 
 
-def test_parameters_stay_timms(standardised):
-    """The very same, in timm's shapes and order: for optimizers that hold them, and checkpoints either way."""
+def test_parameters_are_timms(standardised):
+    """The same objects, with timm's shapes and order: for optimizers that hold them, and checkpoints both ways."""
     before, saved = dict(standardised.named_parameters()), copy.deepcopy(standardised).state_dict()
     theirs = copy.deepcopy(standardised)
     ours = wa.convert(standardised)
@@ -102,7 +102,7 @@ def test_parameters_stay_timms(standardised):
 
 
 def test_training_tools_of_timm(device):
-    """Adaptive clipping goes by a parameter's dimensions, as does the choice of those without weight decay."""
+    """Adaptive clipping depends on a parameter's dimensions, as does the choice of parameters without weight decay."""
     torch.manual_seed(0)
     theirs = timm.create_model("test_nfnet", num_classes=7).to(device, F64)
     with torch.no_grad():
@@ -118,7 +118,7 @@ def test_training_tools_of_timm(device):
         assert gradients[name].shape == true.shape
         assert (gradients[name] - true).abs().max() <= 1e-9 * true.abs().max(), name
     clipped = [(unclipped[name] != true).view(len(true), -1).any(1) for name, true in true_gradients.items()]
-    assert any(0 < rows.sum() < len(rows) for rows in clipped)  # some filters, not others
+    assert any(0 < rows.sum() < len(rows) for rows in clipped)  # some filters but not all
 
     def decayed(model):
         groups = param_groups_weight_decay(model, 0.1)
@@ -129,7 +129,7 @@ def test_training_tools_of_timm(device):
     assert {decay for name, decay in decayed(ours).items() if name.endswith("gain")} == {0.1}
 
 
-PLAIN = {  # and the convolutions that stay plain
+PLAIN = {  # models, and their convolutions that stay plain
     "timm resnet": (partial(timm.create_model, "test_resnet"), ()),
     "timm byobnet": (partial(timm.create_model, "test_byobnet"), ()),
     "timm convnext": (partial(timm.create_model, "test_convnext"), ()),
@@ -168,6 +168,6 @@ def test_plain_models(device, make, plain):
 
 
 def test_timm_is_not_imported():
-    """The package knows timm's layers without it."""
-    sources = pathlib.Path(wa.__file__).parent.glob("*.py")
+    """The package recognises timm's layers without importing it."""
+    sources = pathlib.Path(wa.__file__).parent.rglob("*.py")
     assert not [p.name for p in sources if re.search(r"^\s*(import|from) timm", p.read_text(), re.MULTILINE)]

@@ -1,5 +1,5 @@
-"""At home in PyTorch: one small model that calls wa.align, wa.align_foreach and wa.conv2d, through everything that
-PyTorch does to models. What is right: the same model of the formula, in float64."""
+"""Integration with PyTorch: one small model that calls wa.align, wa.align_foreach and wa.conv2d, through everything
+that PyTorch does to models. Compared with the same model of the formula in float64."""
 
 import asyncio
 import io
@@ -20,7 +20,7 @@ from weightalign_cuda.ops import backend as ops_backend
 
 
 class Model(nn.Module):
-    """Two convolutions and a matrix; `true` is the same of the formula."""
+    """Two convolutions and a matrix; `true` is the same model of the formula."""
 
     def __init__(self, device, dtype=F32):
         super().__init__()
@@ -48,14 +48,14 @@ def images(device, count=2, dtype=F32):
 
 
 def with_gradients(model, forward, x):
-    """The result, and the gradients of all parameters, of one step."""
+    """The result and the gradients of all parameters of one step."""
     result = forward(x)
     return result.detach(), *torch.autograd.grad(result.float().square().sum(), list(model.parameters()))
 
 
 def assert_true(found, model, x, rounded=F32):
-    """`found`, computed in `rounded`, is near what the formula gives in float64. Some ten roundings one after another,
-    of sums of up to 27 products that cancel to a few hundredths of their magnitudes."""
+    """`found`, computed in `rounded`, is close to the formula in float64. Some ten successive roundings, of sums of up
+    to 27 products that cancel to a few hundredths of their magnitudes."""
     exact = Model(x.device, F64)
     exact.load_state_dict(model.state_dict())
     true = exact.true(x.double())
@@ -77,7 +77,7 @@ def fresh_compiler():
 
 
 def test_batched_gradients(any_backend, device, model):
-    """Several at once, by the older vmap of torch.autograd."""
+    """Several at once, by torch.autograd's older vmap."""
     exact, parameters = Model(device, F64), list(model.parameters())
     exact.load_state_dict(model.state_dict())
     x, true_x = images(device).requires_grad_(), images(device, dtype=F64).requires_grad_()
@@ -133,7 +133,7 @@ def test_autocast(any_backend, device, model, low):
 
 
 def test_autocast_of_float64_weights(any_backend, device):
-    """They stay what they are, as float64 goes to float64 only."""
+    """They stay float64, which is never mixed with other dtypes."""
     model = Model(device, F64)
     with torch.autocast(device, dtype=BF16):
         first, second = wa.align_foreach([model.first, model.second], eps=[2.0, 0.7], scale=[1.7, 1.3])
@@ -147,7 +147,7 @@ def test_activation_checkpointing(any_backend, device, model, reentrant):
     x = images(device).requires_grad_()
     plain = with_gradients(model, model, x)
     result = checkpoint(model, x, use_reentrant=reentrant)
-    result.square().sum().backward()  # torch.autograd.grad is refused by the reentrant kind
+    result.square().sum().backward()  # reentrant checkpointing rejects torch.autograd.grad
     for one, other in zip(plain[1:], model.parameters(), strict=True):
         assert torch.equal(one, other.grad)
 
@@ -213,8 +213,8 @@ def test_deterministic_algorithms(any_backend, device, model):
 
 
 def test_many_threads_at_once(any_backend, device, restore_threads):
-    """Each with a model of its own, all with the same numbers."""
-    count = 8 if any_backend == "triton" and device == "cpu" else 32  # an interpreter runs one at a time
+    """Each thread has its own model; all get the same results."""
+    count = 8 if any_backend == "triton" and device == "cpu" else 32  # the interpreter runs one at a time
     torch.set_num_threads(1)
     model = Model(device)
     expected = with_gradients(model, model, images(device))
@@ -223,7 +223,7 @@ def test_many_threads_at_once(any_backend, device, restore_threads):
     def run(_):
         own = Model(device)
         begin.wait(60)
-        with wa.use_backend(any_backend):  # the choice is a thread's own
+        with wa.use_backend(any_backend):  # the choice is per thread
             return [with_gradients(own, own, images(device)) for _ in range(2)]
 
     with ThreadPoolExecutor(count) as pool:
@@ -231,7 +231,7 @@ def test_many_threads_at_once(any_backend, device, restore_threads):
             assert all(torch.equal(*pair) for step in steps for pair in zip(step, expected, strict=True))
 
 
-def test_choice_is_of_one_asyncio_task(device):
+def test_choice_is_per_asyncio_task(device):
     async def run(name):
         with wa.use_backend(name):
             for _ in range(3):
@@ -254,11 +254,11 @@ class Aligned(torch.utils.data.Dataset):
 
 
 def test_workers_of_a_data_loader(restore_threads):
-    """Processes forked after this one ran the native library, each of them on one thread, as torch has it."""
+    """Processes forked after this one used the native library; torch runs each on one thread."""
     expected = torch.stack([Aligned()[i] for i in range(4)])
     loader = torch.utils.data.DataLoader(Aligned(), batch_size=4, num_workers=2, multiprocessing_context="fork")
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # of forking beside threads, in later Pythons
+        warnings.simplefilter("ignore", DeprecationWarning)  # about forking with threads, in later Pythons
         assert torch.equal(next(iter(loader)), expected)
 
 

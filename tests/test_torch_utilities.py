@@ -1,4 +1,4 @@
-"""What torch offers for layers and models works for ours: copies, files, averages, pruning, parametrizations."""
+"""torch's utilities for layers and models work for ours: copies, files, averages, pruning, parametrizations."""
 
 import copy
 import io
@@ -31,7 +31,7 @@ def network(activation="relu"):
 
 
 def step(model, image):
-    """One of SGD."""
+    """One step of SGD."""
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
     F.cross_entropy(model(image), torch.arange(len(image), device=image.device) % 3).backward()
     optimizer.step()
@@ -57,7 +57,7 @@ def from_state(model):
     "copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m)), saved_and_loaded, from_state]
 )
 def test_copies(copied):
-    """After a step, and in the midst of wa.frozen: they compute the same and go their own way."""
+    """After a step and inside wa.frozen, copies compute the same and are independent."""
     model, image = network(), normal(4, 3, 9, 8)
     step(model, image)
     model.eval()
@@ -119,8 +119,8 @@ def test_channels_last(device):
     step(model, image)
 
 
-def test_pruned_weights_are_aligned_as_they_are(device):
-    """The mask acts on the weight, before it is aligned; fold first to prune what the convolution sees."""
+def test_pruned_weights_are_aligned(device):
+    """The mask applies to the weight before alignment; fold first to prune what the convolution sees."""
     layer = wa.WAConv2d(3, 4, 3, dtype=F64, device=device)
     prune.l1_unstructured(layer, "weight", 0.5)
     prune.l1_unstructured(layer, "bias", 1)
@@ -149,7 +149,7 @@ def test_parametrized_weights_and_gains(device):
     torch.testing.assert_close(layer(image), expected, rtol=1e-12, atol=1e-12)
     with torch.no_grad(), wa.frozen(layer.eval()):
         layer(image)
-        layer.parametrizations.gain.original.mul_(2)  # made anew at each use, so aligned anew
+        layer.parametrizations.gain.original.mul_(2)  # recomputed at each use, so aligned again
         expected = F.conv2d(image, formula(layer.weight, layer.gain), layer.bias)
         torch.testing.assert_close(layer(image), expected, rtol=1e-12, atol=1e-12)
     state = layer.state_dict()

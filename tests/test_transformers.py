@@ -1,4 +1,4 @@
-"""The BiT of transformers, whose convolutions standardise their weights, becomes an exact equivalent."""
+"""transformers' BiT, whose convolutions standardise their weights, becomes an exact equivalent."""
 
 import copy
 
@@ -22,7 +22,7 @@ def test_bit(native, device, options):
     torch.manual_seed(0)
     theirs = BitForImageClassification(BitConfig(**SMALL, **options, num_labels=7)).to(device, F64).eval()
     with torch.no_grad():
-        for name, parameter in theirs.named_parameters():  # variances of the size of eps, and means that matter
+        for name, parameter in theirs.named_parameters():  # variances comparable to eps, and means that matter
             parameter.copy_(normal(*parameter.shape, seed=len(name), std=1e-3, dtype=F64) + 2e-3)
     ours = wa.convert(copy.deepcopy(theirs))
     image = normal(2, 3, 65, 54, dtype=F64, device=device)

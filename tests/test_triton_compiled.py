@@ -1,4 +1,4 @@
-"""What Triton makes of the kernels for each architecture, compiled ahead of time: no GPU is needed."""
+"""The Triton kernels compiled ahead of time for each architecture: no GPU is needed."""
 
 import json
 import os
@@ -14,8 +14,8 @@ import weightalign_cuda as wa
 
 
 def compiled(architecture):
-    """Forward and backward, each with an input that is transposed, padded and activated: the resources they use. Run in
-    a process of its own, where kernels are not interpreted."""
+    """Resources used by forward and backward, each with an input that is transposed, padded and activated. Run in a
+    separate process, where kernels are not interpreted."""
     import triton
     import triton.language as tl
     from triton.backends.compiler import GPUTarget
@@ -28,7 +28,7 @@ def compiled(architecture):
     cuobjdump = pathlib.Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     cases = [(kernel, tl.float32, tl.bfloat16) for kernel in (kernels.forward, kernels.backward)]
     if architecture == 90:
-        cases.append((kernels.backward, tl.float64, tl.float64))  # the most of all, and slow to compile
+        cases.append((kernels.backward, tl.float64, tl.float64))  # uses the most, and is slow to compile
     for kernel, weight, aligned in cases:
         from_, to = (weight, aligned) if kernel is kernels.forward else (aligned, weight)
         constants = {"WEIGHT": weight, "ALIGNED": aligned, "ACC": weight, "FROM": from_, "TO": to, "SAVED": to}
@@ -65,7 +65,7 @@ def resources(architecture):
 
 @pytest.mark.parametrize("architecture", [90, *(pytest.param(a, marks=pytest.mark.slow) for a in (80, 100))])
 def test_registers_spills_shared_memory_and_accesses(architecture):
-    """One test, for compiling takes most of a minute."""
+    """One test, because compiling takes most of a minute."""
     kernels = resources(architecture)
     assert len(kernels) >= 2
     for kernel in kernels:

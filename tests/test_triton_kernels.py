@@ -1,4 +1,4 @@
-"""The ops by Triton's kernels, called directly: interpreted on the CPU, where there is no GPU."""
+"""The ops with Triton's kernels, called directly; interpreted on the CPU if there is no GPU."""
 
 import itertools
 import math
@@ -17,7 +17,7 @@ from weightalign_cuda.ops.triton import kernels, ops
 from weightalign_cuda.ops.triton.launch import InputWork, Launch, _cached
 from weightalign_cuda.ops.triton.prepare_kernels import TILE
 
-pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's, of the interpreter
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's, in the interpreter
 KEPT = torch.preserve_format
 SHAPES = {
     "a tile of filters": (16, 64),
@@ -36,14 +36,14 @@ SHAPES = {
 
 
 def align(weights, gains, grads, eps, scales, dtype, memory_format=KEPT):
-    """Forward and backward of a list: aligned weights, their gradients, one gain gradient for each."""
+    """Forward and backward of a list: aligned weights, their gradients, a gain gradient for each."""
     aligned, statistics = ops.align_forward(weights, gains, eps, scales, dtype, memory_format)
     grad_weights, grad_gains = ops.align_backward(grads, weights, gains, statistics, scales)
     return aligned, grad_weights, grad_gains.split([w.shape[0] for w in weights])
 
 
 def check(weight, gain=None, grad=None, *, eps=EPS, scale=1.0, dtype=None, memory_format=KEPT):
-    """Of one weight, all asserted to be right: aligned, its gradient, the gain's."""
+    """Checks one weight; returns its aligned weight, its gradient and the gain's."""
     dtype = dtype or weight.dtype
     if grad is None:
         grad = normal(*weight.shape, seed=7, device=weight.device).to(dtype)
@@ -93,7 +93,7 @@ def test_eps_and_scale(device, eps, scale, n, dtype):
     check(normal(3, n, device=device, dtype=dtype), gain, eps=eps, scale=scale)
 
 
-@pytest.mark.parametrize("n", [9, 122, 4001, 8193])  # n / n is not 1 in float32 if taken as n * (1 / n), n = 122, 4001
+@pytest.mark.parametrize("n", [9, 122, 4001, 8193])  # n * (1 / n) is not 1 in float32 for 122 and 4001
 def test_constant_filter_gives_exactly_0(device, n):
     for dtype in DTYPES:
         weight = normal(6, n, device=device, dtype=dtype)
@@ -112,7 +112,7 @@ def test_mean_far_above_the_deviations(device, n, mean, std):
 @pytest.mark.parametrize("n", [288, 5000])
 @pytest.mark.parametrize("dtype", [F32, BF16, F64], ids=name)
 def test_large_and_small_weights(device, n, dtype):
-    for std in (1e-12, 1e-6, 1e6, 1e17 if n == 288 else 1e15):  # whose squares just fit float32
+    for std in (1e-12, 1e-6, 1e6, 1e17 if n == 288 else 1e15):  # squares just fit float32
         check(normal(2, n, std=std, device=device, dtype=dtype), torch.ones(2, device=device))
 
 
@@ -196,7 +196,7 @@ def test_any_offset_in_memory(device, offset, n, dtype, result_dtype):
 
 
 def network(device, dtypes):
-    """Weights of every kind of shape, layout and dtype, gains and their Nones, gradients, eps, scales."""
+    """Weights of all shapes, layouts and dtypes; gains, some of them None; eps; scales."""
     shapes = [*SHAPES.values(), (0, 3), (3, 0), (0, 0)]
     weights = [normal(*s, seed=i, device=device, dtype=dtypes[i % len(dtypes)]) for i, s in enumerate(shapes)]
     weights = [w if i % 3 else dense(w, (0, *range(2, w.dim()), 1)) for i, w in enumerate(weights)]
@@ -206,7 +206,7 @@ def network(device, dtypes):
 
 
 @pytest.mark.parametrize(("dtypes", "result_dtype", "launches"), [([F32], BF16, 1), ([F32, BF16, F16], F32, 3)])
-def test_list_equals_each_alone(device, monkeypatch, dtypes, result_dtype, launches):
+def test_list_equals_single_calls(device, monkeypatch, dtypes, result_dtype, launches):
     weights, gains, eps, scales = network(device, dtypes)
     grads = [normal(*w.shape, seed=90 + i, device=device, dtype=result_dtype) for i, w in enumerate(weights)]
     grids = []
@@ -258,7 +258,7 @@ PADDING = ((1, 2), (0, 2), (2, 1))
 
 
 def check_prepare(x, *, padding, mode="zeros", activation=None, dtype=None, weight_dtype=None, memory_format=KEPT):
-    """Forward and backward beside one weight, all asserted to be right: prepared input, its gradient."""
+    """Checks forward and backward together with one weight; returns the prepared input and its gradient."""
     weight = normal(3, 2, 5, seed=1, device=x.device, dtype=weight_dtype or x.dtype)
     gain, dtype = normal(3, seed=2, device=x.device), dtype or x.dtype
     preparation = [n for pair in padding for n in pair], MODES.index(mode), list(ACTIVATIONS).index(activation)
@@ -297,7 +297,7 @@ CASTS = [(F32, F32, BF16), (F16, F32, F32), (BF16, BF16, F16), (F32, BF16, BF16)
 
 
 @pytest.mark.parametrize(("dtype", "weight_dtype", "out"), CASTS, ids=name)
-@pytest.mark.parametrize("activation", ["relu", "gelu"])  # one saves what it gives, one what it gets
+@pytest.mark.parametrize("activation", ["relu", "gelu"])  # one saves its output, one its input
 def test_prepare_dtypes(device, dtype, weight_dtype, out, activation):
     x = normal(2, 5, 4, 3, device=device, dtype=dtype)
     check_prepare(
@@ -331,9 +331,9 @@ def test_prepare_inputs_of_any_strides(device, activation, order):
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("spatial", [1, 3])
-def test_tiles_at_the_border_of_the_padding(device, mode, spatial):
-    """4 tiles of positions along the first dimension, padded so far that what is shown twice ends with the first value
-    of the second tile, or begins with the last of the third."""
+def test_tiles_at_the_edge_of_the_padding(device, mode, spatial):
+    """4 tiles of positions along the first dimension, padded so far that the repeated values end with the first of the
+    second tile, or begin with the last of the third."""
     inner = {1: (), 3: (8, 8)}[spatial]
     tile = TILE // 32 // math.prod(inner)  # of 32 channels
     most = {"reflect": tile, "circular": tile + 1}.get(mode, 2)
@@ -357,7 +357,7 @@ def test_borders_that_overlap(device, size, padding, mode):
 
 
 @pytest.mark.parametrize("activation", list(ACTIVATIONS)[1:])
-def test_nan_and_infinity_go_where_float64_lets_them(device, activation):
+def test_nan_and_infinity_propagate_as_in_float64(device, activation):
     x = torch.tensor([0.5, math.nan, math.inf, -math.inf, 100.0, -100.0], device=device).view(1, 1, 6)
     lists, number = ([normal(2, 9, device=device)], [None], [EPS], [1.0]), list(ACTIVATIONS).index(activation)
     prepared, _, statistics = ops.prepare_forward(x, *lists, F32, KEPT, [1, 0], 0, number)
@@ -366,7 +366,7 @@ def test_nan_and_infinity_go_where_float64_lets_them(device, activation):
     grad = torch.full_like(prepared, math.inf)
     saved, rest = prepared if activation == "relu" else x, (F32, [0, 1, 2], [1, 0], 0, number)
     found = ops.prepare_backward(grad, saved, [], [], [], statistics[:0], [], *rest)[0].flatten()
-    assert found[5] == 0  # infinity meets a derivative of 0
+    assert found[5] == 0  # infinity times a derivative of 0
 
 
 def test_empty_tensors(device):
@@ -407,7 +407,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("wrong", WRONG.values(), ids=WRONG)
-def test_ops_called_wrongly_raise(device, wrong):
+def test_ops_reject_invalid_arguments(device, wrong):
     arguments = [normal(*X, device=device), [normal(*W, device=device)], [None], [EPS], [1.0], F32, KEPT]
     arguments += [[1, 2, 0, 1], 1, 1]
     for place, value in wrong.items():
@@ -416,7 +416,7 @@ def test_ops_called_wrongly_raise(device, wrong):
         ops.prepare_forward(*arguments)
 
 
-def test_backward_called_wrongly_raises(device):
+def test_backward_rejects_invalid_arguments(device):
     w, x, statistics = normal(*W, device=device), normal(*X, device=device), torch.zeros(4, 2, device=device)
     for grad, rows, scales in [(w[:2], statistics, [1.0]), (w, statistics[:3], [1.0]), (w, statistics, []),
                                (w, statistics.double(), [1.0]), (w.double(), statistics, [1.0])]:  # fmt: skip
@@ -431,6 +431,6 @@ def test_backward_called_wrongly_raises(device):
             ops.prepare_backward(x, saved, *lists, F32, order, padding, 0, activation)
 
 
-def test_the_package_needs_no_triton():
+def test_package_does_not_need_triton():
     code = "import sys; sys.modules['triton'] = None; import weightalign_cuda"
     subprocess.run([sys.executable, "-c", code], check=True)

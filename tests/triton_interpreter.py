@@ -1,5 +1,5 @@
-"""Triton's interpreter, mended for the tests in two places: results as compiled kernels have them, and in a third of
-the time."""
+"""Two patches of Triton's interpreter for the tests: results equal those of compiled kernels, in a third of the
+time."""
 
 import numpy as np
 import torch
@@ -13,7 +13,7 @@ def mend():
 
 
 def _round_to_nearest():
-    """float32 to bfloat16, which is cut off otherwise."""
+    """float32 to bfloat16, which the interpreter truncates."""
     cast = interpreter.InterpreterBuilder.cast_impl
 
     def cast_impl(self, source, dtype):
@@ -26,8 +26,8 @@ def _round_to_nearest():
 
 
 def _patch_once():
-    """A launch patches triton.language for its time, and each call of a device function does so again, for good: once
-    for each module that has device functions is enough."""
+    """A launch patches triton.language while it runs, but each call of a device function does so again, permanently:
+    once per module that has device functions is enough."""
     patched = set()
 
     def call(self, *args, **kwargs):

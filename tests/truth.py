@@ -1,7 +1,7 @@
-"""What is right, and how near to it a result must be: the formula in float64, tolerances derived from unit roundoffs.
+"""Expected results and allowed errors: the formula in float64, and tolerances derived from unit roundoffs.
 
-Written from the formula alone, independently of weightalign_cuda.reference. (A module of its own: pytest has two
-conftest.py here, and only one of them can be imported by name.)
+Written from the formula, independently of weightalign_cuda's reference. (A separate module, because there are two
+conftest.py, only one of which can be imported by name.)
 """
 
 import torch
@@ -17,7 +17,7 @@ EPS = 1e-5
 # Names of activations -> PyTorch's functions.
 ACTIVATIONS = {name: getattr(F, name) if name else torch.clone for name in activations.ACTIVATIONS}
 
-# Tolerances, in unit roundoffs u of what sums are formed in (float32; float64 for float64 weights):
+# Tolerances, in unit roundoffs u of the dtype of sums (float32; float64 for float64 weights):
 # - a sum: no backend adds more than 128 values one after another (the CPU's float64 lanes; the rest is trees and
 #   doubles). Roundings go up as often as down, so they come to about sqrt(128) u of the sum of magnitudes; twice that.
 # - the aligned weight, relative to its filter's largest: the mean (a sum), half of the variance's (a sum under a root),
@@ -47,8 +47,8 @@ def over_filters(reduce, t):
 
 
 def variance(d):
-    """Biased, (K, 1), of deviations (K, n). Not Tensor.var: it adds one value after another and so, for long filters,
-    errs more in float64 than what it is to judge."""
+    """Biased, (K, 1), of deviations (K, n). Tensor.var adds one value after another: for long filters its float64 error
+    would exceed that of the results to be checked."""
     return d.square().mean(1, keepdim=True)
 
 
@@ -61,14 +61,14 @@ def formula(weight, gain=None, eps=EPS, scale=1.0):
 
 
 def shifted(weight):
-    """float64, less the first value of each filter: it changes nothing, and spares the formula the loss of digits in
-    `w - mean` where the mean is large (float64 weights would meet it in the truth itself)."""
+    """The weight in float64, minus the first value of each filter, which does not change the result but avoids
+    cancellation in `w - mean` for large means (which float64 weights would otherwise have in the truth itself)."""
     w = weight.detach().double().flatten(1)
     return (w - w[:, :1]).view(weight.shape)
 
 
 def true_results(weight, gain, grad, eps=EPS, scale=1.0):
-    """Aligned weight, gradients of weight and gain (None without one): float64, by autograd of the formula."""
+    """Aligned weight, gradients of weight and gain (None without one) in float64, by autograd of the formula."""
     w = shifted(weight).requires_grad_()
     g = None if gain is None else gain.detach().double().requires_grad_()
     aligned = formula(w, g, eps, scale)
@@ -77,9 +77,13 @@ def true_results(weight, gain, grad, eps=EPS, scale=1.0):
 
 
 def sizes(weight, gain, grad, eps, scale):
-    """What the terms of each result measure before they cancel, for each filter: largest |slope d| of the aligned
-    weight; of d w = slope * (G - mean(G) - x * sum(G x) / 2) largest |slope G| + |slope x sum(|G x|) / 2|; of d gain =
-    scale * sum(G x) |scale| sum(|G x|). Below the least normal number of the sums' dtype values err as if they were it.
+    """Magnitudes of the terms of each result before they cancel, for each filter:
+
+    - aligned weight: largest |slope d|
+    - d w = slope * (G - mean(G) - x * sum(G x) / 2): largest |slope G| + |slope x sum(|G x|) / 2|
+    - d gain = scale * sum(G x): |scale| sum(|G x|)
+
+    Below the smallest normal number of the sums' dtype values err as if they were it.
     """
     w, grad = shifted(weight), grad.detach().double()
     var = over_filters(lambda t, dim: variance(t - t.mean(dim, keepdim=True)), w)
@@ -100,7 +104,7 @@ def sum_dtype(weight):
 
 def judged(weight, gain, grad, dtype, *, eps=EPS, scale=1.0):
     """(name, truth, size of its terms, largest error allowed) of the aligned weight in `dtype` and of the gradients of
-    weight and gain, if there is one; grad is the gradient that came in."""
+    weight and, if there is one, gain; grad is the incoming gradient."""
     truths, of = true_results(weight, gain, grad, eps, scale), sizes(weight, gain, grad, eps, scale)
     names, terms = ("aligned", "gradient of weight", "gradient of gain"), (ALIGNED, GRADIENT, ALIGNED)
     dtypes = (dtype, weight.dtype, None if gain is None else gain.dtype)
@@ -109,8 +113,8 @@ def judged(weight, gain, grad, dtype, *, eps=EPS, scale=1.0):
 
 
 def distance(result, truth):
-    """|result - truth|; 0 where both are NaN. Infinity is the number that would follow the largest of result's dtype,
-    and what is true beyond that is that too."""
+    """|result - truth|; 0 where both are NaN. Infinity counts as the number after the largest of result's dtype, and so
+    does any truth beyond that."""
     largest = torch.finfo(result.dtype).max * (1 + roundoff(result.dtype))
     error = result.double().clamp(-largest, largest) - truth.clamp(-largest, largest)
     return error.abs().masked_fill(result.isnan() & truth.isnan(), 0)
@@ -118,7 +122,7 @@ def distance(result, truth):
 
 def is_near(result, truth, bound):
     error = distance(result, truth)
-    return bool(((error <= bound) | (error == 0)).all())  # the bound of what is truly NaN is NaN too
+    return bool(((error <= bound) | (error == 0)).all())  # the bound is NaN where the truth is
 
 
 def assert_near(name, result, truth, bound):
@@ -127,7 +131,7 @@ def assert_near(name, result, truth, bound):
 
 
 def assert_right(weight, gain, grad, aligned, grad_weight, grad_gain=None, *, eps=EPS, scale=1.0):
-    """Values and dtypes of aligned weight and gradients; grad is the gradient that came in."""
+    """Checks values and dtypes of aligned weight and gradients; grad is the incoming gradient."""
     assert grad_weight.dtype == weight.dtype
     assert gain is None or grad_gain.dtype == gain.dtype
     results = aligned, grad_weight, *(() if gain is None else (grad_gain,))
@@ -137,8 +141,8 @@ def assert_right(weight, gain, grad, aligned, grad_weight, grad_gain=None, *, ep
 
 
 def check_align(weight, gain=None, grad=None, *, eps=EPS, scale=1.0, **kwargs):
-    """Runs wa.align forward and backward, asserts that all is right; returns aligned weight and gradients (as they
-    come: autograd gives .grad the parameter's strides whatever the backward did)."""
+    """Runs and checks wa.align forward and backward; returns the aligned weight and the gradients (as returned by the
+    backward: .grad would have the parameter's strides in any case)."""
     weight = weight.detach().requires_grad_()
     gain = None if gain is None else gain.detach().requires_grad_()
     aligned = wa.align(weight, gain, eps=eps, scale=scale, **kwargs)
@@ -157,12 +161,12 @@ def normal(*shape, seed=0, mean=0.0, std=1.0, dtype=F32, device="cpu"):
 
 
 def dense(t, order):
-    """A copy of t whose dimensions lie in memory in this order, outermost first."""
+    """A copy of t whose dimensions have this order in memory, outermost first."""
     order = list(order)
     inverse = [order.index(d) for d in range(t.dim())]
     return t.permute(order).contiguous().permute(inverse)
 
 
 def name(value):
-    """Ids of parameters: dtypes and memory formats by their short names."""
+    """Parameter ids: short names of dtypes and memory formats."""
     return str(value).removeprefix("torch.") if isinstance(value, (torch.dtype, torch.memory_format)) else None

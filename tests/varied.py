@@ -1,5 +1,5 @@
-"""Models whose layers have numbers all different from each other and from the defaults, so that what mixes them up, or
-drops them, is seen."""
+"""Models whose layers all have different parameters, none of them the defaults, so that mixing up or dropping one
+shows."""
 
 import torch
 from torch import nn
@@ -9,7 +9,7 @@ from weightalign_cuda.layers import Aligned, aligned_layers
 
 
 def numbers(count):
-    """eps and scale for each of a list of weights."""
+    """eps and scale for each weight of a list."""
     return {
         "eps": [0.1 + 1.9 * i / count for i in range(count)],
         "scale": [1.7 - 1.3 * i / count for i in range(count)],
@@ -17,7 +17,7 @@ def numbers(count):
 
 
 def vary(model):
-    """The model, each layer with an eps and a scale of its own, each gain with values of its own."""
+    """Gives each layer its own eps and scale, and each gain its own values; returns the model."""
     layers, gains = aligned_layers(model.modules()), wa.gain_parameters(model)
     for layer, eps, scale in zip(layers, *numbers(len(layers)).values(), strict=True):
         layer.eps, layer.scale = eps, scale

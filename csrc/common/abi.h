@@ -1,4 +1,4 @@
-// The one door to libtorch: its stable C++ API, and a TORCH_BOX that cannot misread an argument.
+// All of libtorch that is used here: its stable C++ API, with a TORCH_BOX that checks argument types.
 #pragma once
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
@@ -39,8 +39,8 @@ struct boxable<R (*)(A...)> : std::conjunction<is_boxable<std::decay_t<A>>...> {
 }  // namespace detail
 }  // namespace wa
 
-// TORCH_BOX counts arguments but never compares their types with the schema: a `float` parameter would receive the
-// lower half of a double. Only the types that the schema language has are let through.
+// TORCH_BOX checks the number of arguments but not their types: a `float` parameter would receive the lower half of a
+// double. WA_BOX accepts only types of the schema language.
 #define WA_BOX(function)                                                                                          \
     []() {                                                                                                        \
         static_assert(wa::detail::boxable<decltype(&function)>::value, "not a schema type: use double, int64_t"); \

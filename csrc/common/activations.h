@@ -1,10 +1,10 @@
-// Activations of a convolution's input: a formula with its derivative each, and the list of them, for CPU and CUDA.
+// Activations of a convolution's input, each with its derivative, and the list of them; shared by CPU and CUDA.
 //
-// To add one: a struct like these, and its name at the end of the list. Its value at 0 must be 0 (asserted below), for
-// some kernels pad before they activate and some after. `derivative` is a function of the input; with kFromResult it
-// has the same value at the result, which the convolution keeps alive anyway.
+// To add one, write a struct like these and append it to the list. Its value at 0 must be 0 (asserted below): some
+// kernels pad before the activation, others after it. `derivative` takes the input; with kFromResult it gives the same
+// value for the result, which the convolution keeps alive anyway.
 //
-// V is a float, a double or a vector of them, Acc the type of one value; M has exp and erf of a V.
+// V is float, double or a vector of either, Acc its element type; M provides exp and erf for V.
 #pragma once
 
 #include <cstdint>
@@ -16,7 +16,7 @@
 #endif
 
 namespace wa {
-namespace {  // compiled for several instruction sets: nothing here may be shared between their objects
+namespace {  // compiled once per instruction set: the linker must not merge the copies
 
 struct Relu {
     static constexpr bool kFromResult = true;
@@ -43,7 +43,7 @@ struct Silu {
     }
 };
 
-// x * Phi(x), Phi the standard normal distribution: the exact one, not its approximation by tanh.
+// x * Phi(x), Phi the standard normal CDF: exact, not the tanh approximation.
 struct Gelu {
     static constexpr bool kFromResult = false;
     template <class M, class Acc, class V>
@@ -71,7 +71,7 @@ struct Hardswish {
     }
 };
 
-// A gradient that meets a derivative of 0 becomes 0 whatever it is.
+// grad * derivative, but 0 where the derivative is 0, even if grad is infinite or NaN.
 template <class A, class M, class Acc, class V>
 WA_FORMULA V differentiated(V x, V grad) {
     V derivative = A::template derivative<M, Acc>(x), product = grad * derivative;
@@ -82,7 +82,7 @@ template <class... A>
 struct ActivationList {
     static constexpr int kCount = sizeof...(A);
 
-    // run(A{}) for the activation of this number: its place in the list, from 1; 0 is none.
+    // run(A{}) for activation `number`: its position in the list, counted from 1; 0 is none.
     template <class Run>
     WA_FORMULA void with(uint8_t number, const Run& run) {
         uint8_t i = 0;
@@ -93,9 +93,9 @@ struct ActivationList {
         return each[number];
     }
 };
-using Activations = ActivationList<Relu, Silu, Gelu, Hardswish>;  // in the order of the ops' numbers
+using Activations = ActivationList<Relu, Silu, Gelu, Hardswish>;  // numbered as in the ops
 
-#if defined(__GNUC__) && !defined(__clang__) && !defined(__CUDACC__)  // whose exp and erf are constant expressions
+#if defined(__GNUC__) && !defined(__clang__) && !defined(__CUDACC__)  // GCC's exp and erf are constexpr
 struct ConstantMath {
     static constexpr double exp(double x) { return __builtin_exp(x); }
     static constexpr double erf(double x) { return __builtin_erf(x); }

@@ -8,7 +8,7 @@
 namespace wa {
 namespace {
 
-// A weight as the kernels want it: its filters contiguous, in the order of its own strides where that is so already.
+// A weight with contiguous filters, as the kernels require: the tensor itself if it has them, else a contiguous copy.
 struct Source {
     Tensor tensor;
     explicit Source(const Tensor& weight) : tensor(weight) {
@@ -17,8 +17,9 @@ struct Source {
     }
 };
 
-// A result in the strides asked for, and what the kernel writes: the result itself if its order is the source's or its
-// transpose (`transposed_columns`), else a tensor in the source's order that is copied afterwards.
+// A result with the requested strides, and the tensor that the kernel writes: the result itself if its memory order is
+// the source's or its transpose (`transposed_columns`), else a tensor in the source's order that is copied to it
+// afterwards.
 struct Target {
     Tensor result;
     std::optional<Tensor> staged;
@@ -27,7 +28,7 @@ struct Target {
         : result(empty_strided(source.tensor, source.tensor.dim(), source.tensor.sizes().data(), strides, dtype)) {
         const int64_t* order = strides_of(source.tensor);
         if (same_order(result, order, strides)) return;
-        if (result.numel() <= max_transposed * result.size(0))  // values of a filter
+        if (result.numel() <= max_transposed * result.size(0))  // a limit per filter
             transposed_columns = wa::transposed_columns(result, order, strides);
         if (transposed_columns == 0) staged = empty_strided(result, result.dim(), result.sizes().data(), order, dtype);
     }
@@ -71,7 +72,7 @@ public:
         return backend.max_transposed / (type_ == ScalarType::Double ? 8 : 4);
     }
 
-    // (filters, width) or, for width 1, (filters,); zeroed where the kernels have nothing to write.
+    // (filters, width), or (filters,) for width 1. Zeroed if a weight is empty, since the kernels skip those.
     Tensor per_filter(int64_t width) const {
         const int64_t sizes[2] = {filters_, width}, strides[2] = {width, 1};
         Tensor t = empty_strided(first_, width == 1 ? 1 : 2, sizes, strides, statistics_dtype());
@@ -79,7 +80,7 @@ public:
         return t;
     }
 
-    // Adds the weight's task; its pointers to tensors of the result are filled in by the caller.
+    // Adds the weight's task; the caller fills in the pointers to its gradient and its result.
     AlignTask& add(const Source& source, const std::optional<Tensor>& gain, double eps, double scale,
                    ScalarType aligned_dtype) {
         const Tensor& w = source.tensor;

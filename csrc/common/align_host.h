@@ -6,15 +6,15 @@
 
 namespace wa {
 
-// A convolution's input to prepare in one launch with the weights of a list.
+// A convolution's input that is prepared in the same launch as a list of weights.
 struct InputWork {
-    const PrepareTask* task;  // null: it has no values
-    Tensor tensor;            // on the device in question
+    const PrepareTask* task;  // null: nothing to compute
+    Tensor tensor;            // on the input's device
     bool is_double;
 };
 
-// A backend: runs the whole list (`device_index` is the weights' device); transposes filters of up to
-// `max_transposed` bytes, in the accumulation type, on the way; longer ones are copied by the host.
+// A backend: `run` computes a whole list on the weights' device. Kernels transpose filters of up to `max_transposed`
+// bytes, in the accumulation type; larger ones are copied by the host.
 struct AlignBackend {
     void (*run)(const AlignList& list, int32_t device_index);
     int64_t max_transposed;
@@ -31,7 +31,7 @@ AlignBackwardResult align_backward(const AlignBackend& backend, const std::vecto
                                    const std::vector<Tensor>& weights, const std::vector<std::optional<Tensor>>& gains,
                                    const Tensor& statistics, const std::vector<double>& scales);
 
-// The same, with a convolution's input prepared beside them unless it is null; the lists then may be empty.
+// The same, and a convolution's input prepared with them unless it is null; with one, the lists may be empty.
 AlignForwardResult forward_beside(const InputWork* input, const AlignBackend& backend,
                                   const std::vector<Tensor>& weights, const std::vector<std::optional<Tensor>>& gains,
                                   const std::vector<double>& eps, const std::vector<double>& scales, ScalarType dtype,

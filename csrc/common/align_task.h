@@ -1,4 +1,4 @@
-// What the host functions hand to every kernel: one plain struct a weight tensor. No torch type beyond this border.
+// What the host passes to every kernel: one plain struct per weight tensor. Kernels see no torch types.
 #pragma once
 
 #include <cstdint>
@@ -15,7 +15,7 @@ struct PrepareTask;
 
 enum class DType : uint8_t { kFloat32, kFloat16, kBFloat16, kFloat64 };
 
-// One weight of K = filters rows of n values each, a row being one filter, contiguous in memory.
+// One weight: K = filters rows of n values, each row a filter, contiguous in memory.
 //
 //   forward:   aligned = scale * gain * (w - mean) / sqrt(n/2 * var + eps)
 //   backward:  with x = (w - mean) * rstd and G the gradient of the aligned weight,
@@ -32,16 +32,16 @@ struct AlignTask {
     uint32_t n;
     uint32_t filters;
     uint32_t first_filter;  // this weight's first row in the list's statistics and gain gradients
-    // Not 0: the aligned side is transposed against the weight, whose filter is the matrix (n / transposed_columns,
-    // transposed_columns), as between contiguous and channels_last.
+    // If not 0, each filter of the aligned side is the transpose of the weight's, seen as a matrix (n /
+    // transposed_columns, transposed_columns): as between contiguous and channels_last.
     uint32_t transposed_columns;
     DType weight_dtype;
     DType aligned_dtype;
     DType gain_dtype;
 };
 
-// The work of one call: weights, and one input of a convolution. All are of one accumulation type: double if they are
-// float64, else float.
+// The work of one call: weights, and one convolution's input. They share one accumulation type: double for float64,
+// else float.
 struct AlignList {
     const AlignTask* tasks;
     uint32_t count;

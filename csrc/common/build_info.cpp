@@ -15,7 +15,7 @@ const char* wa_cuda_architectures() {
 #endif
 }
 
-// The CUDA runtime it is linked with: 13000 is 13.0, 0 is none.
+// The CUDA runtime linked in: 13000 is 13.0, 0 is none.
 int wa_cuda_runtime_version() {
 #ifdef WA_CUDA_ARCHITECTURES
     return CUDART_VERSION;
@@ -24,7 +24,7 @@ int wa_cuda_runtime_version() {
 #endif
 }
 
-// The newest runtime that the installed driver serves, 0 without a driver. Initialises CUDA.
+// The newest runtime that the installed driver supports, 0 without a driver. Initialises CUDA.
 int wa_cuda_driver_version() {
     int version = 0;
 #ifdef WA_CUDA_ARCHITECTURES

@@ -5,7 +5,7 @@
 namespace wa {
 namespace {
 
-// The dimensions that matter for the order in memory (size > 1), outermost first.
+// The dimensions that affect memory order (size > 1), outermost first.
 std::vector<int> memory_order(const Tensor& shape, const int64_t* strides) {
     std::vector<int> order;
     auto sizes = shape.sizes();
@@ -85,7 +85,7 @@ int64_t transposed_columns(const Tensor& shape, const int64_t* from, const int64
         if (!order->empty() && order->front() == 0) order->erase(order->begin());
         if (std::find(order->begin(), order->end(), 0) != order->end()) return 0;
     }
-    // A transposed matrix is the same cycle of dimensions, begun elsewhere: rows + columns became columns + rows.
+    // Transposing a matrix rotates its dimensions: rows + columns becomes columns + rows.
     auto columns_begin = b.empty() ? a.end() : std::find(a.begin(), a.end(), b[0]);
     if (columns_begin == a.begin() || columns_begin == a.end()) return 0;
     int64_t columns = 1;

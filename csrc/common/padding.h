@@ -1,13 +1,13 @@
-// Which value of a convolution's input a place of the padded one shows, and back: for all kernels.
+// The index map of padding, shared by all kernels: which input value a padded position shows, and the inverse.
 #pragma once
 
 #include "prepare_task.h"
 
 namespace wa {
-namespace {  // compiled for several instruction sets: nothing here may be shared between their objects
+namespace {  // compiled once per instruction set: the linker must not merge the copies
 
-// Along one dimension of `size` values, place `at` (negative, or `size` and more, in the padding): the value it shows,
-// or -1 for a zero.
+// The index of the value shown at `at`, in a dimension of `size` values, or -1 for zero. Positions below 0, or from
+// `size` on, are padding.
 WA_ANYWHERE inline int shown_value(PaddingMode mode, int at, int size) {
     if (at >= 0 && at < size) return at;
     switch (mode) {
@@ -18,8 +18,8 @@ WA_ANYWHERE inline int shown_value(PaddingMode mode, int at, int size) {
     }
 }
 
-// The places of one dimension that show value `at`: its own, then those before the dimension, then those after it, each
-// of them neighbours. Numbered, so that whoever visits them needs one copy of its code.
+// The positions of one dimension that show value `at`: its own, then those in the padding before, then those after,
+// each a contiguous range. Numbered, so that a caller visits them in one loop, with one copy of its code.
 struct Places {
     int at, before, first_before, after, first_after;
 
@@ -48,7 +48,7 @@ struct Places {
     }
 };
 
-// What lies side by side in memory: the channels of a position, or else the positions of a channel.
+// Whether channels are the innermost dimension in memory, else positions.
 WA_ANYWHERE inline bool is_by_channels(const ImageSide& side, const PrepareTask& task) {
     return side.channel == 1 && task.channels > 1;
 }
@@ -62,7 +62,7 @@ WA_ANYWHERE inline Coordinates coordinates_of(uint32_t position, uint32_t height
     return {{int(row / height), int(row % height), int(position % width)}};
 }
 
-// Forward: where in an image of `from` the value of this place of `to` lies; -1: it is a zero.
+// Forward: the offset in an image of `from` of the value that this position of `to` shows, or -1 for zero.
 WA_ANYWHERE inline int64_t source_of(const PrepareTask& task, const Coordinates& to) {
     int64_t offset = 0;
     for (int d = 0; d < kSpatial; ++d) {
@@ -77,7 +77,7 @@ WA_ANYWHERE inline Places places_of(const PrepareTask& task, const Coordinates& 
     return {task.mode, to.at[d], int(task.size[d]), int(task.before[d]), int(task.after[d])};
 }
 
-// Backward: each(offset in an image of `from`) for all places that show this value, its own first.
+// Backward: each(offset in an image of `from`) for all positions that show this value, its own first.
 template <class Each>
 WA_ANYWHERE void for_each_source(const PrepareTask& task, const Coordinates& to, const Each& each) {
     const Places depths = places_of(task, to, 0), rows = places_of(task, to, 1), columns = places_of(task, to, 2);
@@ -89,14 +89,14 @@ WA_ANYWHERE void for_each_source(const PrepareTask& task, const Coordinates& to,
                      (columns[k] + int(task.before[2])) * strides[2]);
 }
 
-// The first of them: the value's own place.
+// The first of them: the value's own position.
 WA_ANYWHERE inline int64_t own_source(const PrepareTask& task, const Coordinates& to) {
     int64_t offset = 0;
     for (int d = 0; d < kSpatial; ++d) offset += int64_t(to.at[d] + task.before[d]) * task.from_side.spatial[d];
     return offset;
 }
 
-// Whether the value is shown in the padding too.
+// Whether padding shows the value again.
 WA_ANYWHERE inline bool is_shown_twice(const PrepareTask& task, const Coordinates& to) {
     return places_of(task, to, 0).count() * places_of(task, to, 1).count() * places_of(task, to, 2).count() > 1;
 }

@@ -19,7 +19,7 @@ ImageSide side_of(const Tensor& t) {
     return side;
 }
 
-// Neighbouring dimensions that nothing pads and that lie as one in both tensors become one: rows as long as can be.
+// Merges adjacent unpadded dimensions that both tensors can view as one, so that rows are as long as possible.
 void merge_rows(PrepareTask& task) {
     auto is_free = [&](int d) { return task.before[d] == 0 && task.after[d] == 0; };
     auto lie_as_one = [&](const ImageSide& side) {
@@ -40,7 +40,7 @@ void check_activation(int64_t activation) {
                     ", got ", activation);
 }
 
-// All but what is specific to a direction; `unpadded` has the input's shape.
+// The fields that both directions share; `unpadded` has the input's shape.
 PrepareTask task_of(const Tensor& from, const Tensor& to, const Tensor& unpadded, const std::vector<int64_t>& padding,
                     int64_t padding_mode, int64_t activation) {
     STD_TORCH_CHECK(padding_mode >= 0 && padding_mode <= 3, "padding_mode: want 0 to 3, got ", padding_mode);
@@ -142,7 +142,7 @@ PrepareBackwardResult prepare_backward(const AlignBackend& backend, const Tensor
         order[i] = int(d);
     }
     Tensor grad_input = new_tensor(grad_prepared, sizes, order, input_dtype);
-    Tensor grad = grad_prepared, source = grad_input;  // what the derivative comes from, if anything
+    Tensor grad = grad_prepared, source = grad_input;  // source of the derivative, if there is an activation
     if (saved) {
         const Tensor& shape = is_from_result ? grad_prepared : grad_input;
         STD_TORCH_CHECK(sizes_of(*saved) == sizes_of(shape) && saved->scalar_type() == shape.scalar_type() &&

@@ -1,4 +1,4 @@
-// The host side of the ops that prepare a convolution's input beside its weights, the same for every device.
+// The host side of the ops that prepare a convolution's input along with its weights, the same for every device.
 #pragma once
 
 #include "align_host.h"

@@ -1,5 +1,5 @@
-// Runs of activated values, a vector at a time. exp and erf are formulas of our own for float; float64 takes libm's
-// functions value by value.
+// Activations of contiguous values, a vector at a time. float has vectorised exp and erf of its own; float64 calls libm
+// for each value.
 #pragma once
 
 #include <math.h>
@@ -22,7 +22,7 @@ WA_INLINE Vector<float> exp_of(Vector<float> x) {
     V bounded = x < kLow ? V{} + kLow : x > kHigh ? V{} + kHigh : x;
     V shifted = bounded * 1.44269504f + 12582912.0f;  // 1.5 * 2^23: the low bits are the nearest integer
     V whole = shifted - 12582912.0f;
-    V r = bounded - whole * 0.693359375f - whole * -2.12194440e-4f;  // ln 2 in two parts, the first one short
+    V r = bounded - whole * 0.693359375f - whole * -2.12194440e-4f;  // ln 2 in two parts, the first of few bits
     V e = V{} + 1.0f / 5040;
     e = e * r + 1.0f / 720;
     e = e * r + 1.0f / 120;
@@ -31,13 +31,13 @@ WA_INLINE Vector<float> exp_of(Vector<float> x) {
     e = e * r + 0.5f;
     e = e * r + 1.0f;
     e = e * r + 1.0f;
-    auto k = (Mask<V>)shifted - 0x4b400000;  // in two steps, for 2^128 is no float
+    auto k = (Mask<V>)shifted - 0x4b400000;  // in two steps: 2^128 is not a float
     auto half = k >> 1;
     e = e * (V)((half + 127) << 23) * (V)((k - half + 127) << 23);
     return x > kHigh ? V{} + INFINITY : x < kLow ? V{} : e;
 }
 
-// erf(x), a rational function of x on [-4, 4], beyond which it is -1 or 1 in float; fitted to 7e-8, relative.
+// erf(x): a rational function on [-4, 4], with a relative error of 7e-8; beyond, erf rounds to -1 or 1 in float.
 WA_INLINE Vector<float> erf_of(Vector<float> x) {
     using V = Vector<float>;
     V z = x * x;
@@ -58,7 +58,7 @@ WA_INLINE Vector<float> erf_of(Vector<float> x) {
 
 WA_INLINE double exp_of(double x) { return exp(x); }
 WA_INLINE double erf_of(double x) { return erf(x); }
-// A float is computed as a vector is: where a value stands in its row must not change its bits.
+// A scalar is computed as a vector is: a value's result must not depend on its position in the row.
 WA_INLINE float exp_of(float x) { return exp_of(Vector<float>{} + x)[0]; }
 WA_INLINE float erf_of(float x) { return erf_of(Vector<float>{} + x)[0]; }
 WA_INLINE Vector<double> exp_of(Vector<double> x) {

@@ -1,11 +1,11 @@
-// Forward and backward of filters, one after another on one core; compiled once for each instruction set.
+// Forward and backward, one filter after another on one core; compiled once per instruction set.
 //
-// A filter is read from memory once and, up to some thousand values, found in the L1 cache by the later passes: forward
-// sum - centred sums - write, backward sums - write. Sums run over blocks of kBlock values, whose results are added in
-// double, so that the error does not grow with n.
+// A filter is read from memory once; up to some thousand values, the later passes find it in the L1 cache: forward sum
+// - centred sums - write, backward sums - write. Sums run over blocks of kBlock values and are then added in double, so
+// that the error does not grow with n.
 //
-// The mean is subtracted twice. The first value as pivot makes the first mean exact for a constant filter, whose
-// residuals are then exactly 0; the mean of the residuals corrects what rounding left of it (mean 1e4, deviation 1e-3).
+// The mean is subtracted twice. With the first value as pivot, the mean of a constant filter is exact and its residuals
+// are exactly 0; subtracting their mean then corrects the first one's rounding (mean 1e4, deviation 1e-3).
 #include <math.h>
 
 #include "dtype.h"
@@ -15,8 +15,8 @@ namespace wa {
 namespace {
 
 constexpr size_t kBlock = 4096;
-// Registers of each sum: 4 hide the latency of an addition, and three sums fill AVX's 16 registers with what they are
-// made of; where halves are converted by a formula, that needs more.
+// Accumulators per sum. 4 hide the latency of an addition, and three sums with their operands then fill AVX's 16
+// registers; converting halves without an instruction for it takes more, which leaves room for 2.
 constexpr size_t kUnroll = kConvertsHalves ? 4 : 2;
 
 // total[s] = the sum over [0, n) of what term(width, at, sums) adds to sums[s] for the value or vector at `at`.

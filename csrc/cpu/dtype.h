@@ -1,4 +1,4 @@
-// From a tensor's dtype, known when the op runs, to a C++ type.
+// Dispatch from a tensor's dtype to a C++ type.
 #pragma once
 
 #include <type_traits>
@@ -9,7 +9,7 @@
 namespace wa::cpu {
 namespace {
 
-// run(typed pointer). Float64 meets only float64: the host sees to that.
+// run(typed pointer). The host ensures that float64 is not mixed with other dtypes.
 template <class Acc, class Void, class Run>
 WA_INLINE void with_type(Void* tensor, DType dtype, const Run& run) {
     auto as = [&](auto* type) WA_LAMBDA {

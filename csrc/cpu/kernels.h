@@ -1,4 +1,4 @@
-// The CPU kernels' interface. Every instruction set has its own copy, in a namespace of its name (WA_ISA).
+// The CPU kernels' interface. Each instruction set has its own copy, in a namespace named after it (WA_ISA).
 #pragma once
 
 #include <algorithm>
@@ -15,9 +15,9 @@ inline size_t scratch_bytes(const AlignTask& task) {
     return task.transposed_columns ? size_t(task.n) * sizeof(double) : 0;
 }
 
-// A part of an image: some channels of some neighbouring positions of one row. Where rows lie as rows on both sides, a
-// piece of a row, so that memory is walked in order; else long along what lies side by side, and square where that is
-// another dimension before than after.
+// A tile is some channels of adjacent positions in one row of an image. If rows are contiguous on both sides it is a
+// piece of a row, so that memory is walked in order; else it is long in the innermost dimension, and square if source
+// and destination differ in that.
 constexpr uint32_t kTileValues = 4096;
 struct Tiling {
     bool by_rows;

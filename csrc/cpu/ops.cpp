@@ -1,4 +1,4 @@
-// The ops on the CPU: picks the instruction set once, deals the work of a call out to torch's threads.
+// The ops on the CPU: picks the instruction set once, distributes the work of a call over torch's threads.
 #include <algorithm>
 #include <cstdlib>
 #include <memory>
@@ -16,8 +16,8 @@ struct InstructionSet {
     const Kernels* kernels;
 };
 
-// What this machine has, the best last: the widest, whose loops have the fewest instructions. AVX2 against baseline is
-// 2.1x on Zen 3; AVX-512 against AVX2 has not been measured, least of all where it lowers the clock (Skylake).
+// What this machine supports, the preferred one last: the widest, whose loops have the fewest instructions. AVX2 is
+// 2.1x as fast as baseline on Zen 3; AVX-512 against AVX2 is unmeasured, even where it lowers the clock (Skylake).
 std::vector<InstructionSet> instruction_sets() {
     std::vector<InstructionSet> sets{{"baseline", &baseline::kKernels}};
 #ifdef WA_CPU_X86
@@ -32,7 +32,7 @@ std::vector<InstructionSet> instruction_sets() {
     return sets;
 }
 
-// The best, or the one that the environment names.
+// The preferred one, or the one that the environment names.
 InstructionSet choose() {
     const std::vector<InstructionSet> sets = instruction_sets();
     const char* variable = std::getenv("WEIGHTALIGN_CPU");
@@ -46,14 +46,14 @@ InstructionSet choose() {
 }
 
 const InstructionSet& chosen() {
-    static const InstructionSet set = choose();  // an error is not kept: the next call chooses again
+    static const InstructionSet set = choose();  // after an exception the next call tries again
     return set;
 }
 const Kernels& kernels() { return *chosen().kernels; }
 
-// Work is dealt out in pieces of kPiece values, all tensors of the list laid end to end and the convolution's input
-// behind them, so that threads get equal shares whatever the list looks like; a thread is woken for no less than
-// kThread values (some 10 us of work). A filter belongs to the piece that its first value lies in.
+// Work is split into pieces of kPiece values, all tensors of the list laid end to end, then the convolution's input, so
+// that threads get equal shares of any list; a thread gets no less than kThread values (some 10 us of work). A filter
+// belongs to the piece that contains its first value.
 constexpr int64_t kPiece = 4096, kThread = 32768;
 constexpr int64_t kMaxTransposed = 4 << 20;  // bytes of a filter that a thread stages
 
@@ -125,7 +125,7 @@ const AlignBackend kBackward{[](const AlignList& list, int32_t) {
 }  // namespace
 }  // namespace wa::cpu
 
-// The instruction set whose kernels serve, or why none does; called through ctypes.
+// The instruction set in use, or why there is none; called through ctypes.
 extern "C" __attribute__((visibility("default"))) const char* wa_cpu_kernels() {
     try {
         return wa::cpu::chosen().name;

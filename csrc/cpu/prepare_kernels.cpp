@@ -1,6 +1,6 @@
-// A convolution's input, tile by tile: activation, cast, layout, padding, and back. Each value is read from memory once
-// and written once; backward, a value shown in the padding as well is read for each place that shows it. Compiled once
-// for each instruction set.
+// Prepares a convolution's input tile by tile: activation, cast, layout, padding; and the backward. Each value is read
+// from memory once and written once; the backward of a value that padding repeats gathers from each position that shows
+// it. Compiled once per instruction set.
 #include "prepare_rows.h"
 #include "prepare_tiles.h"
 

@@ -1,6 +1,6 @@
 // Tiles that are a piece of one row on both sides (`Tiling::by_rows`): neither transposed nor strided, perhaps cast and
-// padded. float32 goes from memory to memory in one loop, other dtypes by way of the L1 cache. A column is a value, or
-// the channels of a position.
+// padded. float32 goes from memory to memory in one loop, other dtypes through the L1 cache. A column is one value, or
+// all channels of a position.
 #pragma once
 
 #include <vector>
@@ -10,7 +10,7 @@
 namespace wa::cpu {
 namespace {
 
-// n values from `at` on: where they lie, if that is as the kernels compute, else in `buffer`.
+// n values from `at` on: in place if they have the accumulation type, else converted into `buffer`.
 template <class Acc>
 const Acc* values_at(const void* tensor, DType dtype, int64_t at, uint32_t n, Acc* buffer) {
     const Acc* values = buffer;
@@ -24,7 +24,7 @@ const Acc* values_at(const void* tensor, DType dtype, int64_t at, uint32_t n, Ac
 template <class Acc>
 struct ForwardRow {
     const PrepareTask& task;
-    const int64_t unit;  // values of a column
+    const int64_t unit;  // values per column
     alignas(64) Acc buffer[kTileValues];
 
     ForwardRow(const PrepareTask& task, const Tiling& tiling) : task(task), unit(tiling.channels) {}
@@ -44,7 +44,7 @@ private:
             if (value < 0) return clear(to, tile.width);
             from += value * task.from_side.spatial[d];
         }
-        // Columns [low, high) show columns of the input, the others are its padding.
+        // Columns [low, high) show the input's columns, the others are padding.
         const int low = std::clamp(before, begin, end), high = std::clamp(before + size, begin, end);
         auto at = [&](int column) { return to + (column - begin) * unit; };
         convert(from + (low - before) * unit, at(low), high - low);
@@ -88,7 +88,7 @@ struct BackwardRow {
     struct Copy {
         int column, place;
     };
-    std::vector<Copy> copies;  // columns shown in the padding too, and where
+    std::vector<Copy> copies;  // columns that padding repeats, and where
     alignas(64) Acc sum[kTileValues];
     alignas(64) Acc other[kTileValues];
 

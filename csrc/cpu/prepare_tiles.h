@@ -1,6 +1,6 @@
-// Tiles that are transposed, or strided: a tile is read into the L1 cache, in the order in which it lies in memory,
-// changed there, and written in the order of the result, in runs along what lies side by side. Backward, a value shown
-// in the padding as well is read for each place that shows it.
+// Tiles that are transposed or strided: read into the L1 cache in the source's memory order, transformed there, and
+// written in the result's, in runs along its innermost dimension. The backward of a value that padding repeats gathers
+// from each position that shows it.
 #pragma once
 
 #include "tile_place.h"
@@ -47,7 +47,7 @@ private:
     Coordinates at(uint32_t w) const { return {{first.at[0], first.at[1], first.at[2] + int(w)}}; }
     uint32_t size() const { return channels * width; }
 
-    // Columns [begin, end) of all rows of the tile, from `offset` of the image on.
+    // Columns [begin, end) of all rows of the tile, starting at `offset` in the image.
     void load_columns(const void* tensor, int64_t offset, uint32_t begin, uint32_t end, Acc* out) const {
         const ImageSide& side = task.from_side;
         with_type<Acc>(tensor, side.dtype, [&](auto* typed) WA_LAMBDA {
@@ -67,7 +67,7 @@ private:
     void load_padded() {
         for (uint32_t begin = 0, end; begin < width; begin = end) {
             int64_t source = source_of(task, at(begin)), beyond = int64_t(at(begin).at[2]) - task.before[2];
-            bool inside = beyond >= 0 && beyond < task.size[2];  // then the sources go on in step to the row's end
+            bool inside = beyond >= 0 && beyond < task.size[2];  // then sources advance with the columns
             end = inside ? uint32_t(std::min<int64_t>(width, begin + task.size[2] - beyond)) : begin + 1;
             if (source >= 0) load_columns(task.from, source, begin, end, values);
             else clear_columns(begin, end);
@@ -80,7 +80,7 @@ private:
                 std::memset(values + c * width + begin, 0, (end - begin) * sizeof(Acc));
     }
 
-    // The sum over all places that show a value.
+    // The sum over all positions that show a value.
     void load_places() {
         load_columns(task.from, own_source(task, first), 0, width, values);
         if (task.mode == PaddingMode::kZeros) return;
@@ -102,7 +102,7 @@ private:
         for (uint32_t c = 0; c < channels; ++c) values[c * width + w] += other[c];
     }
 
-    // each(run of the result in `values` or `other`, where it goes, its length), all runs.
+    // each(run of the result in `values` or `other`, its offset, stride and length) for all runs.
     template <class Each>
     void for_each_run(const Each& each) {
         const ImageSide& side = task.to_side;

@@ -1,5 +1,5 @@
-// One register of floats or doubles at a time, in the compiler's own vector types: 64 bytes with AVX-512, 32 with AVX,
-// 16 with SSE or NEON. Wider types than the registers would be legal, too, but compilers take those apart in memory.
+// One register of floats or doubles at a time, in the compiler's vector types: 64 bytes with AVX-512, 32 with AVX, 16
+// with SSE or NEON. Types wider than a register are legal too, but compilers split them through memory.
 #pragma once
 
 #include <cstddef>
@@ -12,7 +12,7 @@
 #endif
 
 namespace wa {
-namespace {  // compiled once for each instruction set: nothing here may be shared between those objects
+namespace {  // compiled once per instruction set: the linker must not merge the copies
 
 #if defined(__AVX512F__)
 constexpr int kVectorBytes = 64;
@@ -22,7 +22,7 @@ constexpr int kVectorBytes = 32;
 constexpr int kVectorBytes = 16;
 #endif
 #if defined(__F16C__) || defined(__aarch64__)
-constexpr bool kConvertsHalves = true;  // by instructions
+constexpr bool kConvertsHalves = true;  // in hardware
 #else
 constexpr bool kConvertsHalves = false;
 #endif
@@ -51,7 +51,7 @@ using Bits16 = uint16_t __attribute__((vector_size(kVectorBytes / 2)));
 #define WA_LAMBDA __attribute__((always_inline))
 #define WA_APART static __attribute__((noinline))  // one copy of long code
 
-WA_INLINE Bits32 widened(Bits16 bits) {  // g++ 12 takes it apart into two halves, otherwise
+WA_INLINE Bits32 widened(Bits16 bits) {  // else g++ 12 splits it into two halves
 #if defined(__AVX512F__)
     return (Bits32)_mm512_maskz_cvtepu16_epi32(0xffff, (__m256i)bits);
 #elif defined(__AVX2__)
@@ -69,12 +69,12 @@ WA_INLINE To bit_cast(From from) {
     return to;
 }
 
-// Of numbers below 2^31: signed, for SSE has no other comparison.
+// For numbers below 2^31: signed, because SSE has no unsigned comparison.
 WA_INLINE bool is_less(uint32_t a, int32_t b) { return int32_t(a) < b; }
 WA_INLINE Signed32 is_less(Bits32 a, int32_t b) { return (Signed32)a < b; }
 
-// The formulas of the 16-bit formats, for one value or a vector of them (F: float, Bits: its bits). Rounding is to
-// nearest even; a NaN stays one. Shifts instead of masks: each constant is a register less in the loops around.
+// Conversions of the 16-bit formats, for one value or a vector (F: float, Bits: its bits). They round to nearest even
+// and keep NaN. Shifts instead of masks: each constant costs a register in the surrounding loops.
 template <class F, class Bits>
 WA_INLINE F from_bfloat16(Bits bits) {
     return bit_cast<F>(bits << 16);
@@ -86,8 +86,8 @@ WA_INLINE Bits to_bfloat16(F x) {
 }
 template <class F, class Bits>
 WA_INLINE F from_half(Bits bits) {
-    const Bits magnitude = bits << 17 >> 4;  // exponent and fraction, where a float has them
-    // Half's exponent is 112 less than float's: a product with 2^112 rebases it, subnormals included.
+    const Bits magnitude = bits << 17 >> 4;  // exponent and fraction, moved to where a float has them
+    // Half's exponent bias is 112 less than float's: multiplying by 2^112 rebases it, subnormals included.
     const Bits finite = bit_cast<Bits>(bit_cast<F>(magnitude) * 0x1p112f);
     const Bits infinite = is_less(magnitude, 0x0f800000) ? Bits{} : Bits{} + 0x7f800000u;
     return bit_cast<F>(finite | infinite | bits >> 15 << 31);
@@ -104,11 +104,11 @@ WA_INLINE Bits to_half(F x) {
     return result | bits >> 31 << 15;
 }
 
-// Between halves and floats by the machine's own instructions, where it has them.
+// Conversions between half and float, in hardware where possible.
 #if defined(__F16C__)
 WA_INLINE float widen(Half half) { return _cvtsh_ss(half.bits); }
 WA_INLINE Half narrow(float x) { return {_cvtss_sh(x, _MM_FROUND_TO_NEAREST_INT)}; }
-#if defined(__AVX512F__)  // maskz, of all lanes: without, g++ 12 warns of its own header
+#if defined(__AVX512F__)  // maskz with all lanes: plain ones make g++ 12 warn about its own header
 WA_INLINE Vector<float> widen(Bits16 halves) { return (Vector<float>)_mm512_maskz_cvtph_ps(0xffff, (__m256i)halves); }
 WA_INLINE Bits16 narrow(Vector<float> x) {
     return (Bits16)_mm512_maskz_cvtps_ph(0xffff, (__m512)x, _MM_FROUND_TO_NEAREST_INT);
@@ -129,7 +129,7 @@ WA_INLINE Vector<float> widen(Bits16 halves) { return from_half<Vector<float>, B
 WA_INLINE Bits16 narrow(Vector<float> x) { return __builtin_convertvector(to_half<Vector<float>, Bits32>(x), Bits16); }
 #endif
 
-// The width of an access: a formula written once over it serves the bulk of a row and its last few values.
+// The width of an access: one formula, generic in it, serves the bulk of a row and its last few values.
 struct OneValue {};
 struct OneVector {};
 
@@ -159,7 +159,7 @@ WA_INLINE void store(OneValue, Half* p, float x) {
 }
 
 template <class T>
-WA_INLINE T read(const void* p) {  // of any alignment, as all of these
+WA_INLINE T read(const void* p) {  // unaligned, like all accesses here
     T bits;
     std::memcpy(&bits, p, sizeof bits);
     return bits;
@@ -200,7 +200,7 @@ WA_INLINE void for_each(size_t n, const Each& each) {
     for (; at < n; ++at) each(OneValue{}, at);
 }
 
-// A tree, always the same: halves are added until two values are left.
+// A fixed reduction tree: halves are added until two values are left.
 template <class Acc, int kBytes = kVectorBytes>
 WA_INLINE Acc sum_of(typename Simd<Acc, kBytes>::Vector v) {
     if constexpr (kBytes == 2 * sizeof(Acc)) {

@@ -1,4 +1,4 @@
-// Where a tile of a convolution's input lies, and how its values come and go.
+// The position of a tile in a convolution's input, and copies of its values.
 #pragma once
 
 #include "activation.h"
@@ -13,7 +13,7 @@ WA_APART void convert(const From* from, To* to, uint32_t n) {
     for_each<Acc>(n, [=](auto width, size_t i) WA_LAMBDA { store<Acc>(width, to + i, load<Acc>(width, from + i)); });
 }
 
-// n values from one place, each `from_stride` after the last, to another, each `to_stride` after the last.
+// Copies n values, `from_stride` apart, to places `to_stride` apart; converts the dtype.
 template <class Acc, class From, class To>
 WA_INLINE void copy_run(const From* from, int64_t from_stride, To* to, int64_t to_stride, uint32_t n) {
     if (from_stride == 1 && to_stride == 1) convert<Acc>(from, to, n);
@@ -29,15 +29,15 @@ WA_APART void add(const Acc* term, Acc* sum, uint32_t n) {
     });
 }
 
-// One tile after another, in the order of rows in memory.
+// Visits the tiles in the memory order of rows.
 struct TilePlace {
     const PrepareTask& task;
     const Tiling& tiling;
-    bool by_channels;  // what lies side by side in `from`: all channels of a position, or all positions of a channel
+    bool by_channels;  // whether channels are the innermost dimension of `from`, else positions
     uint32_t image, first_channel, channels, width;
     Coordinates first;
-    int64_t from;  // where the image's first channel of the tile begins
-    int64_t to;    // where the tile begins
+    int64_t from;  // offset of the image, at the tile's first channel
+    int64_t to;    // offset of the tile
 
     TilePlace(const PrepareTask& task, const Tiling& tiling, int64_t index)
         : task(task), tiling(tiling), by_channels(is_by_channels(task.from_side, task)) {

@@ -1,11 +1,11 @@
 // Gradients of weights and gains, for all filters of a table of tensors.
 //
-// One block takes as many filters of one tensor as fit its registers (AlignShape): a team of 8 threads to the whole
-// block each, about 16 values a thread of the weight and as many of the gradient. Both are read once, in 16-byte
+// One block takes as many filters of one tensor as fit in its registers (AlignShape), each with a team of 8 threads up
+// to the whole block, about 16 values per thread of the weight and of the gradient. Both are read once, in 16-byte
 // accesses where rows are aligned (a transposed gradient through shared memory), kept in registers for three sums that
 // are formed together, and the weight's gradient is written once; the gain's is one store, without atomics. Only a
-// filter beyond AlignShape::kOnChip values is read a second time. Why that shape: as for the forward, whose blocks it
-// shares.
+// filter longer than AlignShape::kOnChip is read a second time. For the reasons behind this shape see the forward,
+// whose blocks are the same.
 #pragma once
 #include "align_work.cuh"
 #include "prepare.cuh"
@@ -14,8 +14,8 @@
 namespace wa::cuda {
 namespace {
 
-// What three sums over a filter (of w - mean, G and G (w - mean)) say of its gradients. `rest` is what rounding left in
-// the stored mean: subtracted, as in the forward.
+// The coefficients of a filter's gradients, from three sums over it: of w - mean, G and G (w - mean). `rest` is the
+// rounding error of the stored mean, subtracted as in the forward.
 template <class Acc>
 struct Coefficients {
     Acc rest, g_mean, g_dot_x, along;
@@ -72,7 +72,7 @@ struct Backward {
     const Acc* statistics;
     Acc* grad_gain;
 
-    // A filter that its team's registers hold.
+    // A filter that fits in its team's registers.
     template <int kChunk>
     __device__ void on_chip(AlignWork work) const {
         __shared__ Acc slots[3 * kMaxWarps];
@@ -83,13 +83,13 @@ struct Backward {
         Acc sums[3];
         tiles.sum(sums);
         team_sum(work.team, sums, slots);
-        work = work.afresh();  // nothing but the tiles is held over the barrier
+        work = work.afresh();  // only the tiles stay in registers across the barrier
         Acc rstd = work.active() ? statistics[2 * work.index() + 1] : 0;
         Coefficients<Acc> coefficients(sums, task.n, rstd);
         tiles.store_gradient(work.task(), work.row(), coefficients, finish(work, coefficients, rstd));
     }
 
-    // A longer one, taken by the whole block: read in parts for the sums, added in order, and again to write.
+    // A longer filter, by the whole block: read in parts for the sums, added in order, and once more to write.
     template <int kChunk>
     __device__ void in_parts(AlignWork work) const {
         __shared__ Acc slots[3 * kMaxWarps];
@@ -103,7 +103,7 @@ struct Backward {
             Part(task, work.team, min(task.n - begin, capacity), work.row() + begin, mean).sum(sums);
             team_sum(work.team, sums, slots);
             for (int s = 0; s < 3; ++s) total[s] += sums[s];
-            __syncthreads();  // team_sum uses its shared memory again
+            __syncthreads();  // team_sum reuses its shared memory
         }
         Coefficients<Acc> coefficients(total, task.n, rstd);
         Acc factor = finish(work, coefficients, rstd);

@@ -1,11 +1,11 @@
 // Aligned weights and their statistics, for all filters of a table of tensors.
 //
-// One block takes as many filters of one tensor as fit its registers (AlignShape): a team of 8 threads to the whole
-// block each, about 16 values a thread. A filter is read once, in 16-byte accesses where its rows are aligned, kept in
-// registers for the mean and the centred squares, and written once, through shared memory only where it is transposed;
-// its statistics are one store. Only a filter beyond AlignShape::kOnChip values is read a second time. Why that shape:
-// 16 floats a thread at 1024 threads an SM keep up to 64 KB in flight, twice what an H200 needs, and leave room for all
-// ways through the kernel under 64 registers; blocks of 32 KB keep the tail of the launch short.
+// One block takes as many filters of one tensor as fit in its registers (AlignShape), each with a team of 8 threads up
+// to the whole block, about 16 values per thread. A filter is read once, in 16-byte accesses where its rows are
+// aligned, kept in registers for the mean and the centred squares, and written once, through shared memory only if
+// transposed; its statistics are one store. Only a filter longer than AlignShape::kOnChip is read a second time. Why
+// this shape: 16 floats per thread at 1024 threads per SM keep up to 64 KB in flight, twice what an H200 needs, and let
+// every path through the kernel fit in 64 registers; blocks of 32 KB keep the tail of the launch short.
 #pragma once
 #include "align_work.cuh"
 #include "prepare.cuh"
@@ -14,15 +14,15 @@
 namespace wa::cuda {
 namespace {
 
-// Mean and sum of squared deviations of some values. The mean is kept in two parts, `rest` being what rounding left of
-// it: a filter of mean 1e4 and deviation 1e-3 has its true deviations only after both are subtracted.
+// Mean and sum of squared deviations of some values. The mean is kept in two parts, `rest` being its rounding error:
+// the deviations of a filter of mean 1e4 and deviation 1e-3 are right only after both are subtracted.
 template <class Acc>
 struct Moments {
     Acc mean, rest, squares;
 };
 
-// per_value is 1 / count: a division is better done before the tile is loaded, for it takes many registers. The pivot,
-// one of the values, makes the mean of a constant filter exact, and so its deviations exactly 0.
+// per_value is 1 / count, computed before the tile is loaded because a division takes many registers. The pivot, one of
+// the values, makes the mean of a constant filter exact, and so its deviations exactly 0.
 template <class Acc, int kValues, int kChunk>
 __device__ Moments<Acc> moments_of(Tile<Acc, kValues, kChunk>& tile, Acc per_value) {
     __shared__ Acc first_slots[kMaxWarps], sum_slots[kMaxWarps], moment_slots[2 * kMaxWarps];
@@ -43,7 +43,7 @@ __device__ Moments<Acc> moments_of(Tile<Acc, kValues, kChunk>& tile, Acc per_val
     return m;
 }
 
-// Of the union of `count_a` and `count_b` values (Chan et al.), in double: a few operations per 8192 values.
+// Moments of the union of `count_a` and `count_b` values (Chan et al.), in double: a few operations per 8192 values.
 template <class Acc>
 __device__ Moments<Acc> merged(Moments<Acc> a, double count_a, Moments<Acc> b, double count_b) {
     double delta = (double(b.mean) - double(a.mean)) + (double(b.rest) - double(a.rest));
@@ -57,7 +57,7 @@ template <class Acc>
 struct Forward {
     Acc* statistics;
 
-    // A filter that its team's registers hold.
+    // A filter that fits in its team's registers.
     template <int kChunk>
     __device__ void on_chip(AlignWork work) const {
         const AlignTask& task = work.task();
@@ -73,7 +73,7 @@ struct Forward {
         else tile.store(task.out, task.aligned_dtype, row);
     }
 
-    // A longer one, taken by the whole block: read in parts for the moments, merged in order, and again to write.
+    // A longer filter, by the whole block: read in parts for the moments, merged in order, and once more to write.
     template <int kChunk>
     __device__ void in_parts(AlignWork work) const {
         using Part = Tile<Acc, 2 * kChunk, kChunk>;
@@ -86,7 +86,7 @@ struct Forward {
             part.load(task.weight, task.weight_dtype, work.row() + begin);
             Moments<Acc> of_part = moments_of(part, per_value);
             if (work.team.lane() == 0) all = begin == 0 ? of_part : merged(all, begin, of_part, part.size);
-            __syncthreads();  // moments_of uses its shared memory again
+            __syncthreads();  // moments_of reuses its shared memory
         }
         const Moments<Acc> m = all;
         Acc factor = finish(work, m);
@@ -98,7 +98,7 @@ struct Forward {
         }
     }
 
-    // Stores the statistics and returns the factor of the deviations.
+    // Stores the statistics and returns the factor to scale the deviations by.
     __device__ Acc finish(const AlignWork& work, Moments<Acc> m) const {
         if (!work.active()) return 0;
         Acc rstd = Acc(1) / sqrt(m.squares / 2 + Acc(work.task().eps));

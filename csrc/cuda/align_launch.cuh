@@ -1,5 +1,4 @@
-// From the tasks of a call to launches: how many threads take a filter, how wide the accesses are, which block does
-// what.
+// From the tasks of a call to launches: threads per filter, width of the accesses, and which block does what.
 #pragma once
 #include <algorithm>
 #include <memory>
@@ -15,8 +14,8 @@ namespace {
 
 enum class Direction { kForward, kBackward };
 
-// Short filters get a part of a warp, so that a warp's lanes all work; longer ones as many lanes or warps as hold them
-// in registers, up to the whole block.
+// Short filters get part of a warp, so that all its lanes work; longer ones as many lanes or warps as it takes to hold
+// them in registers, up to the whole block.
 inline int lanes_log2(uint32_t n, int values, int threads) {
     int log2 = 3;
     while ((values << log2) < int64_t(n) && (1 << log2) < threads) ++log2;
@@ -40,7 +39,7 @@ void launch_table(const Table& table, uint32_t blocks, size_t shared_bytes, cuda
     void (*kernel)(Table) =
         kDirection == Direction::kForward ? align_forward_kernel<Acc, Table> : align_backward_kernel<Acc, Table>;
 #ifdef __CUDACC__
-    // A block may ask for 48 KB of shared memory freely, for more by name.
+    // A kernel must opt in to more than 48 KB of shared memory per block.
     if (shared_bytes > 40 << 10)
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared_bytes));
 #endif

@@ -5,8 +5,8 @@
 
 namespace wa::cuda {
 
-constexpr int kParameterBytes = 32764;  // what CUDA 12.1 and later allow a kernel
-constexpr int kInputBytes = 512;        // kept free for the description of one prepared convolution input
+constexpr int kParameterBytes = 32764;  // the limit of CUDA 12.1 and later
+constexpr int kInputBytes = 512;        // reserved for a PrepareEntry
 
 struct AlignEntry {
     AlignTask task;
@@ -15,14 +15,14 @@ struct AlignEntry {
     uint8_t chunk;
 };
 
-// A convolution's input, and how its tiles lie (prepare.cuh).
+// A convolution's input and its tiling (prepare.cuh).
 struct PrepareEntry {
     PrepareTask task;
     uint32_t positions;  // of an image of the result
     uint32_t position_tiles, channel_tiles;
     uint8_t channels_log2;                  // of a tile
-    bool from_by_channels, to_by_channels;  // what lies side by side in memory: channels or positions
-    bool from_is_wide, to_is_wide;          // accesses of 16 bytes
+    bool from_by_channels, to_by_channels;  // whether channels are innermost in memory, else positions
+    bool from_is_wide, to_is_wide;          // 16-byte accesses
 };
 
 // Blocks first_block ... belong to the entry; each takes (threads in the block >> lanes_log2) of its filters.
@@ -46,7 +46,7 @@ struct AlignTable {
     }
 };
 
-// A launch copies its whole parameter block: a layer alone need not pay for the table of a model, which in turn needs
+// A launch copies its whole parameter block: a single layer need not pay for the table of a model, which in turn needs
 // no input.
 struct SmallTable : AlignTable<16> {
     static constexpr bool kTakesInput = true;

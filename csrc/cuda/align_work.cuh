@@ -1,4 +1,4 @@
-// Which filter a team takes, and by which of a kernel's ways.
+// Which filter a team takes, and on which path through the kernel.
 #pragma once
 #include "align_shape.cuh"
 #include "align_table.cuh"
@@ -8,7 +8,7 @@
 namespace wa::cuda {
 namespace {
 
-// What one team does: a filter of a task. In a task's last block some teams have none, but still meet the others at
+// The work of one team: a filter of a task. In a task's last block some teams have none, but still take part in
 // barriers.
 struct AlignWork {
     const AlignEntry* entries;
@@ -33,8 +33,8 @@ struct AlignWork {
         }
     }
 
-    // The same work. Each way through a kernel begins with this: else the compiler computes what several ways need
-    // ahead of them all, and holds it in registers that the longest one lacks.
+    // The same work, hidden from the optimiser. Each path through a kernel starts with this: otherwise the compiler
+    // hoists what several paths compute above them all, and holding it in registers makes the longest path spill.
     __device__ AlignWork afresh() const {
         return {entries, computed_again(entry), Team{computed_again(team.lanes_log2)},
                 uint32_t(computed_again(int(filter)))};

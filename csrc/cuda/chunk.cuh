@@ -1,4 +1,4 @@
-// Values as they lie in memory, up to 16 bytes an access, and as the kernels compute with them.
+// Values as stored in memory, up to 16 bytes per access, and as the kernels compute with them.
 #pragma once
 #include "../common/align_task.h"
 #include "portable.cuh"
@@ -21,8 +21,8 @@ struct Pair<__nv_bfloat16> {
     static __device__ Type of(float low, float high) { return __floats2bfloat162_rn(low, high); }
 };
 
-// kCount neighbouring values of a tensor, moved in accesses of 16 bytes or, if they are fewer, in one. 16-bit values
-// stay packed in 32-bit registers until they are asked for.
+// kCount adjacent values of a tensor, moved in accesses of 16 bytes, or in one if they are fewer. 16-bit values stay
+// packed in 32-bit registers until unpacked.
 template <class Stored, int kCount>
 struct Chunk {
     static constexpr bool kPacked = sizeof(Stored) == 2 && kCount > 1;

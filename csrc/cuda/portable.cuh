@@ -1,4 +1,4 @@
-// What the kernels need that is spelt differently under nvcc and under the tests' CPU emulation.
+// What nvcc and the tests' CPU emulation spell differently.
 #pragma once
 #ifdef __CUDACC__
 #include <cuda_runtime.h>
@@ -41,8 +41,8 @@ __device__ inline float approximate_reciprocal(float x) {
 #endif
 }
 
-// The same number, but the compiler no longer knows that: what is derived from it is computed again where it is used,
-// instead of held in registers from its first use to its last.
+// The same number, hidden from the optimiser: what is derived from it is recomputed where it is used, instead of held
+// in registers from its first use to its last.
 __device__ inline int computed_again(int x) {
 #ifdef __CUDACC__
     asm volatile("" : "+r"(x));

@@ -1,12 +1,11 @@
-// A convolution's input, tile by tile, in the grid that aligns its weights: activation, cast, layout, padding, and
-// back.
+// Prepares a convolution's input tile by tile, in the grid that aligns its weights: activation, cast, layout, padding;
+// and the backward.
 //
 // One block takes one tile of an image, kTileBytes of channels x positions in shared memory: it reads the tile along
-// what lies side by side in `from` and writes it along what lies side by side in `to`, both in 16-byte accesses where
-// sizes and addresses allow. Each value is read from memory once and written once; backward, a value that is shown in
-// the padding too is read for each place that shows it (a gather: no atomics). Why that shape: a transposition needs
-// both sides wide, and 64 x 64 floats are 8 for each of a block's 512 threads; tiles of fewer channels are longer
-// instead.
+// the innermost dimension of `from` and writes it along that of `to`, both in 16-byte accesses where sizes and
+// addresses allow. Each value is read from memory once and written once; the backward of a value that padding repeats
+// gathers from each position that shows it, without atomics. Why this shape: a transposition needs both sides wide, and
+// 64 x 64 floats are 8 for each of a block's 512 threads; tiles of fewer channels are longer instead.
 #pragma once
 #include "../common/activations.h"
 #include "../common/padding.h"
@@ -22,9 +21,9 @@ template <class Acc>
 constexpr int kTileValues = kTileBytes / int(sizeof(Acc));
 constexpr int kMinChannelsLog2 = 2, kMaxChannelsLog2 = 6;  // of a tile
 
-// Shared memory of one block: the tile, a row of positions for each channel, each of odd length against bank conflicts;
-// where each position lies in the images of `from` and `to`; and, if is_saved, what an activation's derivative comes
-// from.
+// Shared memory of one block: the tile, with a row of positions per channel, padded to an odd length against bank
+// conflicts; the offset of each position in images of `from` and `to`; and, if is_saved, a tile of what the
+// activation's derivative is computed from.
 template <class Acc>
 WA_ANYWHERE constexpr size_t tile_bytes(int channels_log2) {
     size_t channels = size_t(1) << channels_log2, positions = kTileValues<Acc> / channels;
@@ -47,7 +46,7 @@ struct Math {
     }
 };
 
-// The sum over all places that show the value at a position; its image and channel begin at `origin`.
+// The sum over all positions that show the value at `position`; its image and channel begin at `origin`.
 template <class Acc>
 __device__ Acc sum_of_places(const PrepareTask& task, int64_t origin, uint32_t position) {
     Acc sum = 0;
@@ -70,10 +69,10 @@ struct InputTile {
     const PrepareTask& task;
     int channels_log2, positions_log2;
     int64_t image;          // of the batch
-    int channel, position;  // the tile's first ones
+    int channel, position;  // the tile's first
     Acc *values, *saved;
-    int64_t *from_at, *to_at;  // of each position. from_at negative: forward a zero; backward ~ the own place of a
-                               // value that is shown in the padding too
+    int64_t *from_at, *to_at;  // offset of each position. from_at negative: forward, a zero; backward, ~ the own
+                               // position of a value that padding repeats
 
     __device__ InputTile(const PrepareEntry& entry, uint32_t block)
         : entry(entry), task(entry.task), channels_log2(entry.channels_log2) {
@@ -117,14 +116,14 @@ struct InputTile {
         }
     }
 
-    // Where this thread's chunks of kChunk values begin: along channels or positions, as many steps for every thread,
-    // so that all loads can be issued before the first value is used.
+    // Where this thread's chunks of kChunk values begin: along channels or positions, with as many steps for every
+    // thread, so that all loads can be issued before the first value is used.
     template <int kChunk>
     struct Walk {
         static constexpr int kThreads = AlignShape<Acc>::kThreads;
         static constexpr int kSteps = (kTileValues<Acc> / kChunk + kThreads - 1) / kThreads;
         static constexpr int kChunkLog2 = kChunk == 8 ? 3 : kChunk == 4 ? 2 : kChunk == 2 ? 1 : 0;
-        int row_log2;  // chunks of a row
+        int row_log2;  // chunks per row
         bool by_channels;
         __device__ Walk(const InputTile& tile, bool by_channels)
             : row_log2((by_channels ? tile.channels_log2 : tile.positions_log2) - kChunkLog2),
@@ -137,12 +136,12 @@ struct InputTile {
         __device__ int p(int step) const { return by_channels ? across(step) : along(step); }
     };
 
-    // Where value i of a chunk that begins at (c, p) stands in the tile.
+    // The index in the tile of value i of a chunk that begins at (c, p).
     __device__ int place(bool by_channels, int c, int p, int i) const {
         return by_channels ? (c + i) * pitch() + p : c * pitch() + p + i;
     }
 
-    // A part of `image`, which lies as `side` says, into shared memory.
+    // Reads the tile's part of `image`, which has the layout of `side`, into shared memory.
     template <class Stored, int kChunk>
     __device__ void read_as(const Stored* image, const ImageSide& side, const int64_t* at, bool by_channels,
                             Acc* out) const {
@@ -202,7 +201,7 @@ struct InputTile {
         });
     }
 
-    // each(c, p, place in the tile) for this thread's values, along the positions.
+    // each(c, p, index in the tile) for this thread's values, along the positions.
     template <class Each>
     __device__ void for_each_value(const Each& each) const {
 #pragma unroll 1
@@ -212,7 +211,7 @@ struct InputTile {
         }
     }
 
-    // What is done to the values between reading and writing them.
+    // Transforms the values between reading and writing them.
     __device__ void change() const {
         const bool gathers = kBackward && task.mode != PaddingMode::kZeros;
         if (gathers)
@@ -221,7 +220,7 @@ struct InputTile {
                     values[at] = sum_of_places<Acc>(task, origin(task.from_side) + c * task.from_side.channel,
                                                     uint32_t(position + p));
             });
-        Activations::with(task.activation, [&](auto formula) {  // of the same values: no barrier between
+        Activations::with(task.activation, [&](auto formula) {  // each thread revisits its own values: no barrier
             for_each_value([&](int, int, int at) {
                 if constexpr (kBackward)
                     values[at] = differentiated<decltype(formula), Math, Acc>(saved[at], values[at]);
@@ -231,7 +230,7 @@ struct InputTile {
         if (gathers || task.activation != 0) __syncthreads();
     }
 
-    // One place in the code reads both images: it is unrolled for every dtype and width.
+    // A loop around one call: reading is unrolled for every dtype and width, too long to inline twice.
     __device__ void read_all() const {
         const int images = kBackward && task.saved ? 2 : 1;
 #pragma unroll 1

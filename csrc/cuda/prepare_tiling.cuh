@@ -1,12 +1,12 @@
-// From the task of a convolution's input to tiles, a block each.
+// Divides a convolution's input into tiles, one per block.
 #pragma once
 #include "prepare.cuh"
 
 namespace wa::cuda {
 namespace {
 
-// How the tiles of an input lie, and their number. Wide: whole 16 bytes of neighbours everywhere, from aligned
-// addresses.
+// Fills in the tiling of an input and returns the number of tiles. Wide: accesses are 16 aligned bytes of adjacent
+// values throughout.
 template <class Acc>
 uint64_t tiles_of(const PrepareTask& task, PrepareEntry& entry) {
     entry.task = task;
@@ -15,12 +15,12 @@ uint64_t tiles_of(const PrepareTask& task, PrepareEntry& entry) {
         int chunk = 16 / (side.dtype == DType::kFloat64 ? 8 : side.dtype == DType::kFloat32 ? 4 : 2);
         auto address = reinterpret_cast<uintptr_t>(is_from ? task.from : task.to);
         if (is_from == task.saved_is_result) address |= reinterpret_cast<uintptr_t>(task.saved);
-        int64_t others = side.batch;  // all strides but the 1 of the neighbours
+        int64_t others = side.batch;  // all strides but the innermost, which is 1
         if (along_channels) {
             for (int64_t stride : side.spatial) others |= stride;
             return address % 16 == 0 && task.channels % chunk == 0 && others % chunk == 0;
         }
-        int64_t next = 1;  // positions must be neighbours throughout, and nothing come between them
+        int64_t next = 1;  // positions must be contiguous, without padding between them
         for (int d = kSpatial - 1; d >= 0; --d) {
             if (task.to_size[d] != 1 && side.spatial[d] != next) return false;
             if (task.before[d] | task.after[d] && is_from) return false;
@@ -34,7 +34,7 @@ uint64_t tiles_of(const PrepareTask& task, PrepareEntry& entry) {
     entry.to_is_wide = is_wide(task.to_side, entry.to_by_channels, false);
     entry.channels_log2 = kMinChannelsLog2;
     while (entry.channels_log2 < kMaxChannelsLog2 && (1u << entry.channels_log2) < task.channels) ++entry.channels_log2;
-    // A wide chunk stays within a tile.
+    // A wide chunk must stay within a tile.
     if (entry.channels_log2 < 3 &&
         ((entry.from_is_wide && entry.from_by_channels) || (entry.to_is_wide && entry.to_by_channels)))
         entry.channels_log2 = 3;

@@ -15,14 +15,14 @@ struct Team {
     __device__ int lane() const { return threadIdx.x & (lanes() - 1); }
     __device__ int index() const { return threadIdx.x >> lanes_log2; }
     __device__ bool in_one_warp() const { return lanes_log2 <= 5; }
-    // All threads of the block come here together: teams of one block have one size.
+    // Reached by all threads of the block together: its teams have the same size.
     __device__ void sync() const {
         if (in_one_warp()) __syncwarp();
         else __syncthreads();
     }
 };
 
-// The value of the team's lane 0, for all. `slots` are kMaxWarps values of shared memory that nothing else uses.
+// Broadcasts the value of lane 0 to the team. `slots` are kMaxWarps values of shared memory that nothing else uses.
 template <class Acc>
 __device__ Acc team_first(Team team, Acc x, Acc* slots) {
     if (team.in_one_warp()) return __shfl_sync(kAllLanes, x, 0, team.lanes());

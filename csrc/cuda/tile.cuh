@@ -1,7 +1,7 @@
 // A tile: up to kValues values of a filter in the registers of each of its team's threads.
 //
-// Lane `lane` holds the chunks lane, lane + lanes, lane + 2 lanes, ... of kChunk values each, so that the lanes'
-// accesses lie side by side. All loads are issued before the first value is used.
+// Lane `lane` holds the chunks lane, lane + lanes, lane + 2 lanes, ... of kChunk values each, so that accesses
+// coalesce. All loads are issued before the first value is used.
 #pragma once
 #include "../common/align_task.h"
 #include "chunk.cuh"
@@ -15,7 +15,7 @@ struct Tile {
     static constexpr int kSteps = kValues / kChunk;
     Team team;
     int size;   // values in the tile, over the whole team; a multiple of kChunk
-    int steps;  // chunks that this thread holds of them
+    int steps;  // chunks of it that this thread holds
     Acc x[kSteps][kChunk];
 
     static __device__ int capacity(Team team) { return kValues << team.lanes_log2; }
@@ -25,8 +25,8 @@ struct Tile {
 
     __device__ int first() const { return team.lane() * kChunk; }
 
-    // Which chunks this thread holds, and how far they lie beyond its first. Cheap to compute, dear to keep: up to 16
-    // comparisons and offsets, which would fill the registers from the load to the store.
+    // Which chunks this thread holds, and their offsets from its first. Cheap to compute but expensive to keep: up to
+    // 16 comparisons and offsets, which would occupy registers from the load to the store.
     struct Reach {
         int steps, lanes_log2;
         __device__ Reach(const Tile& tile)
@@ -70,7 +70,7 @@ struct Tile {
         }
     }
 
-    // `at`: the tile's first value in the tensor. Loads leave 0 in what this thread does not hold.
+    // `at`: the offset of the tile's first value in the tensor. Loads set values that this thread does not hold to 0.
     __device__ void load(const void* tensor, DType dtype, int64_t at) {
         with_type<Acc>(tensor, dtype, [&](auto* typed) { load_as(typed + at); });
     }
@@ -78,8 +78,8 @@ struct Tile {
         with_type<Acc>(tensor, dtype, [&](auto* typed) { store_as(typed + at); });
     }
 
-    // The same for a tile that is a whole filter, and a tensor in which each filter is the transpose of what the tile
-    // holds. It passes through the team's part of shared memory, so that both sides are read and written in order.
+    // The same for a tile that is a whole filter, and a tensor with the transpose of each filter. It passes through the
+    // team's part of shared memory, so that both sides are read and written in order.
     __device__ void load_transposed(const void* tensor, DType dtype, int64_t at, int columns) {
         const Staged staged(*this, columns);
         with_type<Acc>(tensor, dtype, [&](auto* typed) {
@@ -113,7 +113,7 @@ struct Tile {
     }
 
 private:
-    // A filter in shared memory: a matrix (rows, columns) stored by columns, each of odd length against bank conflicts.
+    // A filter in shared memory: a matrix stored by columns, padded to an odd length against bank conflicts.
     struct Staged {
         Acc* values;
         int rows, columns, pitch;
@@ -126,8 +126,8 @@ private:
             pitch = rows | 1;
             values = dynamic_shared<Acc>() + int64_t(tile.team.index()) * columns * pitch;
         }
-        // For positions up to 2^13, which lie half a step from the next integer: far more than an approximate division
-        // errs.
+        // Exact for positions up to 2^13: with + 0.5 the quotient is farther from an integer than the approximate
+        // reciprocal errs.
         static __device__ int quotient(int position, float reciprocal) {
             return int((float(position) + 0.5f) * reciprocal);
         }
@@ -141,7 +141,7 @@ private:
         }
     };
 
-    // each(position, empty chunk, its memory) for this thread's chunks, one after another: no register array to index.
+    // each(position, empty chunk, its memory) for this thread's chunks, in a loop: no register array to index.
     template <class Stored, class Each>
     __device__ void for_each_chunk(Stored* memory, const Each& each) const {
 #pragma unroll 1

@@ -47,8 +47,8 @@ py::dict counts_of(int buffer) {
     return result;
 }
 
-// Calls the launcher under the emulator. Access counts of each buffer; none if the build does not count, or if only
-// some blocks ran, for those are runs on more memory than can be looked through.
+// Calls the launcher under the emulator and returns the access counts of each buffer: none if the build does not count,
+// or if only some blocks ran, because such runs use more memory than can be scanned.
 template <class Launcher>
 py::list run(const Run& how, const Launcher& launcher) {
     simt::reset(how.seed, how.preempt_every);

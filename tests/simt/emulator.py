@@ -1,6 +1,6 @@
 """Builds the CPU emulation of the CUDA kernels and runs them on torch CPU tensors.
 
-Every fault of a kernel is the Python exception Fault of the loaded module; simt.h and simt_check.cpp say what is found.
+A fault of a kernel raises the loaded module's exception Fault; simt.h and simt_check.cpp say what is detected.
 """
 
 import dataclasses
@@ -26,7 +26,7 @@ BUILD_DIR = REPOSITORY / "build" / "simt"
 
 
 def build(build_dir: Path = BUILD_DIR) -> Path:
-    """Brings the modules up to date and returns their folder."""
+    """Builds what is out of date and returns the modules' folder."""
     path = os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", os.defpath)])
     cmake = shutil.which("cmake", path=path)
     assert cmake, "the emulator of the CUDA kernels needs cmake: pip install cmake ninja"
@@ -57,7 +57,7 @@ def load(folder: Path, name: str) -> ModuleType:
 
 
 def run_with_sanitizers(folder: Path, code: str) -> subprocess.CompletedProcess[str]:
-    """Runs Python code, which finds simt_asan on its path, with the sanitizers' libraries loaded first."""
+    """Runs Python code that can import simt_asan, with the sanitizers' libraries preloaded."""
     libraries = [
         subprocess.run(["g++", f"-print-file-name={name}"], capture_output=True, text=True, check=True).stdout.strip()
         for name in ("libasan.so", "libubsan.so")
@@ -73,7 +73,7 @@ def run_with_sanitizers(folder: Path, code: str) -> subprocess.CompletedProcess[
 
 
 def poisoned(size: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """An output before its kernel: NaN in every element."""
+    """An output buffer: NaN in every element until a kernel writes it."""
     t = torch.empty(tuple(size), dtype=dtype)
     t.view(torch.uint8).fill_(0xFF)
     return t
@@ -98,7 +98,7 @@ class Backward:
 
 @dataclasses.dataclass(frozen=True)
 class Block:
-    """Its size, what it reads and writes, and its dynamic shared memory, in bytes (see simt::Traffic)."""
+    """Number of threads, and bytes read, written and of dynamic shared memory (see simt::Traffic)."""
 
     threads: int
     read: int
@@ -108,7 +108,7 @@ class Block:
 
 @dataclasses.dataclass
 class Image:
-    """A convolution's input on its way, (batch, channels, one to three spatial dimensions): see PrepareTask."""
+    """One pass over a convolution's input (batch, channels, one to three spatial dimensions): see PrepareTask."""
 
     source: Tensor
     to: Tensor
@@ -120,7 +120,7 @@ class Image:
 
 
 class _Buffers:
-    """The tensors of one run, by name, as the module wants them."""
+    """The tensors of one run, by name, as the module takes them."""
 
     def __init__(self) -> None:
         self.names: list[str] = []
@@ -129,14 +129,14 @@ class _Buffers:
     def add(self, name: str, t: Tensor, is_input: bool) -> int:
         assert t.device.type == "cpu"
         span = 1 + sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True)) if t.numel() else 0
-        assert span >= t.numel(), "want no value twice"
+        assert span >= t.numel(), "expected a tensor without overlap"
         self.names.append(name)
         self.described.append((name, t.data_ptr(), span * t.element_size(), t.element_size(), is_input))
         return t.data_ptr()
 
 
 class Emulator:
-    """One build. `options` of its methods: seed, preempt_every, blocks (see simt_control.h)."""
+    """One build of the emulator. `options` of its methods: seed, preempt_every, blocks (see simt_control.h)."""
 
     def __init__(self, module: ModuleType) -> None:
         self.module = module
@@ -146,7 +146,7 @@ class Emulator:
         self, function: Callable[..., list[Counts]], *arguments: Any, buffers: _Buffers, **options: Any
     ) -> dict[str, Counts]:
         counts = function(*arguments, self.module.Run(buffers.described, **options))
-        return dict(zip(buffers.names, counts, strict=False))  # no counts: no names
+        return dict(zip(buffers.names, counts, strict=False))  # there may be no counts
 
     def blocks(self) -> list[Block]:
         """The blocks of the last run, in the order of the launch."""
@@ -174,7 +174,7 @@ class Emulator:
         input: "Image | None" = None,
         **options: Any,
     ) -> Forward:
-        """weights of shape (filters, n), perhaps none beside an input; outs: where to write, otherwise new tensors."""
+        """weights of shape (filters, n), none for an input alone; outs: where to write (default: new tensors)."""
         buffers = _Buffers()
         made = [poisoned(w.shape, dtype) for w in weights] if outs is None else list(outs)
         tasks = self._tasks(buffers, weights, gains, columns)
@@ -200,7 +200,7 @@ class Emulator:
         input: "Image | None" = None,
         **options: Any,
     ) -> Backward:
-        """grads and weights of shape (filters, n); grad_weights: where to write, otherwise new tensors."""
+        """grads and weights of shape (filters, n); grad_weights: where to write (default: new tensors)."""
         buffers = _Buffers()
         made = [poisoned(w.shape, w.dtype) for w in weights] if grad_weights is None else list(grad_weights)
         tasks = self._tasks(buffers, weights, gains, columns)

@@ -1,7 +1,7 @@
-"""Problems for the CUDA kernels, and what must hold of their results.
+"""Problems for the CUDA kernels, and checks of the results.
 
-That is the formulas of csrc/common/align_task.h in float64, and that each value is read and written as often, and as
-wide, as the kernels claim.
+Results are compared with the formulas of csrc/common/align_task.h in float64, and each value must be read and written
+as often, and as wide, as the kernels claim.
 """
 
 import dataclasses
@@ -17,16 +17,17 @@ GAIN_DTYPES = (None, F32, BF16, F16, F64)
 
 # Half a unit in the last place, relative.
 HALF_ULP = {F16: 2.0**-11, BF16: 2.0**-8, F32: 2.0**-24, F64: 2.0**-53}
-TINY = {F16: 2.0**-25, BF16: 0.0, F32: 0.0, F64: 0.0}  # half of the least subnormal; the others stay far from theirs
+TINY = {F16: 2.0**-25, BF16: 0.0, F32: 0.0, F64: 0.0}  # half the smallest subnormal; the others stay far from theirs
 
-# What a sum may err by, in half units of the sum of magnitudes. A value passes up to 16 additions in its thread, 5 in
-# its warp and 16 over the warps; the rest is for what is done with the sum. Longer filters are summed up in double.
+# The error allowed in a sum, in roundoffs of the sum of magnitudes. A value passes through up to 16 additions in its
+# thread, 5 in its warp and 16 across warps; the rest covers what is computed from the sum. Longer filters are summed in
+# double.
 ROUNDINGS = 64
 
 
 @dataclasses.dataclass(frozen=True)
 class Layer:
-    """A weight: as AlignTask has it, and which of weight, grad, out and grad_weight begin a value late."""
+    """A weight as in AlignTask; misaligned: which of weight, grad, out and grad_weight start one value late."""
 
     filters: int
     n: int
@@ -48,7 +49,7 @@ class Problem:
 
     @property
     def unit(self) -> float:
-        """Half a unit of the accumulation type; twice that for float64, in which the reference errs as well."""
+        """Roundoff of the accumulation type; doubled for float64, where the reference rounds as well."""
         return 2 * HALF_ULP[F64] if self.aligned_dtype == F64 else HALF_ULP[F32]
 
 
@@ -95,7 +96,7 @@ def backward(emulator: Emulator, p: Problem, statistics: Tensor, **options: Any)
 
 
 def transposed(x: Tensor, columns: int) -> Tensor:
-    """Each filter, a matrix of so many columns, stored by columns instead of rows."""
+    """Each filter, a matrix with this many columns, stored by columns instead of rows."""
     return x.unflatten(1, (-1, columns)).transpose(1, 2).flatten(1) if columns else x
 
 
@@ -131,7 +132,7 @@ def check_forward(p: Problem, result: Forward) -> None:
     for i, statistics in enumerate(result.statistics.split([len(w) for w in p.weights])):
         centred, mean, rstd = reference_statistics(p, i)
         slope = p.scales[i] * gain_of(p, i) * rstd
-        # The mean is rounded, and the deviations from that are what is summed and corrected.
+        # The mean is rounded; the deviations from the rounded mean are then summed and corrected.
         spread = centred.square().mean(1, keepdim=True).sqrt() + u * mean.abs()
         assert_within(statistics[:, :1], mean, u * mean.abs() + ROUNDINGS * u * spread)
         assert_within(statistics[:, 1:], rstd, ROUNDINGS * u * rstd)
@@ -149,7 +150,7 @@ def check_backward(p: Problem, result: Backward) -> None:
         x = centred * rstd
         g = restored(p.grads[i], p.columns[i]).double()
         g_dot_x = (g * x).sum(1, keepdim=True)
-        # Every term as large as it is before it cancels; the kernels centre with the mean that the forward has rounded.
+        # Magnitudes of the terms before they cancel; the kernels centre with the forward's rounded mean.
         large_x = x.abs() + u * mean.abs() * rstd
         large_dot = (g.abs() * large_x).sum(1, keepdim=True)
         assert_within(grad_gain[:, None], p.scales[i] * g_dot_x, ROUNDINGS * u * p.scales[i] * large_dot)

@@ -24,7 +24,7 @@ __global__ void k_warp_exchange(const float* in, float* out) {  // reverses each
     float x = in[threadIdx.x];
     tile[threadIdx.x] = x;
     if (kSync) __syncwarp();
-    else x = __shfl_xor_sync(~0u, x, 1);  // makes the lanes meet, but does not order memory
+    else x = __shfl_xor_sync(~0u, x, 1);  // synchronises the lanes, but does not order memory
     out[threadIdx.x] = tile[threadIdx.x ^ 31];
 }
 __global__ void k_divergent_barrier(const float*, float* out) {
@@ -40,7 +40,7 @@ __global__ void k_exited_lane(const float* in, float* out) {
     if (threadIdx.x >= 40) return;
     out[threadIdx.x] = __shfl_xor_sync(~0u, in[threadIdx.x], 1);
 }
-__global__ void k_half_mask(const float* in, float* out) {  // the upper half of the warp is left alone
+__global__ void k_half_mask(const float* in, float* out) {  // the upper half of the warp takes no part
     out[threadIdx.x] = 0;
     if (threadIdx.x % 32 < 16) out[threadIdx.x] = __shfl_xor_sync(0xffffu, in[threadIdx.x], 1);
 }
@@ -96,7 +96,7 @@ __global__ void k_votes(const float*, float* out) {
     ok = ok && __shfl_xor_sync(~0u, double(lane), 5) == (lane ^ 5);
     out[i] = ok;
 }
-// 32 x 32 tiles of fp16 through padded shared memory, in (rows, columns) to (columns, rows)
+// 32 x 32 tiles of fp16 through padded shared memory, (rows, columns) to (columns, rows)
 __global__ void k_transpose(const __half* in, __half* out, int rows, int columns) {
     __half(*tile)[34] = reinterpret_cast<__half(*)[34]>(wa::cuda::dynamic_shared<__half>());
     int row = blockIdx.y * 32, column = blockIdx.x * 32;

@@ -1,7 +1,7 @@
 // Test-only. The runtime of simt.h: one fiber per CUDA thread, blocks one after another on one OS thread.
 //
 // A thread runs until it reaches a barrier or a warp operation; which ready thread runs next is drawn from the seed.
-// The draw keeps to one warp for a while, so that warps drift apart and a missing barrier shows.
+// The draw stays in one warp for a while, so that warps drift apart and a missing barrier shows.
 #include "simt_control.h"
 #include "simt_runtime.h"
 
@@ -78,7 +78,7 @@ Context scheduler;
 [[maybe_unused]] const void* host_stack;
 [[maybe_unused]] size_t host_stack_size;
 uint32_t ready_warps, ready_lanes[32];
-uint32_t waiting_lanes[32], exited_lanes[32];  // at a warp operation; for good
+uint32_t waiting_lanes[32], exited_lanes[32];  // at a warp operation; after exit
 unsigned threads, arrived, exited;
 int predicates, barrier_result;
 const Fiber* first_arrived;
@@ -195,8 +195,8 @@ void check_same_operation(const Fiber& a, const Fiber& b) {
              b.mask);
 }
 
-// All lanes of the mask are there: each gets its value. With many lanes an operation, arrivals must be cheap, so lanes
-// that wait with overlapping but different masks may be found only here.
+// All lanes of the mask have arrived: each gets its value. Arrivals must be cheap, since an operation has many, so
+// lanes that wait with overlapping but different masks may be detected only here.
 void complete_operation(const Fiber* warp, uint32_t mask, uint32_t whole, bool orders) {
     uint32_t ballot = 0;
     for (uint32_t rest = mask; rest; rest &= rest - 1) {

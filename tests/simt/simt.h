@@ -1,15 +1,15 @@
 // Test-only. Lets g++ compile CUDA device code and runs it on the CPU, one fiber per CUDA thread.
 //
-// Include before any CUDA header. The kernels' file is compiled as C++ against CUDA's own host headers
-// (float4, dim3, cuda_fp16.h, cuda_bf16.h); what only nvcc knows is supplied here. simt.cpp is the runtime.
+// Include before any CUDA header. The kernels' file is compiled as C++ against CUDA's own host headers (float4, dim3,
+// cuda_fp16.h, cuda_bf16.h); what only nvcc provides is supplied here. simt.cpp is the runtime.
 //
-// What it asks of kernels: launches and dynamic shared memory through csrc/cuda/portable.cuh; no torch in their file;
+// Requirements on kernels: launches and dynamic shared memory through csrc/cuda/portable.cuh; no torch in their file;
 // device code in an anonymous namespace (else AddressSanitizer cannot guard its __shared__ variables); no cooperative
-// groups, inline PTX, clusters or talk between blocks but by atomics; no lane returns before a barrier or a full-mask
-// warp operation. An intrinsic that is missing here needs a line.
+// groups, inline PTX or clusters; blocks communicate by atomics only; no lane returns before a barrier or a full-mask
+// warp operation. An intrinsic that is missing can be added below.
 //
-// What it cannot show: speed, bank conflicts, effects of the real memory model, what nvcc makes of the code
-// (contraction to FMA, approximate functions, registers), and what stands under __CUDA_ARCH__ or __CUDACC__.
+// What it cannot show: speed, bank conflicts, effects of the real memory model, how nvcc compiles the code (FMA
+// contraction, approximate functions, registers), and code under __CUDA_ARCH__ or __CUDACC__.
 #pragma once
 
 #ifdef __CUDACC__
@@ -17,7 +17,7 @@
 #endif
 
 #ifdef __SANITIZE_ADDRESS__
-#define __shared__ static  // gets redzones (internal linkage only: GCC leaves COMDAT variables without)
+#define __shared__ static  // gets redzones (internal linkage only: GCC gives COMDAT variables none)
 #else
 #define __shared__ static thread_local  // all found in the module's TLS segment: poisoned and race-checked
 #endif

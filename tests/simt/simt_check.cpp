@@ -1,9 +1,9 @@
 // Test-only. Checks every memory access of a kernel: bounds, alignment, initialisation, data races; and counts them.
 //
 // The kernels' file is compiled with -fsanitize=thread -fno-tree-sra, which makes GCC call __tsan_read16(address) and
-// the like for each access. Those functions are the ones at the end of this file, as in the Linux kernel's KCSAN;
-// libtsan is not linked. This file itself is compiled without sanitizers. If the kernels' file was compiled without
-// that option, nothing here runs but the poisoning of shared memory.
+// the like for each access. Those functions are defined at the end of this file, as in the Linux kernel's KCSAN;
+// libtsan is not linked. This file itself is compiled without sanitizers. If the kernels' file is compiled without that
+// option, only the poisoning of shared memory remains.
 #include "simt_control.h"
 #include "simt_runtime.h"
 
@@ -18,8 +18,8 @@
 namespace simt {
 namespace {
 
-constexpr uint16_t kSeveralWarps = 0xffff, kSeveralLanes = 0x8000;  // as Cell::reader; the second with the warp
-// Who touched one granule last; all zero: nobody.
+constexpr uint16_t kSeveralWarps = 0xffff, kSeveralLanes = 0x8000;  // in Cell::reader; the second or-ed with the warp
+// The last accesses of one granule; all zero: none.
 struct Cell {
     uint32_t write_block, read_block, write_epoch, read_epoch;  // epoch: block << 16 | warp
     uint16_t writer, reader;
@@ -82,8 +82,8 @@ std::string source_line(void* pc) {
     return text;
 }
 
-// Whether what `thread` did at `epoch` of this block comes before what the running thread does now. Barriers and full
-// __syncwarps order memory; shuffles and ballots do not, as CUDA says.
+// Whether what `thread` did at `epoch` of this block happens before what the running thread does now. Barriers and full
+// __syncwarps order memory; shuffles and ballots do not, as CUDA documents.
 bool ordered(uint16_t thread, uint32_t epoch) {
     if (thread == now.thread || epoch >> 16 != now.block_epoch) return true;
     if (thread == kSeveralWarps) return false;
@@ -92,7 +92,7 @@ bool ordered(uint16_t thread, uint32_t epoch) {
 }
 
 enum Kind { kRead, kWrite, kAtomic };
-constexpr int kNear = 4096;  // an access this close to a buffer is said to miss that one
+constexpr int kNear = 4096;  // an access this close to a buffer is reported as missing it
 
 const char* conflict(Region& region, Cell& cell, Kind kind, uint32_t epoch) {
     auto recent = [&](uint32_t block) { return block > now.launch && (block == now.block || !region.shared); };

@@ -1,4 +1,4 @@
-// Test-only. What a test's bindings ask of the emulator, before and after they call a launcher.
+// Test-only. The emulator's interface to the bindings, for before and after they call a launcher.
 #pragma once
 #include <cstddef>
 #include <vector>
@@ -7,10 +7,10 @@ namespace simt {
 
 #pragma GCC visibility push(default)  // the bindings are another library, so that their thread_locals are not poisoned
 
-// Forgets the last run's buffers and error. preempt_every: also switch threads at one memory access in so many.
+// Clears the last run's buffers and error. preempt_every: also switch threads at one in so many memory accesses.
 void reset(unsigned seed, unsigned preempt_every);
 
-// Of every launch until the next reset, run only these blocks.
+// Runs only these blocks of every launch until the next reset.
 void only_blocks(long long first, long long end);
 
 // The first fault since the reset; null: none.
@@ -19,7 +19,7 @@ const char* error();
 // Whether the kernels' file was compiled with the checks: bounds, races, counts.
 bool instrumented();
 
-// Tells the checks of memory that the kernels may touch. granule: the element size. Returns the buffer's number.
+// Registers memory that the kernels may touch. granule: the element size. Returns the buffer's index.
 int add_buffer(const char* name, void* begin, size_t size, size_t granule, bool initialised, bool writable);
 
 struct Counts {
@@ -28,14 +28,14 @@ struct Counts {
 };
 Counts counts(int buffer);
 
-// What a block reads and writes of all buffers, in bytes. What its threads read between the same two barriers counts
-// once: they share it in a warp or find it in the cache.
+// Bytes that a block reads and writes in all buffers. Reads of a value by several threads between two barriers count
+// once: a warp shares it, or it is in the cache.
 struct Traffic {
     unsigned threads;
     size_t read, written;
     size_t shared;  // dynamic shared memory of its launch
 };
-const std::vector<Traffic>& traffic();  // of every block since the reset, in the launch's order
+const std::vector<Traffic>& traffic();  // of every block since the reset, in launch order
 
 #pragma GCC visibility pop
 

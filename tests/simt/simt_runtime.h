@@ -1,4 +1,4 @@
-// Test-only. What the scheduler (simt.cpp) and the memory checks (simt_check.cpp) know of each other.
+// Test-only. The interface between the scheduler (simt.cpp) and the memory checks (simt_check.cpp).
 #pragma once
 #include "simt.h"
 

@@ -16,7 +16,7 @@ both_directions = pytest.mark.parametrize("direction", ["forward", "backward"])
 
 
 def some_filters(n: int) -> int:
-    """More than one block of them, where a block takes several, and the last block not full."""
+    """Where a block takes several: more than one block of them, and the last one partly filled."""
     return 3 if n > 512 else 19 if n > 128 else 35 if n > 64 else 67
 
 
@@ -25,7 +25,8 @@ def ids(value: object) -> str | None:
 
 
 SIZES = (1, 2, 9, 27, 64, 147, 576, 1000, 1024, 1152, 4608, 8192, 9000, 20000)
-# The shortest filters of each width of access; and about the lengths where more lanes or warps take a filter, or parts.
+# The shortest filters of each access width, and lengths around those where more lanes or warps take a filter, or it is
+# read in parts.
 BOUNDARIES = (3, 4, 5, 6, 7, 8, 16, 65, 128, 129, 256, 512, 513, 1025, 2048, 2056, 4097, 8184, 8191, 8193, 8196, 8200)
 SINGLE = [pair for pair in PAIRS if F64 not in pair]
 CASES = [
@@ -55,7 +56,7 @@ def test_misaligned_tensors(check: Emulator, direction: str, misaligned: tuple[s
 @both_directions
 @pytest.mark.parametrize("dtypes", PAIRS, ids=ids)
 def test_misaligned_tensors_of_any_dtype(check: Emulator, direction: str, dtypes: Dtypes) -> None:
-    """16-bit values a value late are 2 bytes late."""
+    """16-bit tensors are misaligned by 2 bytes."""
     for n in (8, 576):
         check_all(check, problem([Layer(some_filters(n), n, misaligned=EVERYTHING)], *dtypes), direction)
 
@@ -83,11 +84,11 @@ def test_transposed_filters_of_doubles(check: Emulator, direction: str, n: int) 
 
 
 @pytest.mark.parametrize("columns", [0, 9])
-def test_indexes_past_two_to_the_32(check: Emulator, columns: int) -> None:
-    filters, n, last = 1_000_000, 4608, 2  # a filter a block, of which only the last ones run: memory stays sparse
+def test_indices_beyond_32_bits(check: Emulator, columns: int) -> None:
+    filters, n, last = 1_000_000, 4608, 2  # one per block, and only the last blocks run: memory stays sparse
 
     def sparse() -> Tensor:
-        no_reserve = 0x4000  # MAP_NORESERVE, which not every Python names
+        no_reserve = 0x4000  # MAP_NORESERVE, which not every Python defines
         flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | no_reserve
         return torch.frombuffer(mmap.mmap(-1, filters * n * 4, flags=flags), dtype=F32).view(filters, n)
 

@@ -8,7 +8,7 @@ from emulator import Emulator
 from problem import Layer, check_all, problem
 from truth import BF16, F16, F32, F64, PAIRS, name
 
-# Every length of team, layout and alignment beside each other. 7 of them: with 5 dtypes of gain, 35 combinations.
+# Every size of team, layout and alignment side by side. 7 of them: with 5 dtypes of gain, 35 combinations.
 KINDS = (
     Layer(67, 9),
     Layer(3, 576, columns=9),
@@ -23,7 +23,7 @@ both_directions = pytest.mark.parametrize("direction", ["forward", "backward"])
 
 
 def mixed(count: int) -> list[Layer]:
-    """Short filters, and from 10 on some long ones scattered among them."""
+    """Short filters and, if there are more than 10, some long ones among them."""
     layers = list(itertools.islice(itertools.cycle(KINDS), count))
     for i, layer in enumerate(LONG if count > 10 else ()):
         layers[(2 * i + 1) * count // 8] = layer
@@ -31,7 +31,7 @@ def mixed(count: int) -> list[Layer]:
 
 
 @both_directions
-@pytest.mark.parametrize("count", [1, 16, 17, 53])  # 16 fit the small table
+@pytest.mark.parametrize("count", [1, 16, 17, 53])  # 16 fit in the small table
 @pytest.mark.parametrize("dtypes", PAIRS, ids=lambda dtypes: "-".join(map(name, dtypes)))
 def test_mixed_lists(check: Emulator, direction: str, count: int, dtypes: tuple[torch.dtype, torch.dtype]) -> None:
     layers = [layer for layer in mixed(count) if F64 not in dtypes or not (layer.columns and layer.n > 4096)]
@@ -53,5 +53,5 @@ def test_a_million_values_beside_short_filters(check: Emulator, direction: str) 
 
 
 @both_directions
-def test_long_filters_a_value_at_a_time(check: Emulator, direction: str) -> None:
+def test_long_filters_in_scalar_accesses(check: Emulator, direction: str) -> None:
     check_all(check, problem([Layer(1, 300_001), Layer(3, 7)], F16, F32), direction)

@@ -1,4 +1,4 @@
-"""The CUDA kernels in other orders of threads, and under the sanitizers."""
+"""The CUDA kernels under different thread schedules, and under the sanitizers."""
 
 from pathlib import Path
 
@@ -21,9 +21,7 @@ SCHEDULED = {
 
 
 @pytest.mark.parametrize("case", SCHEDULED.values(), ids=SCHEDULED)
-def test_same_bits_in_every_order_of_threads(
-    check: Emulator, case: tuple[list[Layer], torch.dtype, torch.dtype]
-) -> None:
+def test_same_bits_under_every_schedule(check: Emulator, case: tuple[list[Layer], torch.dtype, torch.dtype]) -> None:
     results = []
     for seed, preempt_every in [(1, 0), (2, 0), (3, 5), (4, 50)]:
         p = problem(*case)
@@ -36,7 +34,7 @@ def test_same_bits_in_every_order_of_threads(
 
 
 def run_sanitized(emulator: Emulator) -> None:
-    """In a process of its own, for torch is slow to import under the sanitizers."""
+    """All of them in one process, because torch is slow to import under the sanitizers."""
     problems = [
         problem([Layer(67, 9)]),
         problem([Layer(3, 1152)], F32, BF16),

@@ -1,4 +1,4 @@
-"""The CUDA kernels on weights that are hard to align: what rounding, overflow and NaN must not do to them."""
+"""The CUDA kernels on weights that are hard to align: rounding, overflow and NaN."""
 
 import sys
 
@@ -40,7 +40,7 @@ def test_small_deviations_from_a_large_mean(check: Emulator, n: int) -> None:
 @pytest.mark.parametrize("n", [9, 147, 1152, 9000])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_nan_and_inf_stay_in_their_filter(check: Emulator, n: int, bad: float) -> None:
-    """Of 9 values 64 filters share a block, of 147 16: lanes, warps and shared memory lie side by side."""
+    """64 filters of 9 values, or 32 of 147, share a block: their lanes, warps and shared memory are adjacent."""
     p = problem([Layer(67 if n < 512 else 3, n)], F32, F32)
 
     def run() -> tuple[torch.Tensor, ...]:

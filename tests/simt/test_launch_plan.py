@@ -1,4 +1,4 @@
-"""What benchmarks/launch_plan.py counts and computes, where it is known; its figures for ResNet-50 are in NOTES.md."""
+"""benchmarks/launch_plan.py where its results are known; its figures for ResNet-50 are in NOTES.md."""
 
 import sys
 
@@ -16,7 +16,7 @@ LAYERS = ((64, 3, 7, 7), (67, 64, 1, 1), (70, 64, 3, 3), (5, 256, 1, 1), (3, 512
 
 
 @both_directions
-def test_blocks_move_what_any_implementation_must(check: Emulator, direction: launch_plan.Direction) -> None:
+def test_blocks_move_no_more_than_any_implementation_must(check: Emulator, direction: launch_plan.Direction) -> None:
     found = plan(check, Case("some of ResNet-50", LAYERS), direction)
     assert found.over_floor == 1
     assert sum(found.values) == sum(k * c * h * w for k, c, h, w in LAYERS)
@@ -24,8 +24,8 @@ def test_blocks_move_what_any_implementation_must(check: Emulator, direction: la
 
 
 @both_directions
-def test_a_second_read_counts(check: Emulator, direction: launch_plan.Direction) -> None:
-    """A filter beyond what a block holds is read twice: 10 instead of 6 bytes a value, 16 instead of 10."""
+def test_second_read_is_counted(check: Emulator, direction: launch_plan.Direction) -> None:
+    """A filter too long for a block is read twice: 10 instead of 6 bytes per value, 16 instead of 10."""
     (block,) = plan(check, Case("long", ((1, 9000),)), direction).blocks
     read, written = launch_plan.PER_VALUE[direction]
     read_once, written_once = launch_plan.PER_FILTER[direction]
@@ -34,7 +34,7 @@ def test_a_second_read_counts(check: Emulator, direction: launch_plan.Direction)
 
 @both_directions
 def test_largest_filters_first_leave_no_tail(check: Emulator, direction: launch_plan.Direction) -> None:
-    """4 + 2 beside 3 + 3. Smallest first, or in the list's order, one slot would have 3 + 4 and the other 2 + 3."""
+    """4 + 2 and 3 + 3. Smallest first, or in the list's order, one slot would get 3 + 4 and the other 2 + 3."""
     found = plan(check, Case("a block each", tuple((1, n) for n in (3000, 4000, 2000, 3000))), direction)
     assert found.values == [4000, 3000, 3000, 2000]
     assert found.tail(slots=2) == 1

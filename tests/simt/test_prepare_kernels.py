@@ -1,5 +1,5 @@
-"""The CUDA kernels that prepare a convolution's input, run by the emulator beside weights or alone, against PyTorch's
-own padding and activations in float64. Each value is read as often, and each access as wide, as the kernels claim."""
+"""The CUDA kernels that prepare a convolution's input, run by the emulator with weights or alone, against PyTorch's own
+padding and activations in float64. Each value is read as often, and each access as wide, as the kernels claim."""
 
 import functools
 import itertools
@@ -17,7 +17,7 @@ from truth import ACTIVATIONS
 
 MODES = ("zeros", "reflect", "replicate", "circular")
 CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
-# exp and erf are right to 2 units in the last place, and what is made of them rounds 6 times.
+# exp and erf are accurate to 2 units in the last place, and what is computed from them rounds 6 times.
 ACTIVATION_ULPS = 16
 
 both_directions = pytest.mark.parametrize("direction", ["forward", "backward"])
@@ -28,7 +28,7 @@ def layout(t: Tensor, channels_last: bool) -> Tensor:
 
 
 def empty_like(t: Tensor, dtype: torch.dtype, channels_last: bool) -> Tensor:
-    """Of t's shape, poisoned."""
+    """A poisoned tensor of t's shape."""
     memory_order = layout(torch.empty(t.shape), channels_last)
     result = torch.empty_like(memory_order, dtype=dtype, memory_format=torch.preserve_format)
     result.untyped_storage().copy_(poisoned((result.untyped_storage().nbytes(),), torch.uint8).untyped_storage())
@@ -36,26 +36,26 @@ def empty_like(t: Tensor, dtype: torch.dtype, channels_last: bool) -> Tensor:
 
 
 def strided(t: Tensor, strides: Sequence[int], offset: int = 0) -> Tensor:
-    """A copy in memory of its own, `offset` values behind an aligned address."""
+    """A copy with these strides, `offset` values past an aligned address."""
     span = 1 + sum((n - 1) * stride for n, stride in zip(t.shape, strides, strict=True))
     return poisoned((offset + span,), t.dtype).as_strided(t.shape, strides, offset).copy_(t)
 
 
 def spaced(t: Tensor, dim: int) -> Tensor:
-    """With a gap of one value between the steps of this dimension alone: what lies around them takes two times the
-    stride it had."""
+    """With a gap of one value between the steps of this dimension alone: strides of the dimensions outside it
+    double."""
     step = t.stride(dim)
     return strided(t, [s + 1 if d == dim else s * (1 + (s > step)) for d, s in enumerate(t.stride())])
 
 
 def roomy(t: Tensor) -> Tensor:
-    """With a gap of two values after each row of neighbours."""
+    """With a gap of two values after each row of adjacent values."""
     n = t.shape[t.stride().index(1)]
     return strided(t, [s if s == 1 else s // n * (n + 2) for s in t.stride()])
 
 
 def late(t: Tensor) -> Tensor:
-    """One value behind an aligned address."""
+    """One value past an aligned address."""
     return strided(t, t.stride(), 1)
 
 
@@ -65,7 +65,7 @@ def move(image: Image, moved: Mapping[str, Callable[[Tensor], Tensor]]) -> None:
 
 
 def prepared(x: Tensor, padding: list[int], mode: int, activation: int) -> Tensor:
-    """By PyTorch, differentiable."""
+    """PyTorch's result, differentiable."""
     pairs = list(zip(padding[::2], padding[1::2], strict=True))
     flat = [n for pair in reversed(pairs) for n in pair]
     y = list(ACTIVATIONS.values())[activation](x)
@@ -73,25 +73,25 @@ def prepared(x: Tensor, padding: list[int], mode: int, activation: int) -> Tenso
 
 
 def once(t: Tensor) -> tuple[int, int]:
-    """Accesses of one place in its memory, least and most: each value 1, gaps none."""
+    """Least and most accesses of one element of its memory: each value 1, gaps none."""
     return int(torch.ops.aten.is_non_overlapping_and_dense(t)), 1
 
 
 def check_counts(counts: dict[str, Counts], image: Image, is_wide: tuple[bool, bool] | None) -> None:
-    """Written once; read once, or backward once for each place that shows the value."""
+    """Each value is written once, and read once or, in the backward, once for each position that shows it."""
     if not counts:
         return
     assert counts["to"]["writes_of_one"] == once(image.to)
     assert not counts["to"]["reads"]
     if image.is_backward and image.mode != 0 and any(image.padding):
         assert counts["source"]["reads_of_one"][0] >= 1
-        assert counts["source"]["reads_of_one"][1] <= 2  # a value shown twice reads its own place again
+        assert counts["source"]["reads_of_one"][1] <= 2  # a value shown twice reads its own position again
     elif image.mode == 0 and not any(image.padding):
         assert counts["source"]["reads_of_one"] == once(image.source)
     if image.saved is not None and not any(image.padding):
         assert counts["saved"]["reads_of_one"] == (1, 1)
     if is_wide is not None:
-        saved_is_wide = is_wide[0 if image.activation == 1 else 1]  # it lies as the one or the other
+        saved_is_wide = is_wide[0 if image.activation == 1 else 1]  # it has the layout of one or the other
         for name, wide in zip(("source", "to", "saved"), (*is_wide, saved_is_wide), strict=True):
             if (t := getattr(image, name)) is not None:
                 kind = "writes" if name == "to" else "reads"
@@ -112,8 +112,8 @@ def run(
     moved: Mapping[str, Callable[[Tensor], Tensor]] = MappingProxyType({}),
     **options: int,
 ) -> Tensor:
-    """Weights and one input (dtypes: its own, the prepared one's) together; the input's result. `moved`: which of the
-    image's tensors lie elsewhere than `channels_last` says."""
+    """Runs weights and one input together and returns the input's result. dtypes: of the input and the prepared one.
+    moved: which of the image's tensors have another layout or address, and how."""
     generator = torch.Generator().manual_seed(math.prod(shape))
     dtype, out_dtype = dtypes
     x = layout(torch.randn(shape, generator=generator, dtype=F64).to(dtype), channels_last[0])
@@ -138,7 +138,7 @@ def run(
         (expected,) = torch.autograd.grad(truth, leaf, grad.double())
         sums = prepared(unit := leaf.detach().clone().requires_grad_(), padding, mode, 0)
         (largest,) = torch.autograd.grad(sums, unit, grad.double().abs())
-    # At most 27 places are summed.
+    # At most 27 positions are summed.
     terms = 27 * u if direction == "backward" else 0.0
     bound = (ACTIVATION_ULPS * u * (activation > 1) + terms) * 2 * largest
     bound = bound + HALF_ULP[image.to.dtype] * (expected.abs() + bound) + torch.finfo(image.to.dtype).tiny
@@ -198,8 +198,8 @@ def test_activations_and_dtypes(
         ((2, 64, 8, 8), (F32, F32), (True, True)),
         ((1, 128, 16, 12), (F32, BF16), (True, True)),
         ((1, 8, 32, 32), (BF16, BF16), (True, True)),
-        ((1, 64, 7, 7), (F32, F32), (False, True)),  # 49 positions: only the side of the channels is wide
-        ((1, 33, 8, 8), (F32, F32), (True, False)),  # odd channels: only the other one
+        ((1, 64, 7, 7), (F32, F32), (False, True)),  # 49 positions: only the channels_last side is wide
+        ((1, 33, 8, 8), (F32, F32), (True, False)),  # odd channels: only the contiguous side
         ((1, 4, 8, 8), (F64, F64), (True, True)),
     ],
 )
@@ -216,7 +216,7 @@ def test_accesses_are_wide_on_both_sides_of_a_transposition(
 
 @both_directions
 def test_values_of_a_padded_row_are_read_one_by_one(check: Emulator, direction: str) -> None:
-    """Its 20 places are neighbours, but 4 of them show other values than their neighbours'."""
+    """Its 20 positions are contiguous, but 4 of them are padding."""
     run(check, direction, (2, 8, 16), [1, 3], is_wide=(False, True))
 
 
@@ -229,7 +229,7 @@ def test_values_of_a_padded_row_are_read_one_by_one(check: Emulator, direction: 
 def test_accesses_are_narrow_where_a_side_is_not_aligned(
     check: Emulator, direction: str, shape: tuple[int, ...], channels_last: bool, side: str
 ) -> None:
-    """A sliced image, one odd stride at a time, or one at an odd address: the other side stays wide."""
+    """One odd stride at a time, as in a sliced image, or an odd address; the other side stays wide."""
     for moved in (late, *(functools.partial(spaced, dim=dim) for dim in range(len(shape)))):
         run(
             check,
@@ -245,10 +245,10 @@ def test_accesses_are_narrow_where_a_side_is_not_aligned(
 
 @both_directions
 @pytest.mark.parametrize(("shape", "channels_last"), [((2, 6, 3, 5), True), ((2, 8, 30), False)])
-def test_accesses_are_narrow_where_neighbours_end_in_a_gap(
+def test_accesses_are_narrow_where_rows_end_in_a_gap(
     check: Emulator, direction: str, shape: tuple[int, ...], channels_last: bool
 ) -> None:
-    """In the midst of 16 bytes, though all strides are aligned."""
+    """Within 16 bytes, even though all strides are aligned."""
     padding, layouts = [0] * 2 * (len(shape) - 2), (channels_last, channels_last)
     moved = {"source": roomy, "to": roomy}
     run(check, direction, shape, padding, 0, 0, (F32, BF16), layouts, is_wide=(False, False), moved=moved)
@@ -257,7 +257,7 @@ def test_accesses_are_narrow_where_neighbours_end_in_a_gap(
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("activation", [1, 2, 3])
 @pytest.mark.parametrize("is_late", [False, True])
-def test_saved_is_aligned_or_the_side_that_it_lies_as_is_narrow(
+def test_misaligned_saved_makes_the_side_of_its_layout_narrow(
     check: Emulator, channels_last: bool, activation: int, is_late: bool
 ) -> None:
     is_wide = not is_late or activation != 1, not is_late or activation == 1
@@ -267,14 +267,14 @@ def test_saved_is_aligned_or_the_side_that_it_lies_as_is_narrow(
 
 
 @both_directions
-def test_an_input_alone(check: Emulator, direction: str) -> None:
-    """As in the backward of a weight that wants no gradient."""
+def test_input_alone(check: Emulator, direction: str) -> None:
+    """As in the backward of a frozen weight."""
     run(check, direction, (2, 5, 6, 5), [1, 2, 0, 3], 1, 1, layers=())
 
 
 @both_directions
-def test_the_first_launch_of_a_long_list_takes_the_input(check: Emulator, direction: str) -> None:
-    """A launch takes 16 of these weights, a block each, which need no dynamic shared memory."""
+def test_first_launch_of_a_long_list_takes_the_input(check: Emulator, direction: str) -> None:
+    """A launch takes 16 of these weights, one block each, which need no dynamic shared memory."""
     run(check, direction, (2, 5, 6, 5), [1, 2, 0, 3], 1, 1, layers=[Layer(3, 9 + i) for i in range(40)])
     shared = [block.shared for block in check.blocks()]
     assert all(shared[:-24])
@@ -282,8 +282,8 @@ def test_the_first_launch_of_a_long_list_takes_the_input(check: Emulator, direct
 
 
 @pytest.mark.parametrize("activation", range(1, len(ACTIVATIONS)))
-def test_nan_and_infinity_go_where_float64_lets_them(check: Emulator, activation: int) -> None:
-    """And a gradient that meets a derivative of 0 becomes 0 whatever it is."""
+def test_nan_and_infinity_propagate_as_in_float64(check: Emulator, activation: int) -> None:
+    """And where the derivative is 0 so is the gradient, even if the incoming one is infinite or NaN."""
     x = torch.tensor([0.5, math.nan, math.inf, -math.inf, 100.0, -100.0]).view(1, 1, 6)
     out = torch.empty_like(x)
     check.forward([], F32, [], [], [], input=Image(x, out, [0, 0], 0, activation))
@@ -292,7 +292,7 @@ def test_nan_and_infinity_go_where_float64_lets_them(check: Emulator, activation
     leaf = x.requires_grad_()
     (slope,) = torch.autograd.grad(prepared(leaf, [0, 0], 0, activation).sum(), leaf)
     assert 0 in slope
-    if list(ACTIVATIONS)[activation] == "hardswish":  # PyTorch's is NaN or 1 at NaN, as its vectors end
+    if list(ACTIVATIONS)[activation] == "hardswish":  # at NaN PyTorch's depends on vectorisation: NaN or 1
         slope = slope.masked_fill(leaf.isnan(), math.nan)
     for value in (math.inf, math.nan):
         grad, grad_input = torch.full_like(out, value), torch.empty_like(out)
@@ -303,7 +303,7 @@ def test_nan_and_infinity_go_where_float64_lets_them(check: Emulator, activation
 
 
 @both_directions
-def test_same_bits_in_every_order_of_threads(check: Emulator, direction: str) -> None:
+def test_same_bits_under_every_schedule(check: Emulator, direction: str) -> None:
     orders = [(1, 0), (2, 0), (3, 5), (4, 50)]
     results = [
         run(check, direction, (2, 9, 6, 5), [2, 1, 1, 2], 1, 3, seed=seed, preempt_every=every)
