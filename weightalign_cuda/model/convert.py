@@ -31,7 +31,7 @@ def convert(
 
     - prediction layers: classifiers, and the last layers of detection, segmentation, depth and pose heads, by the names
       and classes of torchvision, timm, transformers, segmentation-models-pytorch, ultralytics, OpenMMLab and others;
-      and a pointwise convolution with a bias that is the last module of the model, as in a U-Net. `include` converts them;
+      and a pointwise convolution with a bias that ends the model, as in a U-Net. `include` converts them;
     - constants: frozen filters that are all the same. Filters of one value, which would become 0;
     - lazy layers before their first input, and layers with a custom forward;
     - peft's adapters, and base layers whose weight an adapter reads. Add adapters first: on a converted layer peft
