@@ -40,7 +40,7 @@ def not_to_align(tuners: Iterable[nn.Module]) -> dict[nn.Module, str]:
 
 
 def forbid_merging(tuners: Iterable[nn.Module]) -> None:
-    """Makes merging raise as long as the base layer aligns its weight; into a folded one it is allowed."""
+    """Makes merging raise as long as the base layer aligns its weight; once it is folded, merging works."""
     for tuner in tuners:
         for name in ("merge", "unmerge"):
             vars(tuner)[name] = functools.partial(_merged, tuner, name)

@@ -27,13 +27,13 @@ def convert(
 ) -> nn.Module:
     """Replaces the convolutions of a model, in place, with ours: `torch.nn.Conv2d` with `WAConv2d` and so on.
 
-    All of them (arXiv 2010.07160 aligns the first one, too), except
+    All are converted (arXiv 2010.07160 aligns the first one, too), except
 
     - prediction layers: classifiers, and the last layers of detection, segmentation, depth and pose heads, by the names
       and classes of torchvision, timm, transformers, segmentation-models-pytorch, ultralytics, OpenMMLab and others;
       and a pointwise convolution with a bias that ends the model, as in a U-Net. `include` converts them;
-    - constants: frozen filters that are all the same. Filters of one value, which would become 0;
-    - lazy layers before their first input, and layers with a custom forward;
+    - constants: frozen filters that are all the same; and filters of one value, which would become 0;
+    - lazy layers before their first input, and layers with a custom forward or other overridden methods;
     - peft's adapters, and base layers whose weight an adapter reads. Add adapters first: on a converted layer peft
       creates aligned adapters. Merge after `fold`; before it, merging is an error.
 
@@ -43,7 +43,7 @@ def convert(
     Layers that standardise their weights become layers that compute the same: timm's StdConv2d, ScaledStdConv2d and
     their Same variants, those of transformers' BiT, and Composer's, whose parametrization is removed (load its
     checkpoints before). If a model has any, only they are converted: its authors left the other convolutions plain.
-    Formulas that no eps can match, such as that of the original repository, count as a custom forward.
+    Formulas that no eps can match, as in the original Weight Standardization repository, count as a custom forward.
 
     Weight and bias stay the same Parameter objects, as does timm's gain, (C, 1, 1, 1); other gains, (C,), are new, with
     the weight's dtype, device and requires_grad: create the optimizer, and wrap in DDP or compile, afterwards. Hooks,

@@ -24,7 +24,7 @@ def fingerprint_with(layer: Aligned, w: Tensor, g: Tensor | None) -> Fingerprint
 
 
 def has_plain_parameters(layer: Aligned) -> bool:
-    """Whether a fingerprint detects changes of weight and gain: `why_not_plain` says why it would not."""
+    """Whether a fingerprint detects changes of weight and gain; if not, `why_not_plain` says why."""
     if "weight" not in layer._parameters or "gain" not in layer._parameters:
         return False
     if is_compiling():

@@ -33,8 +33,8 @@ def fold(model: nn.Module, *, inplace: bool = False) -> nn.Module:
 
     Raises:
         TypeError: if the model is not a torch.nn.Module, or is scripted or wrapped (DDP, FSDP, torch.compile).
-        ValueError: for layers parametrized or pruned by torch.nn.utils, compiled, or of subclasses of ours with a
-            custom forward. The model is then unchanged.
+        ValueError: for layers parametrized or pruned by torch.nn.utils, compiled, or of subclasses of ours that
+            override methods. The model is then unchanged.
     """
     check_model(model)
     for name, layer in model.named_modules():

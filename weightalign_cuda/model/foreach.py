@@ -67,7 +67,7 @@ class Foreach:
             for source, filters, _ in self.align(aligned_layers(root.modules())):
                 source.traced.filters = filters
         else:
-            # torch.compile(root) traces only the forward; its hooks run here. See below this class.
+            # torch.compile(root) traces only the forward; its hooks run here: see the comment below this class.
             self.start(root, get_eval_frame_callback() is not None)
 
     def after(self, root: nn.Module, *_: Any) -> None:

@@ -21,7 +21,7 @@ from .streams import ReadyEvent, is_captured
 def frozen(model: nn.Module) -> Iterator[nn.Module]:
     """Context in which each layer of the model aligns its weight in its first forward and keeps the result.
 
-    For validation between epochs, where `fold` would be a detour. Parameters may change inside (load_state_dict,
+    For validation between epochs, where `fold` is inconvenient. Parameters may change inside (load_state_dict,
     averaged weights, `model.half()`, an optimizer step): a layer aligns again when its weight or gain has changed. Only
     writes that torch does not version go unnoticed: in place through `.data`, NumPy or another view of the memory. If a
     library swaps in averaged weights by `param.data.copy_` (torch_ema, diffusers' EMAModel), do that before, not

@@ -90,8 +90,7 @@ class ModelForward:
         return self.prealigned.get(source)
 
     def filters_for_unchanged(self, source: "ForeachSource") -> Tensor | None:
-        """Fast path of `ForeachSource.find`, for a layer that has not changed in modes that are still those of the
-        start."""
+        """Fast path of `ForeachSource.find`, for an unchanged layer under unchanged modes."""
         if (
             self.device_type is None
             or (prealigned := self.prealigned.get(source)) is None  # type: ignore[union-attr]

@@ -33,7 +33,7 @@ def is_standardised(module: nn.Module) -> bool:
 
 
 def _is_parametrized(module: nn.Module) -> bool:
-    """By Composer alone. torch.nn.utils.parametrize replaces a layer's class with a subclass of it."""
+    """Whether Composer alone has parametrized it. (torch replaces the layer's class with a subclass of it.)"""
     if type(module).__mro__[1] not in _PARAMETRIZED or not nn.utils.parametrize.is_parametrized(module):
         return False
     by_name: nn.ModuleDict = module.parametrizations  # type: ignore[assignment]

@@ -1,4 +1,4 @@
-"""What layers with an activation or TensorFlow's padding fold to: torch.nn's layers plus that, in PyTorch's own ops."""
+"""Folded layers with an activation or TensorFlow's padding: torch.nn's layers plus these, in PyTorch's own ops."""
 
 from typing import Any
 

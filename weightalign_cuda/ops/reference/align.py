@@ -14,7 +14,7 @@ def moments(weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """Mean, deviations and 1 / sqrt(n/2 * var + eps) of each filter, (K, 1, ...), (K, ...), (K, 1, ...).
 
     The mean is computed relative to the filter's first value, so that it is exact for a constant filter; its rounding
-    error, the mean of the deviations, is then subtracted, too (mean 1e4, deviation 1e-3 in float32).
+    error, the mean of the deviations, is then subtracted, too (e.g. mean 1e4, deviation 1e-3 in float32).
     """
     w = weight.to(statistics_dtype(weight.dtype))
     dims = tuple(range(1, w.dim()))

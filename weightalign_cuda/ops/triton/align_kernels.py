@@ -168,8 +168,8 @@ def forward_on_chip(
     """A tile of whole filters: read once, written once, scattered within each filter if the aligned side is transposed.
 
     The mean is computed relative to the filter's first value, so that it is exact for a constant filter, whose
-    deviations are then exactly 0; its rounding error, the mean of the deviations, is then subtracted, too (mean 1e4,
-    deviation 1e-3).
+    deviations are then exactly 0; its rounding error, the mean of the deviations, is then subtracted, too (e.g. mean
+    1e4, deviation 1e-3).
     """
     n = multiple(number(row, "n"), IS_WIDE)
     k, is_filter = filters_of(row, ROWS)
