@@ -1,13 +1,13 @@
 """WeightAlign and weight-standardised convolutions at the cost of plain ones.
 
-`align` and `align_foreach` align weights, `prepare` a weight and its convolution's input together, `conv1d`, `conv2d`
-and `conv3d` convolve with them; `WAConv2d` and its like are the layers. `convert` swaps those of a model for them,
-`explain` says what aligns each, `fold` bakes the aligned weights in, `frozen` keeps them for a while, `accumulate` for
-several micro-batches. `backends` says what serves all that on this machine. The formula is that of Shi, Li, Liu, van
-Gemert, "WeightAlign: Normalizing Activations by Weight Alignment", arXiv 2010.07160.
+Functions: `align` and `align_foreach` align weights; `prepare` aligns a weight and prepares its convolution's input;
+`conv1d`, `conv2d` and `conv3d` convolve the two. Layers: `WAConv2d` and its siblings. Models: `convert` replaces a
+model's layers with these, `explain` shows how each one is aligned, `fold` bakes the aligned weights in, `frozen` caches
+them for inference, `accumulate` shares them between micro-batches. `backends` lists what is available on this machine.
+Formula: Shi, Li, Liu, van Gemert, "WeightAlign: Normalizing Activations by Weight Alignment", arXiv 2010.07160.
 """
 
-from . import folded, layers  # noqa: F401, the names by which users and pickles know the classes
+from . import folded, layers  # noqa: F401, import paths for users and existing pickles
 from .functional.alignment import align, align_foreach
 from .functional.convolution import conv1d, conv2d, conv3d, prepare
 from .model.accumulate import accumulate

@@ -1,4 +1,4 @@
-"""`weightalign_cuda.nn.folded`, by the name that users and pickles have."""
+"""Import path of `weightalign_cuda.nn.folded` for users and existing pickles."""
 
 from .nn.folded import (
     FoldedConv1d,

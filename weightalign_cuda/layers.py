@@ -1,4 +1,4 @@
-"""`weightalign_cuda.nn.layers`, by the name that users and pickles have."""
+"""Import path of `weightalign_cuda.nn.layers` for users and existing pickles."""
 
 from .nn.layers import (
     Aligned,

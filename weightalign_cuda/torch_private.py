@@ -1,5 +1,5 @@
-"""Every private name of torch that this package uses, and what for. All of them are in torch 2.11 to 2.15; what needs
-one that a later torch lacks raises an error that names it."""
+"""All private names of torch that this package uses, and why. torch 2.11 to 2.15 have all of them; with a later torch
+that lacks one, what needs it raises an error that names it."""
 
 from collections.abc import Callable
 from typing import Any
@@ -12,7 +12,7 @@ _missing: list[str] = []
 
 
 def _find(name: str) -> Any:
-    """What this name stands for or, if there is no such thing, a function that says so."""
+    """The object of this name or, if torch lacks it, a function that raises."""
     found: Any = torch
     for part in name.split(".")[1:]:
         if not hasattr(found, part):
@@ -29,51 +29,51 @@ def _absent(name: str) -> Callable[..., Any]:
     return fail
 
 
-# Autograd. The context in which an op is called from an autograd.Function, below the Autograd dispatch key.
+# Autograd. The context for calling ops from an autograd.Function, below the Autograd dispatch key.
 below_autograd = _find("torch._C._AutoDispatchBelowAutograd")
-# The id of the backward that runs on this thread, -1 outside of one; whether it was called with retain_graph.
+# The id of the backward running on this thread, -1 if there is none; whether it was called with retain_graph.
 current_graph_task_id = _find("torch._C._current_graph_task_id")
 backward_keeps_graph = _find("torch._C._autograd._get_current_graph_task_keep_graph")
-# The innermost saved_tensors_hooks, by which activation checkpointing shows.
+# The innermost saved_tensors_hooks, by which activation checkpointing is detected.
 top_saved_tensors_hooks = _find("torch._C._autograd._top_saved_tensors_default_hooks")
 
-# Whether torch.func's transforms are active, or a tensor is inside of one; those need decomposable operations.
+# Whether torch.func transforms are active, or have wrapped a tensor; they need decomposable ops.
 are_functorch_transforms_active = _find("torch._C._are_functorch_transforms_active")
 is_functorch_wrapped = _find("torch._C._functorch.is_functorch_wrapped_tensor")
-# Whether is_grads_batched=True has made this gradient.
+# Whether this gradient comes from is_grads_batched=True.
 is_legacy_batched = _find("torch._C._functorch.is_legacy_batchedtensor")
 
-# torch.jit.trace, None outside of it.
+# The state of torch.jit.trace; None outside of it.
 get_tracing_state = _find("torch._C._get_tracing_state")
 
-# Objects that go with a backward to autograd's device threads, where context variables are unset: `use_backend`.
+# Objects that autograd copies to its device threads, where context variables are unset: for `use_backend`.
 get_object_in_tls = _find("torch._C._get_obj_in_tls")
 is_key_in_tls = _find("torch._C._is_key_in_tls")
 stash_object_in_tls = _find("torch._C._stash_obj_in_tls")
 
-# What torch.compile does with a function, without the import of torch._dynamo (1.5 s) that its public API takes; and
-# whether torch.compile is active on this thread.
+# How torch.compile treats a function, without importing torch._dynamo (1.5 s) as the public API does; and whether
+# torch.compile is active on this thread.
 set_code_exec_strategy = _find("torch._C._dynamo.eval_frame.set_code_exec_strategy")
 FrameAction = _find("torch._C._dynamo.eval_frame._FrameAction")
 FrameExecStrategy = _find("torch._C._dynamo.eval_frame._FrameExecStrategy")
 get_eval_frame_callback = _find("torch._C._dynamo.eval_frame.get_eval_frame_callback")
 
-# The base classes of torch.nn's convolutions: subclasses of ours are subclasses of theirs.
+# The base classes of torch.nn's convolutions, which ours derive from, too.
 Convolution = _ConvNd
 TransposedConvolution = _ConvTransposeNd
 
 
 def is_forward_mode_active() -> bool:
-    """Whether forward-mode differentiation is."""
+    """Whether forward-mode AD is active."""
     return torch.autograd.forward_ad._current_level >= 0
 
 
 def mark_constant(function: Any) -> None:
-    """torch.compiler.assume_constant_result, which imports torch._dynamo."""
+    """torch.compiler.assume_constant_result, without its import of torch._dynamo."""
     function._dynamo_marked_constant = True
 
 
-# Attributes and methods that are used where they stand.
+# Attributes and methods that are accessed directly.
 _ATTRIBUTES: dict[str, tuple[Any, tuple[str, ...]]] = {
     # to swap layers and read their parameters; forward hooks; checkpoints; torch.compile of a layer
     "torch.nn.Module": (
@@ -85,15 +85,15 @@ _ATTRIBUTES: dict[str, tuple[Any, tuple[str, ...]]] = {
     ),
     "torch.nn.Conv2d": (nn.Conv2d, ("_conv_forward",)),
     "torch.nn.ConvTranspose2d": (nn.ConvTranspose2d, ("_output_padding",)),
-    "torch.Tensor": (torch.Tensor, ("_version",)),  # how often it was written to
+    "torch.Tensor": (torch.Tensor, ("_version",)),  # counts in-place writes
     "torch.autograd.forward_ad": (torch.autograd.forward_ad, ("_current_level",)),
-    # the overload's function in C++, without its Python
+    # the overload's C++ function, without the Python wrapper
     "torch.ops.aten.add.Tensor": (torch.ops.aten.add.Tensor, ("_op",)),
 }
 
 
 def missing() -> list[str]:
-    """The names above that this torch does not have."""
+    """The names above that the installed torch lacks."""
     attributes = (
         f"{owner}.{name}"
         for owner, (having, names) in _ATTRIBUTES.items()

@@ -1,4 +1,4 @@
-"""The functions that users call: arguments are checked, dtype and layout chosen, one op called."""
+"""Public functions: they check arguments, choose dtype and layout, and call one op."""
 
 from .alignment import align, align_foreach
 from .convolution import conv1d, conv2d, conv3d, prepare

@@ -1,4 +1,4 @@
-"""The functions users call: arguments checked, dtype and backend chosen, one op call for a whole list."""
+"""`align` and `align_foreach`: check arguments, choose dtype and backend, and call one op for the whole list."""
 
 from collections.abc import Sequence
 from operator import attrgetter
@@ -38,26 +38,25 @@ def align(
 ) -> Tensor:
     """Aligned weight: scale * gain * (w - mean) / sqrt(n/2 * var + eps) for each filter (arXiv 2010.07160, eq. 10).
 
-    A filter is `weight[k]`, n values; mean and biased variance are taken over it. With scale = sqrt(n/2) and eps n/2
-    times theirs this is any weight standardisation that has its eps inside of the root. One kernel launch;
-    differentiable (twice) in weight and gain.
+    A filter is `weight[k]`, n values; mean and biased variance are per filter. With scale = sqrt(n/2) and eps
+    multiplied by n/2, this equals any weight standardisation with eps inside the square root. One kernel launch; twice
+    differentiable in weight and gain.
 
     Args:
         weight: (K, ...), rank 2 or more; float32, float16, bfloat16 or float64. Any strides. A DTensor placed by
-            Shard(0) or Replicate() is aligned where it lies, without communication; the result is placed likewise.
-        gain: (K,) or, as timm's, (K, 1, ...); any floating dtype, on the weight's device, placed as the weight; None
-            for 1.
+            Shard(0) or Replicate() is aligned locally, without communication; the result has the same placement.
+        gain: (K,) or, as in timm, (K, 1, ...); any of these dtypes; device and placement as the weight's. None means 1.
         eps: added to n/2 * var; greater than 0. A constant filter gives exactly 0.
         scale: a constant factor.
-        dtype: of the result. Default: autocast's where autocast is on for the device and the weight is not float64,
-            else the weight's. float64 goes to float64 only.
-        memory_format: of the result. Default: the weight's own strides if they are dense, else contiguous.
+        dtype: of the result. Default: the autocast dtype if autocast is enabled for the device and the weight is not
+            float64, else the weight's dtype. float64 if and only if the weight is float64.
+        memory_format: of the result. Default: the weight's strides if they are dense, else contiguous.
 
     Returns:
         (K, ...) in `dtype`.
 
     Raises:
-        TypeError, ValueError: naming the argument, what came and what is wanted, before anything runs.
+        TypeError, ValueError: naming the argument, what was expected and what was given, before anything runs.
     """
     if memory_format is torch.preserve_format and not is_compiling() and is_usual(weight, gain, eps, scale):
         aligned = _aligned_at_once([weight], [gain], [eps], [scale], dtype, memory_format)
@@ -74,9 +73,9 @@ def align(
     check_number("scale", scale)
     if is_sharded((weight, gain)):
         return align_shards(align_foreach, [weight], [gain], [None], **options)[0]
-    on = device_type(weight)
-    dtype = result_dtype("weight", weight, on, dtype)
-    return run("align_forward", on, [weight], [gain], [eps], [scale], dtype, memory_format)[0][0]
+    device_type_ = device_type(weight)
+    dtype = result_dtype("weight", weight, device_type_, dtype)
+    return run("align_forward", device_type_, [weight], [gain], [eps], [scale], dtype, memory_format)[0][0]
 
 
 def align_foreach(
@@ -91,19 +90,19 @@ def align_foreach(
     """`align` of each weight: one launch forward and one backward for the whole list.
 
     Args:
-        weights: tensors as for `align`. They may differ in device and dtype: each kind is a launch of its own.
-        gains: one gain or None for each weight; None for none at all.
-        eps: a number, or one for each weight.
-        scale: a number, or one for each weight.
-        dtype: as for `align`, decided for each weight.
-        memory_format: as for `align`; channels_last means rank 4, channels_last_3d rank 5, other ranks keep their
-            layout.
+        weights: tensors as for `align`. They may differ in device and dtype: each combination is a separate launch.
+        gains: one gain or None per weight; None for no gains.
+        eps: a number, or one per weight.
+        scale: a number, or one per weight.
+        dtype: as for `align`, applied to each weight.
+        memory_format: as for `align`; channels_last applies to rank 4, channels_last_3d to rank 5, other ranks keep
+            their layout.
 
     Returns:
         The aligned weights, in the order of the list.
 
     Raises:
-        TypeError, ValueError: as `align`, with the index of the weight or gain.
+        TypeError, ValueError: as for `align`, with the index of the weight or gain.
     """
     weights = check_list("weights", weights)
     count = len(weights)
@@ -127,7 +126,7 @@ def align_foreach(
         if gain is not None:
             check_gain("gains", gain, weight, i)
         groups.setdefault((weight.device, weight.dtype), []).append(i)
-    # All checked before the first one runs.
+    # Check all of them before the first launch.
     dtypes = [result_dtype("weights", weights[i], device_type(weights[i]), dtype, i) for i, *_ in groups.values()]
     results: list[Any] = [None] * count
     for members, each_dtype in zip(groups.values(), dtypes, strict=True):
@@ -141,7 +140,7 @@ _device, _dtype = attrgetter("device"), attrgetter("dtype")
 
 
 def _is_for_one_op(weights: list[Any], gains: list[Any]) -> bool:
-    """Whether a native op can take, or else refuses, the whole list."""
+    """Whether one native op can be given the whole list, to process or to reject."""
     try:
         devices, dtypes = (
             {*map(_device, weights), *map(_device, [g for g in gains if g is not None])},
@@ -164,13 +163,13 @@ def _aligned_at_once(
     dtype: torch.dtype | None,
     memory_format: torch.memory_format,
 ) -> Sequence[Tensor] | None:
-    """By a native op, if one serves: it looks at each tensor in a fraction of the time that Python takes. None for a
-    list that it refuses: the caller then finds out what is wrong."""
-    on = device_type(weights[0])
+    """Fast path through the native op, which checks tensors much faster than Python. None if the backend is not native
+    or the op rejects the list: the caller then checks the arguments and reports what is wrong."""
+    device_type_ = device_type(weights[0])
     try:
-        if choose(on) not in NATIVE:
+        if choose(device_type_) not in NATIVE:
             return None
-        dtype = result_dtype("weight", weights[0], on, dtype)
+        dtype = result_dtype("weight", weights[0], device_type_, dtype)
         return autograd.align_forward(native, weights, gains, eps, scales, dtype, memory_format)[0]
     except (RuntimeError, TypeError, ValueError):
         return None

@@ -1,7 +1,7 @@
-"""What arguments must be. Each check raises TypeError or ValueError naming the argument, what came and what is wanted.
+"""Argument checks: they raise TypeError or ValueError, naming the argument, what was expected and what was given.
 
-A check is one expression that holds for every good argument, cheap enough for a call on one tiny weight; what exactly
-is wrong is found out only when it does not hold.
+Each check is one expression that is true for every valid argument, cheap enough for calls on tiny weights; only if it
+is false does further code find out what is wrong.
 """
 
 import math
@@ -15,7 +15,7 @@ from ..ops.exporters import wants_plain_operations
 from ..ops.layout import CHANNELS_LAST_RANK
 from ..ops.reference.activations import ACTIVATIONS
 
-PLAIN = {Tensor, nn.Parameter, type(None)}  # classes that no function is overridden for; None: a gain of 1
+PLAIN = {Tensor, nn.Parameter, type(None)}  # no __torch_function__ overrides; None: a gain of 1
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _FLOATS = "float32, float16, bfloat16 or float64"
 
@@ -25,7 +25,7 @@ def at(name: str, index: int | None) -> str:
 
 
 def check_input(name: str, input: Any, weight: Tensor) -> None:
-    """A convolution's input: batched or not, where the weight has 1 to 3 spatial dimensions."""
+    """A convolution's input, batched or not; the weight must have 1 to 3 spatial dimensions."""
     _check_tensor(name, input, "a Tensor")
     if not 3 <= weight.dim() <= 5:
         raise ValueError(f"weight: expected 1 to 3 spatial dimensions, got shape {tuple(weight.shape)}")
@@ -46,8 +46,8 @@ def check_weight(name: str, weight: Any, index: int | None = None) -> None:
 
 
 def is_usual(weight: Any, gain: Any, eps: Any, scale: Any) -> bool:
-    """Whether a native op can take, or else refuses, these: less than the checks below take, for what a layer does at
-    each forward."""
+    """Whether a native op can be given these arguments, to process or to reject. Cheaper than the checks below, as it
+    runs in each forward of a layer."""
     return (
         type(weight) in PLAIN
         and type(gain) in PLAIN
@@ -88,7 +88,7 @@ def _check_tensor(name: str, value: Any, expected: str, index: int | None = None
 def check_number(name: str, value: Any, positive: bool = False, index: int | None = None) -> None:
     if isinstance(value, bool) or not isinstance(value, (float, int)):
         raise TypeError(f"{at(name, index)}: expected a number, got {type(value).__name__}")
-    # Not isfinite: torch.compile passes symbols. No integer beyond a float's range, either.
+    # Not math.isfinite: torch.compile passes symbolic values. Also rejects integers beyond a float's range.
     if not abs(value) <= sys.float_info.max or (positive and value <= 0):
         wanted = "a finite number greater than 0" if positive else "a finite number"
         raise ValueError(f"{at(name, index)}: expected {wanted}, got {value}")
@@ -101,7 +101,7 @@ def check_activation(activation: Any) -> None:
 
 
 def per_weight(name: str, value: Any, count: int, positive: bool = False) -> list[float]:
-    """A number for each weight, from one for all or a list."""
+    """One number per weight, from a single number or a list."""
     if not isinstance(value, (list, tuple)):
         check_number(name, value, positive)
         return [value] * count
@@ -121,7 +121,7 @@ def check_list(name: str, value: Any, count: int | None = None) -> list[Any]:
 
 
 def check_memory_format(memory_format: Any, rank: int | None = None) -> None:
-    """rank: of the one weight, which channels_last and channels_last_3d must fit."""
+    """rank: of the weight, which channels_last and channels_last_3d must match; None for a list of weights."""
     if not isinstance(memory_format, torch.memory_format):
         raise TypeError(f"memory_format: expected a torch.memory_format, got {type(memory_format).__name__}")
     wanted = CHANNELS_LAST_RANK.get(memory_format)
@@ -135,12 +135,12 @@ def check_module(model: Any) -> None:
 
 
 def device_type(t: Tensor) -> str:
-    """t.device.type, which costs 4 us in a training loop."""
+    """t.device.type, without the 4 us that it costs in a training loop."""
     return "cpu" if t.is_cpu else "cuda" if t.is_cuda else t.device.type
 
 
 def autocast_dtype(device_type: str) -> torch.dtype | None:
-    """autocast's on this kind of device, if it is on."""
+    """The autocast dtype of this device type; None if autocast is disabled."""
     if device_type == "meta" or not torch.is_autocast_enabled(device_type):
         return None
     return torch.get_autocast_dtype(device_type)
@@ -149,7 +149,7 @@ def autocast_dtype(device_type: str) -> torch.dtype | None:
 def result_dtype(
     name: str, weight: Tensor, device_type: str, dtype: torch.dtype | None, index: int | None = None
 ) -> torch.dtype:
-    """What a weight on `device_type` is aligned to: `dtype`, else autocast's where it is on, else the weight's own."""
+    """Dtype of the aligned weight: `dtype`, else the autocast dtype if enabled (not for float64), else the weight's."""
     own = weight.dtype
     if dtype is None:
         return own if own is torch.float64 else autocast_dtype(device_type) or own

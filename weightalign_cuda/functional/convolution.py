@@ -47,32 +47,34 @@ def prepare(
     dtype: torch.dtype | None = None,
     memory_format: torch.memory_format = torch.preserve_format,
 ) -> tuple[Tensor, Tensor]:
-    """A convolution's input and its aligned weight, both as the convolution consumes them, from one kernel launch.
+    """Prepares a convolution's input and aligns its weight in one kernel launch.
 
-    The input becomes pad(cast(activation(input))) in the layout of the convolution; the weight what `align` makes of it
-    (arXiv 2010.07160, eq. 10). One launch in the backward, too. Differentiable twice.
+    The input becomes pad(cast(activation(input))) in the convolution's layout; the weight is aligned as by `align`
+    (arXiv 2010.07160, eq. 10). The backward is one launch, too. Twice differentiable.
 
     Args:
         input: (N, C_in, spatial...) or (C_in, spatial...), of the weight's rank or one less; 1 to 3 spatial dimensions.
         weight: (C_out, C_in / groups, kernel...); float32, float16, bfloat16 or float64.
         gain: as for `align`.
-        padding: an int, or one entry for each spatial dimension, an int or a (before, after) pair. It is left to the
-            convolution exactly if the mode is "zeros" and every dimension has as much before as after: the result is
-            then unpadded. Otherwise it is padded, and the convolution's padding is to be 0.
+        padding: an int, or for each spatial dimension an int or a (before, after) pair. Zero padding with before equal
+            to after in all dimensions is left to the convolution: the result is unpadded. Any other padding is applied
+            here, and the convolution's padding must be 0.
         padding_mode: "zeros", "reflect", "replicate" or "circular", within torch's limits on sizes.
-        activation: None, "relu", "silu", "gelu" (exact, with erf) or "hardswish", of the input, before anything else.
+        activation: None, "relu", "silu", "gelu" (exact, with erf) or "hardswish"; applied to the input first.
         eps: as for `align`.
         scale: as for `align`.
-        dtype: of both results. Default: autocast's where it is on for the device and the weight is not float64, else
-            that of input and weight, which then must be the same. float64 goes to float64 only.
-        memory_format: of both results. Default: channels_last(_3d) if either has such strides, as torch's convolutions
-            choose; else the input is contiguous and the weight keeps its strides.
+        dtype: of both results. Default: the autocast dtype if autocast is enabled for the device and the weight is not
+            float64, else the dtype of input and weight, which must then be the same. float64 if and only if both are
+            float64.
+        memory_format: of both results. Default: channels_last(_3d) if either has such strides, as in torch's
+            convolutions; else the input is contiguous and the weight keeps its strides.
 
     Returns:
-        (prepared input, aligned weight). The input itself if it needs no activation, cast, padding or change of layout.
+        (prepared input, aligned weight). The input is returned unchanged if no activation, cast, padding or layout
+        change is needed.
 
     Raises:
-        TypeError, ValueError: naming the argument, what came and what is wanted, before anything runs.
+        TypeError, ValueError: naming the argument, what was expected and what was given, before anything runs.
     """
     if has_torch_function((input, weight, gain)):
         options: dict[str, Any] = {"padding": padding, "padding_mode": padding_mode, "activation": activation}
@@ -99,7 +101,7 @@ def prepare_convolution(
     memory_format: torch.memory_format = torch.preserve_format,
     is_aligned: bool = False,
 ) -> tuple[Tensor, Tensor, list[int]]:
-    """`prepare`, and the padding that the convolution is to add. A weight that is aligned already stays as it is."""
+    """`prepare`, and the padding left to the convolution. A weight that is already aligned is returned unchanged."""
     check_input("input", input, weight)
     if gain is not None:
         check_gain("gain", gain, weight)
@@ -108,26 +110,26 @@ def prepare_convolution(
     check_memory_format(memory_format, weight.dim())
     mode = check_padding_mode(padding_mode)
     check_activation(activation)
-    on = device_type(weight)
-    dtype = _common_dtype(input, weight, on, dtype)
+    device_type_ = device_type(weight)
+    dtype = _common_dtype(input, weight, device_type_, dtype)
     are_sizes_known = not wants_plain_operations()
     if are_sizes_known:
         check_padding_size(pairs, padding_mode, input.shape[2 - weight.dim() :])
     if memory_format is torch.preserve_format and are_sizes_known:
         memory_format = _chosen_format(input, weight)
     is_batched = input.dim() == weight.dim()
-    is_left = are_sizes_known and is_left_to_convolution(pairs, padding_mode)
-    implicit_padding = [before if is_left else 0 for before, _ in pairs]
-    explicit = [0 if is_left else n for pair in pairs for n in pair]
-    # Where nothing is to be aligned the ops take a weight of no filter.
+    is_implicit = are_sizes_known and is_left_to_convolution(pairs, padding_mode)
+    implicit_padding = [before if is_implicit else 0 for before, _ in pairs]
+    explicit = [0 if is_implicit else n for pair in pairs for n in pair]
+    # Already aligned: pass an empty weight, so that only the input is prepared.
     raw, raw_gain = (weight.detach()[:0], None) if is_aligned else (weight, gain)
     weights = [raw], [raw_gain], [eps], [scale], dtype, memory_format
     batch = input if is_batched else input.unsqueeze(0)
     is_ready = activation is None and input.dtype is dtype and are_sizes_known and not any(explicit)
     if is_ready and _lies_in(batch, memory_format):
-        return input, weight if is_aligned else run("align_forward", on, *weights)[0][0], implicit_padding
+        return input, weight if is_aligned else run("align_forward", device_type_, *weights)[0][0], implicit_padding
     options = explicit, mode, ACTIVATIONS.index(activation)
-    prepared, aligned, _ = run("prepare_forward", on, batch, *weights, *options)
+    prepared, aligned, _ = run("prepare_forward", device_type_, batch, *weights, *options)
     return prepared if is_batched else prepared.squeeze(0), weight if is_aligned else aligned[0], implicit_padding
 
 
@@ -146,7 +148,7 @@ def _common_dtype(input: Tensor, weight: Tensor, device_type: str, dtype: torch.
 
 
 def _chosen_format(input: Tensor, weight: Tensor) -> torch.memory_format:
-    """channels_last(_3d) if either is, in which case torch's convolutions work in it."""
+    """channels_last(_3d) if either tensor is, as torch's convolutions choose."""
     for memory_format, rank in CHANNELS_LAST_RANK.items():
         images = [t for t in (weight, input) if weight.dim() == t.dim() == rank]
         if any(map(looks_channels_last, images)):
@@ -176,7 +178,7 @@ def convolve(
     scale: float,
     is_aligned: bool = False,
 ) -> Tensor:
-    """`convolution` of torch, of that many spatial dimensions, after `prepare_convolution`."""
+    """torch's `convolution`, of `spatial` dimensions, after `prepare_convolution`."""
     if not is_aligned and has_torch_function(tensors := (input, weight, bias, gain)):
         public, sizes = (conv1d, conv2d, conv3d)[spatial - 1], (stride, padding, dilation, groups)
         options: dict[str, Any] = {"gain": gain, "padding_mode": padding_mode, "activation": activation}
@@ -187,14 +189,14 @@ def convolve(
         raise ValueError(f"weight: expected rank {spatial + 2} for conv{spatial}d, got shape {tuple(weight.shape)}")
     if isinstance(padding, str):
         check_input("input", input, weight)
-        steps, spread = _per_dimension("stride", stride, spatial), _per_dimension("dilation", dilation, spatial)
+        strides, dilations = _per_dimension("stride", stride, spatial), _per_dimension("dilation", dilation, spatial)
         kernel = weight.shape[2:]
         if padding == "valid":
             pairs = [(0, 0)] * spatial
         elif padding == "same":
-            pairs = same_padding(kernel, steps, spread)
+            pairs = same_padding(kernel, strides, dilations)
         elif padding == "same_tf":
-            pairs = same_tf_padding(input.shape[-spatial:], kernel, steps, spread)
+            pairs = same_tf_padding(input.shape[-spatial:], kernel, strides, dilations)
         else:
             raise ValueError(f"padding: expected numbers, 'valid', 'same' or 'same_tf', got {padding!r}")
     else:
@@ -227,7 +229,7 @@ def conv1d(
     eps: float = 1e-5,
     scale: float = 1.0,
 ) -> Tensor:
-    """`torch.nn.functional.conv1d` on the aligned weight, after `prepare` (arXiv 2010.07160, eq. 10).
+    """`torch.nn.functional.conv1d` with the aligned weight, after `prepare` (arXiv 2010.07160, eq. 10).
 
     Args:
         input: (N, C_in, L) or (C_in, L).
@@ -247,7 +249,8 @@ def conv1d(
         (N, C_out, L_out) or (C_out, L_out).
 
     Raises:
-        TypeError, ValueError: as `prepare`; RuntimeError of torch's convolution where shapes do not fit each other.
+        TypeError, ValueError: as for `prepare`.
+        RuntimeError: from torch's convolution, for shapes that do not match.
     """
     options = gain, padding_mode, activation, eps, scale
     return convolve(F.conv1d, 1, input, weight, bias, stride, padding, dilation, groups, *options)

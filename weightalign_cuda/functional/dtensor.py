@@ -1,4 +1,4 @@
-"""DTensors that are sharded by filters: each process aligns its own, and nobody has to tell anybody anything."""
+"""DTensors sharded by filters: each rank aligns its local shard, without communication."""
 
 import sys
 from collections.abc import Callable
@@ -12,7 +12,7 @@ from .checks import PLAIN, at
 
 
 def is_sharded(tensors: Any) -> bool:
-    """Whether some of them are DTensors. Lazily imported by torch, and not looked for among plain tensors."""
+    """Whether any of them is a DTensor, without importing that module: torch imports it lazily."""
     others = [t for t in tensors if type(t) not in PLAIN]
     if not others or "torch.distributed.tensor" not in sys.modules:
         return False
@@ -29,12 +29,12 @@ def align_shards(
     memory_format: torch.memory_format,
     **options: Any,
 ) -> list[Tensor]:
-    """`align_foreach` of the local shards, put together as the weights are; gradients likewise.
+    """`align_foreach` of the local shards; results and gradients are placed as the weights.
 
-    indices: what the caller calls them in errors.
+    indices: positions in the caller's lists, for errors; None for a single weight.
 
     Raises:
-        ValueError: for a weight that is sharded within filters, or a gain that is not placed as its weight.
+        ValueError: for a weight sharded within filters, or a gain whose placement differs from its weight's.
     """
     from torch.distributed.tensor import DTensor
 
@@ -46,13 +46,13 @@ def align_shards(
             _check_alike(at("gains" if is_list else "gain", index), gain, weight)
     local = [[t.to_local() if isinstance(t, DTensor) else t for t in tensors] for tensors in (weights, gains)]
     results = align_foreach(*local, memory_format=memory_format, **options)
-    together = zip(weights, results, strict=True)
-    return [_placed_as(w, r, memory_format) if isinstance(w, DTensor) else r for w, r in together]
+    pairs = zip(weights, results, strict=True)
+    return [_placed_as(w, r, memory_format) if isinstance(w, DTensor) else r for w, r in pairs]
 
 
 def _check_placements(name: str, weight: Any) -> None:
     for placement in weight.placements:
-        # Exactly these: the subclass that FSDP2 makes of a shard of a shard has filters of other processes between.
+        # Only these: FSDP2's subclass for a shard of a shard has filters of other ranks in between.
         if not (placement.is_replicate() or placement.is_shard(0)):
             raise ValueError(
                 f"{name}: expected a DTensor placed by Shard(0), by whole filters, or Replicate(); got {placement}; "
@@ -72,7 +72,7 @@ def _check_alike(name: str, gain: Any, weight: Any) -> None:
 def _placed_as(weight: Any, local: Tensor, memory_format: torch.memory_format) -> Tensor:
     from torch.distributed.tensor import DTensor
 
-    # Told, not asked: shards may be uneven.
+    # Pass the global shape: from_local would assume even shards.
     whole = empty_result(torch.empty_strided(weight.shape, weight.stride(), device="meta"), local.dtype, memory_format)
     placement = weight.device_mesh, weight.placements
     return DTensor.from_local(local, *placement, run_check=False, shape=whole.shape, stride=whole.stride())

@@ -1,4 +1,4 @@
-"""A convolution's padding, from what users write to (before, after) for each spatial dimension."""
+"""Parses a convolution's padding into a (before, after) pair for each spatial dimension."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -9,7 +9,7 @@ Pairs = list[tuple[int, int]]
 
 
 def parse_padding(padding: Any, count: int) -> Pairs:
-    """From an int, or one entry for each of `count` spatial dimensions: an int or a (before, after) pair."""
+    """padding: an int, or for each of `count` spatial dimensions an int or a (before, after) pair."""
     if _is_int(padding):
         entries: Sequence[Any] = [padding] * count
     elif isinstance(padding, (list, tuple)):
@@ -35,14 +35,14 @@ def _pair(entry: Any) -> tuple[int, int]:
 
 
 def check_padding_mode(padding_mode: Any) -> int:
-    """The number by which the ops know the mode."""
+    """Returns the mode's number in the ops."""
     if padding_mode not in PADDING_MODES:
         raise ValueError(f"padding_mode: expected one of {', '.join(PADDING_MODES)}, got {padding_mode!r}")
     return PADDING_MODES.index(padding_mode)
 
 
 def check_padding_size(pairs: Pairs, padding_mode: str, spatial: Sequence[int]) -> None:
-    """torch's limits: reflect pads less than the size, circular at most the size, replicate what has a size."""
+    """torch's limits: reflect pads by less than the size, circular by at most the size, replicate needs a size > 0."""
     for pair, size in zip(pairs, spatial, strict=True):
         most = at_most(padding_mode, size, max(pair))
         if max(pair) > most:
@@ -50,12 +50,12 @@ def check_padding_size(pairs: Pairs, padding_mode: str, spatial: Sequence[int]) 
 
 
 def is_left_to_convolution(pairs: Pairs, padding_mode: str) -> bool:
-    """Zeros on both sides alike, which every convolution pads on its own."""
+    """Symmetric zero padding, which torch's convolutions do themselves."""
     return padding_mode == "zeros" and all(before == after for before, after in pairs)
 
 
 def same_padding(kernel: Sequence[int], stride: Sequence[int], dilation: Sequence[int]) -> Pairs:
-    """torch's padding="same": results of the input's size; the odd one goes behind."""
+    """torch's padding="same": output of the input's size; an odd total pads one more after than before."""
     if any(s != 1 for s in stride):
         raise ValueError(f"padding: 'same' is for stride 1, got {tuple(stride)}; 'same_tf' is for any")
     totals = [d * (k - 1) for k, d in zip(kernel, dilation, strict=True)]
@@ -65,11 +65,11 @@ def same_padding(kernel: Sequence[int], stride: Sequence[int], dilation: Sequenc
 def same_tf_padding(
     spatial: Sequence[int], kernel: Sequence[int], stride: Sequence[int], dilation: Sequence[int]
 ) -> Pairs:
-    """TensorFlow's "SAME": results of size ceil(input / stride); the odd one goes behind."""
+    """TensorFlow's "SAME": output of size ceil(input / stride); an odd total pads one more after than before."""
     pairs = []
     for size, k, s, d in zip(spatial, kernel, stride, dilation, strict=True):
-        missing = (k - 1) * d - (size - 1) % s  # for the last filter; less than 0 where strides leave some out
-        # max(missing, 0), without a comparison, which an exporter would decide once for all sizes.
+        missing = (k - 1) * d - (size - 1) % s  # for the last window; negative if strides skip the last values
+        # max(missing, 0) without a comparison, whose result an exporter would fix for all sizes.
         total = (missing + abs(missing)) // 2
         pairs.append((total // 2, total - total // 2))
     return pairs

@@ -1,1 +1,1 @@
-"""Whole models: which layers are converted, what aligns them together, and what they fold to."""
+"""Functions on whole models: conversion, joint alignment, caching and folding."""

@@ -1,4 +1,4 @@
-"""For gradient accumulation: weights aligned once for any number of micro-batches, one backward launch at the end."""
+"""Gradient accumulation: weights aligned once for any number of micro-batches, with one backward launch at the end."""
 
 import contextlib
 import threading
@@ -22,23 +22,23 @@ from .unsharded import check_unsharded
 
 @contextlib.contextmanager
 def accumulate(model: nn.Module) -> Iterator[nn.Module]:
-    """Context for several micro-batches, forward and backward, between two steps of the optimizer.
+    """Context for the micro-batches, forward and backward, of one optimizer step.
 
-    All layers are aligned in one launch, when the first one is used; the gradients of the aligned weights (arXiv
-    2010.07160, eq. 10) are summed in float32 (float64 for float64 weights); at the end one launch turns the sums into
-    the gradients of weights and gains, which are added to `.grad` as a backward would. That is plain accumulation, up
-    to rounding. It costs the memory of the aligned weights and of the sums, until the end.
+    All layers are aligned in one launch, when the first one is used. The gradients of the aligned weights (arXiv
+    2010.07160, eq. 10) are summed in float32 (float64 for float64 weights); on exit one launch turns the sums into the
+    gradients of weights and gains, which are added to `.grad` as by a backward. The result equals plain accumulation,
+    up to rounding. Aligned weights and sums take memory until exit.
 
         with wa.accumulate(model):
             for images, labels in micro_batches:
                 loss(model(images), labels).backward()
         optimizer.step()
 
-    Weights and gains get their gradients only at the end: step, clip and unscale after it, zero before it. After an
+    Weights and gains get their gradients only on exit: zero them before; unscale, clip and step afterwards. After an
     exception they get none. Works with and without `convert(model, foreach=True)`, under autocast, with checkpointing.
-    Inside torch.compile nothing is kept: the graph aligns, and its gradients go to `.grad` at once; so does a layer
-    whose weight is made by a parametrization or pruning. DistributedDataParallel: pass the wrapped model, and run all
-    micro-batches but the last under its `no_sync()`; at the end all gradients have been averaged.
+    Inside torch.compile nothing is kept: the graph aligns, and its gradients go to `.grad` immediately; likewise for
+    layers whose weight is computed by a parametrization or pruning. DistributedDataParallel: pass the wrapped model,
+    and run all micro-batches but the last under its `no_sync()`; on exit all gradients have been averaged.
 
     Args:
         model: any module.
@@ -47,12 +47,12 @@ def accumulate(model: nn.Module) -> Iterator[nn.Module]:
         The model.
 
     Raises:
-        TypeError: for a model that is none.
-        RuntimeError: for a step of an optimizer of the model inside, where it is taken; for parameters that changed
-            otherwise, at their next use or at the end; for a CUDA graph captured around a part of the context; for
-            models sharded by FSDP or with torch.nn.DataParallel in them; for micro-batches of DistributedDataParallel
-            of which not exactly the last one synchronises, and for its options find_unused_parameters and static_graph,
-            which would count weights and gains as unused.
+        TypeError: if the model is not a torch.nn.Module.
+        RuntimeError: if an optimizer of the model steps inside (raised by the step); if parameters change otherwise (at
+            their next use or on exit); if a CUDA graph captures only a part of the context; for models sharded by FSDP
+            or containing torch.nn.DataParallel; if not exactly the last micro-batch of DistributedDataParallel
+            synchronises, and for its options find_unused_parameters and static_graph, which would count weights and
+            gains as unused.
     """
     check_module(model)
     check_unsharded(
@@ -87,8 +87,8 @@ def _without_steps(model: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _with_one_synchronisation(model: nn.Module) -> Iterator[None]:
-    """DistributedDataParallel waits for each gradient after a forward outside of no_sync(); those that come at the end
-    are the last ones of that forward, if no other one follows it."""
+    """After a forward outside of no_sync(), DistributedDataParallel waits for the gradient of each parameter. Those
+    added on exit are the last of that forward, provided that no other forward follows it."""
     wrappers = [module for module in model.modules() if isinstance(module, DistributedDataParallel)]
     for wrapper in wrappers:
         if wrapper.find_unused_parameters or wrapper.static_graph:
@@ -116,7 +116,7 @@ def _with_one_synchronisation(model: nn.Module) -> Iterator[None]:
 
 
 class _Accumulation:
-    """The layers of one model, aligned together: once for each dtype of results that an autocast asks for."""
+    """The layers of one model, aligned together: once for each device, weight dtype and autocast dtype."""
 
     def __init__(self, model: nn.Module, layers: Sequence[Aligned]) -> None:
         self.layers = layers
@@ -144,7 +144,7 @@ class _Accumulation:
         )
 
     def deliver(self) -> None:
-        """Through autograd, so that all hooks of the parameters run, once."""
+        """Runs through autograd, so that all hooks of the parameters run, once."""
         is_kept = all(p._version == version for p, version in self.versions.values())
         if not is_kept or any(self.made_from[layer] != fingerprint(layer) for layer in self.layers):
             raise self.changed()
@@ -155,7 +155,7 @@ class _Accumulation:
 
 
 class _Accumulated:
-    """Gives one layer its filters."""
+    """Provides one layer's filters."""
 
     name = "accumulate"
 
@@ -170,7 +170,7 @@ class _Accumulated:
 
 
 class _Sum:
-    """Of gradients; in half precision it would lose the small ones."""
+    """A sum of gradients, in at least float32: half precision would lose small ones."""
 
     def __init__(self, dtype: torch.dtype) -> None:
         self.dtype = dtype
@@ -192,12 +192,12 @@ class _Sum:
 
 
 class _Summed(torch.autograd.Function):
-    """Filters whose gradient, in each backward, goes to a sum and no further. A leaf's `.grad` would not do: it has the
-    leaf's dtype, and threads share it."""
+    """Identity whose backward adds the gradient to a sum and stops there. A leaf's `.grad` would not do: it has the
+    leaf's dtype and is shared by threads."""
 
     @staticmethod
     def forward(ctx: Any, filters: Tensor, total: _Sum, _: Tensor) -> Tensor:
-        """The last one requires a gradient, so that the result does."""
+        """The last argument requires a gradient, so that the result does."""
         ctx.total = total
         return filters.detach()
 
@@ -213,11 +213,11 @@ class _Group:
     def __init__(self, layers: Sequence[Aligned], dtype: torch.dtype) -> None:
         self.layers = layers
         self.is_captured = is_captured(layers[0].weight)
-        # Not inference tensors: they may be used after an inference_mode inside.
+        # Not inference tensors: they may be used after an inner inference_mode has ended.
         with torch.inference_mode(False), torch.no_grad():
             self.tensors = *(layer.filters() for layer in layers), *(layer.gain for layer in layers)
             self.scales = [layer.scale for layer in layers]
-            # The choice of backend is kept for the backward.
+            # The backward uses the same backend.
             self.served = serving(layers[0].weight.device.type)
             count, eps = len(layers), [layer.eps for layer in layers]
             options = eps, self.scales, dtype, torch.preserve_format
@@ -226,9 +226,9 @@ class _Group:
         self.made = ReadyEvent(layers[0].weight.device)
         self.sums = [_Sum(self.statistics.dtype) for _ in layers]
         with torch.inference_mode(False), torch.enable_grad():
-            wanting = torch.empty(0, device=layers[0].weight.device, requires_grad=True)
-            together = zip(layers, aligned, self.sums, strict=True)
-            self.filters = {x: _Summed.apply(t, total, wanting) if is_trained(x) else t for x, t, total in together}
+            dummy = torch.empty(0, device=layers[0].weight.device, requires_grad=True)
+            triples = zip(layers, aligned, self.sums, strict=True)
+            self.filters = {x: _Summed.apply(t, total, dummy) if is_trained(x) else t for x, t, total in triples}
 
     def filters_of(self, layer: Aligned) -> Tensor:
         if is_captured(layer.weight) is not self.is_captured:
@@ -241,7 +241,7 @@ class _Group:
         return filters
 
     def gradients(self) -> list[tuple[Tensor, Tensor]]:
-        """Weights and gains, as autograd knows them, and their gradients."""
+        """Weights and gains, as tensors of the autograd graph, and their gradients."""
         grads = [total.get() for total in self.sums]
         used = [i for i, grad in enumerate(grads) if grad is not None]
         if not used:

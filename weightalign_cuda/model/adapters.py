@@ -1,8 +1,7 @@
-"""peft's adapters: small layers beside a base layer, which add to what it gives, or work on its weight.
+"""peft's adapters: small layers beside a base layer that add to its output or work on its weight.
 
-An adapter begins as nothing, by weights of 0, which alignment would blow up at the first step. Its base layer may be
-aligned if the adapter takes it as it is, by its forward; but the adapter cannot be merged into a weight that is yet to
-be aligned.
+Adapters start as a no-op, with weights of 0, which alignment would blow up at the first step. The base layer may be
+aligned if the adapter only calls its forward; but the adapter cannot be merged into a weight that is not aligned yet.
 """
 
 import functools
@@ -13,12 +12,12 @@ from torch import nn
 
 from ..nn.layers import Aligned
 
-# Whose forward calls the base layer, and does not look at its weight.
+# Their forward calls the base layer, and does not read its weight.
 _ADDING = {f"peft.tuners.{name}" for name in ("lora", "loha", "lokr", "ia3")}
 
 
 def tuner_layers(model: nn.Module) -> list[nn.Module]:
-    """The layers of peft's that have a base layer."""
+    """peft's layers that have a base layer."""
     return [module for module in model.modules() if "base_layer" in module._modules and _is_tuner(module)]
 
 
@@ -28,7 +27,7 @@ def _is_tuner(module: nn.Module) -> bool:
 
 
 def not_to_align(tuners: Iterable[nn.Module]) -> dict[nn.Module, str]:
-    """All that is below these layers but for what they can do with aligned, and why."""
+    """All modules below these layers that must not be aligned, and why."""
     reasons: dict[nn.Module, str] = {}
     for tuner in tuners:
         for name, child in tuner.named_children():
@@ -41,7 +40,7 @@ def not_to_align(tuners: Iterable[nn.Module]) -> dict[nn.Module, str]:
 
 
 def forbid_merging(tuners: Iterable[nn.Module]) -> None:
-    """As long as the base layer aligns its weight; folded, it can be merged into."""
+    """Makes merging raise as long as the base layer aligns its weight; once it is folded, merging works."""
     for tuner in tuners:
         for name in ("merge", "unmerge"):
             vars(tuner)[name] = functools.partial(_merged, tuner, name)

@@ -1,4 +1,4 @@
-"""An existing model on aligned weights: its layers are swapped for ours, one by one."""
+"""Converts an existing model to aligned weights: replaces its layers with ours, one by one."""
 
 import logging
 
@@ -25,57 +25,57 @@ def convert(
     include: Rule = None,
     exclude: Rule = None,
 ) -> nn.Module:
-    """Swaps the convolutions of a model, in place, for ours: `torch.nn.Conv2d` for `WAConv2d` and so on.
+    """Replaces the convolutions of a model, in place, with ours: `torch.nn.Conv2d` with `WAConv2d` and so on.
 
-    All of them (arXiv 2010.07160 aligns the first one, too), but for
+    All are converted (arXiv 2010.07160 aligns the first one, too), except
 
-    - what predicts: classifiers, and the last layers of detection, segmentation, depth and pose heads, by the names and
-      classes of torchvision, timm, transformers, segmentation-models-pytorch, ultralytics, OpenMMLab and others; and a
-      convolution of single pixels with a bias that is the last module of the model, as a U-Net's. `include` takes them;
-    - constants: frozen filters that are all the same. Filters of one value, which would be 0;
-    - lazy layers before their first input, and layers with a forward of their own;
-    - peft's adapters, and base layers whose weight an adapter reads. Adapt first: of a converted layer peft makes
-      aligned adapters. Merge into what `fold` returns; before that it is an error.
+    - prediction layers: classifiers, and the last layers of detection, segmentation, depth and pose heads, by the names
+      and classes of torchvision, timm, transformers, segmentation-models-pytorch, ultralytics, OpenMMLab and others;
+      and a pointwise convolution with a bias that ends the model, as in a U-Net. `include` converts them;
+    - constants: frozen filters that are all the same; and filters of one value, which would become 0;
+    - lazy layers before their first input, and layers with a custom forward or other overridden methods;
+    - peft's adapters, and base layers whose weight an adapter reads. Add adapters first: on a converted layer peft
+      creates aligned adapters. Merge after `fold`; before it, merging is an error.
 
-    The logger "weightalign_cuda" names what stays: as a warning where it is not known what a layer computes, or where
-    nothing is left to convert; as a warning, too, frozen layers that get a gain of 1 in a model that is trained.
+    The logger "weightalign_cuda" names the layers that are left: as a warning if it is unknown what a layer computes,
+    or if there is nothing to convert. It also warns of frozen layers that get a gain of 1 in a model that is trained.
 
-    Layers that standardise their weights become layers that compute the very same: timm's StdConv2d, ScaledStdConv2d
-    and their Same variants, those of transformers' BiT, and Composer's, whose parametrization ends (its checkpoints
-    load before). In a model that has some only they are converted: its authors left the other convolutions plain.
-    Formulas that no eps makes ours, as that of the original repository, have a forward of their own.
+    Layers that standardise their weights become layers that compute the same: timm's StdConv2d, ScaledStdConv2d and
+    their Same variants, those of transformers' BiT, and Composer's, whose parametrization is removed (load its
+    checkpoints before). If a model has any, only they are converted: its authors left the other convolutions plain.
+    Formulas that no eps can match, as in the original Weight Standardization repository, count as a custom forward.
 
-    Weight and bias stay the same Parameter objects, as does timm's gain, (C, 1, 1, 1); other gains, (C,), are new ones,
-    with the weight's dtype, device and requires_grad: make the optimizer, and wrap in DDP or compile, afterwards.
-    Hooks, mode, memory layout and what is shared are kept. Converting again changes nothing. Checkpoints of the model
-    before still load, with a gain of 1.
+    Weight and bias stay the same Parameter objects, as does timm's gain, (C, 1, 1, 1); other gains, (C,), are new, with
+    the weight's dtype, device and requires_grad: create the optimizer, and wrap in DDP or compile, afterwards. Hooks,
+    training mode, memory layout and sharing are kept. Converting again changes nothing. Checkpoints of the original
+    model still load, with a gain of 1.
 
     Args:
         model: any module.
         gain: of plain layers, "ones" or "preserve": sqrt(n/2 * var + eps), so that a layer's aligned weight is at first
-            its weight less the mean of each filter: to fine-tune a trained model. Also where normalisation is frozen,
-            and where layers begin at 0: with "ones" these are at full scale after one small step.
+            its weight minus the mean of each filter. Use "preserve" to fine-tune a trained model, if normalisation is
+            frozen, or if layers are initialised to 0: with "ones" these reach full scale after one small step.
         foreach: True aligns all layers in one launch, when the first one runs in a forward of the model, in the dtype
-            that it asks for (an autocast may be inside of the forward), and has one launch in the backward; a number
-            aligns them in that many, so that DistributedDataParallel sends the first gradients while the backward goes
-            on. Converting again switches it on or off. It serves calls of `model` itself. A layer called outside of
-            them aligns itself; so does one in a second run of reentrant checkpointing or in a part compiled by itself,
-            one whose weight is made at each use (parametrizations, pruning), and, with a warning, one whose weight or
-            autocast changes in the midst.
+            required there (the forward may enter autocast), and has one launch in the backward; a number uses that many
+            launches, so that DistributedDataParallel sends the first gradients during the backward. Converting again
+            switches it on or off. It applies to calls of `model` itself. A layer aligns itself if it is called outside
+            of them, in the second run of reentrant checkpointing, or in a part compiled separately; if its weight is
+            computed at each use (parametrizations, pruning); and, with a warning, if its weight or autocast changes
+            during the forward.
         include: only these layers: a pattern for their names as in `model.named_modules()` ("layer1.*", by fnmatch), a
-            list of patterns, or a function (name, module) -> bool. What it matches is converted, be it what predicts: a
-            Linear becomes a WALinear.
-        exclude: all but these.
+            list of patterns, or a function (name, module) -> bool. Matches are converted even if they are prediction
+            layers; a Linear becomes a WALinear.
+        exclude: all but these, in the same form.
 
     Returns:
-        The model itself; if it is one layer, the new one.
+        The model itself; if it is a single layer, the new one.
 
     Raises:
-        TypeError, ValueError: naming the argument, what came and what is wanted; for weights under
+        TypeError, ValueError: naming the argument, what was expected and what was given; for weights under
             torch.nn.utils.parametrize, weight_norm, spectral_norm or pruning, unless excluded; for quantised
-            convolutions; for scripted and wrapped (DDP, FSDP, torch.compile) models. Nothing has been changed then.
-        RuntimeError: for foreach in a model sharded by FSDP or with torch.nn.DataParallel in it, where each layer has
-            to align itself; at the forward, if that came later.
+            convolutions; for scripted and wrapped (DDP, FSDP, torch.compile) models. The model is then unchanged.
+        RuntimeError: for foreach in a model sharded by FSDP or containing torch.nn.DataParallel, where each layer has
+            to align itself; in the forward, if that was applied later.
     """
     check_model(model)
     if gain not in ("ones", "preserve"):
@@ -125,7 +125,7 @@ def _listed(names: dict[str, list[str]]) -> str:
 
 
 def _converted(layer: nn.Module, gain: str, gains: dict[object, nn.Parameter]) -> Aligned:
-    """gains: those made so far, by what they belong to: layers that share it share the gain, too."""
+    """gains: those created so far, keyed so that layers that share a weight share the gain, too."""
     new = rebuilt(original(layer), CLASSES[torch_class(layer)])
     new.activation, new.eps, new.scale = None, 1e-5, 1.0
     if pads_same(layer):
@@ -141,7 +141,7 @@ def _converted(layer: nn.Module, gain: str, gains: dict[object, nn.Parameter]) -
 
 @torch.no_grad()
 def _preserving(layer: Aligned) -> Tensor:
-    """The inverse of the kernel's statistic 1 / sqrt(n/2 * var + eps)."""
+    """sqrt(n/2 * var + eps): the reciprocal of the kernel's statistic."""
     filters = layer.filters()
     options = [filters], [None], [layer.eps], [1.0], filters.dtype, torch.preserve_format
     _, statistics = run("align_forward", filters.device.type, *options)

@@ -1,4 +1,4 @@
-"""What aligns each layer of a model, and why."""
+"""How each layer of a model is aligned, and why."""
 
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -18,13 +18,13 @@ class LayerExplanation(NamedTuple):
 
     name: str  # as in model.named_modules()
     layer: str  # its class
-    filters: tuple[int, int]  # how many, of how many values each
-    aligned: str  # "together", "alone", "no", or "by" what gives the layer its filters
+    filters: tuple[int, int]  # their number, and the values in each
+    aligned: str  # "together", "alone", "no", or "by" what provides the filters
     why: str
 
 
 class Explanation(tuple[LayerExplanation, ...]):
-    """The layers of a model in its order, printed as a table."""
+    """The layers of a model, in its order; prints as a table."""
 
     def __str__(self) -> str:
         header = LayerExplanation("name", "layer", ("filters", "values"), "aligned", "why")  # type: ignore[arg-type]
@@ -38,19 +38,19 @@ class Explanation(tuple[LayerExplanation, ...]):
 
 
 def explain(model: nn.Module) -> Explanation:
-    """What aligns each layer of the model, and why: `print(wa.explain(model))`, or data to go through.
+    """How each layer of the model is aligned, and why: `print(wa.explain(model))`, or iterate over the result.
 
-    It says what a forward of the model that began now would do. A layer with foreach also aligns itself if its weight
-    or the autocast dtype changes during the forward, in the second run of reentrant checkpointing, under torch.func, or
-    where a part of the model is called alone: the logger "weightalign_cuda" says so at level DEBUG, with the reason.
+    It describes a forward of the model started now. A layer with foreach also aligns itself if its weight or the
+    autocast dtype changes during the forward, in the second run of reentrant checkpointing, under torch.func, or if a
+    part of the model is called alone: the logger "weightalign_cuda" then gives the reason at level DEBUG.
 
     Args:
         model: any module.
 
     Returns:
         A tuple with one `LayerExplanation` (name, layer, filters, aligned, why) for each layer of this package and each
-        convolution that is left plain. `aligned` is "together" (one launch with others), "alone" (a launch of its own),
-        "by frozen" or "by accumulate" (inside of these contexts), or "no".
+        plain convolution. `aligned` is "together" (one launch with others), "alone" (a launch of its own), "by frozen"
+        or "by accumulate" (inside these contexts), or "no".
 
     Raises:
         TypeError: for a model that is not a torch.nn.Module.
@@ -72,7 +72,7 @@ def _size(layer: nn.Module) -> tuple[int, int]:
 
 
 def _aligned(model: nn.Module) -> Iterator[tuple[nn.Module, tuple[str, str]]]:
-    """The layers of this package; those of several models with foreach, one in the other, go with the outermost."""
+    """The layers of this package; if models with foreach are nested, layers belong to the outermost one."""
     together: dict[Aligned, str] = {}
     for name, root in model.named_modules():
         foreach = root.__dict__.get("_foreach")
@@ -91,16 +91,16 @@ def _aligned(model: nn.Module) -> Iterator[tuple[nn.Module, tuple[str, str]]]:
         elif layer.aligned_by is None or isinstance(layer.aligned_by, ForeachSource):
             yield layer, ("alone", why_not_plain(layer) or without)
         else:
-            giver = getattr(layer.aligned_by, "name", repr(layer.aligned_by))
-            yield layer, (f"by {giver}", "its filters are kept")
+            source = getattr(layer.aligned_by, "name", repr(layer.aligned_by))
+            yield layer, (f"by {source}", "its filters are kept")
 
 
 def _of_one_kind(layers: list[Aligned]) -> list[list[Aligned]]:
-    """By device and dtype of their weights, which a launch has one of each."""
-    by_kind: dict[object, list[Aligned]] = {}
+    """Groups layers by device and dtype of their weights: a launch has one of each."""
+    groups: dict[object, list[Aligned]] = {}
     for layer in layers:
-        by_kind.setdefault((layer.weight.device, layer.weight.dtype), []).append(layer)
-    return list(by_kind.values())
+        groups.setdefault((layer.weight.device, layer.weight.dtype), []).append(layer)
+    return list(groups.values())
 
 
 def _may_join(layer: Aligned) -> bool:
@@ -108,7 +108,7 @@ def _may_join(layer: Aligned) -> bool:
 
 
 def _plain(model: nn.Module) -> Iterator[tuple[nn.Module, tuple[str, str]]]:
-    """Convolutions that are not of this package."""
+    """Convolutions that are not layers of this package."""
     names = {name: module for name, module in model.named_modules(remove_duplicate=False)}
     try:
         selection = select(model, None, None)

@@ -1,4 +1,4 @@
-"""What a layer's aligned filters were made from, as a value to compare: they are right as long as it is the same."""
+"""Fingerprint of what a layer's aligned filters were computed from: they are valid as long as it stays the same."""
 
 from typing import Any
 
@@ -14,17 +14,17 @@ Fingerprint = tuple[Any, ...]
 def fingerprint(layer: Aligned) -> Fingerprint:
     """Misses writes that torch does not version: through `.data`, NumPy, other views of the memory."""
     weight, gain = layer._parameters.get("weight"), layer._parameters.get("gain")
-    return () if weight is None else fingerprint_with(layer, weight, gain)  # without: it has been parametrized since
+    return () if weight is None else fingerprint_with(layer, weight, gain)  # None: parametrized since
 
 
 def fingerprint_with(layer: Aligned, w: Tensor, g: Tensor | None) -> Fingerprint:
-    """Of a layer that has this weight and gain, which may be made anew at each use."""
+    """Fingerprint of a layer with this weight and gain, which may be recomputed at each use."""
     own = id(w), w._version, w.data_ptr(), w.stride(), w.dtype, w.requires_grad, layer.eps, layer.scale
     return own if g is None else (*own, id(g), g._version, g.data_ptr(), g.stride(), g.dtype, g.requires_grad)
 
 
 def has_plain_parameters(layer: Aligned) -> bool:
-    """Whether a fingerprint sees changes of weight and gain: `why_not_plain` says why it would not."""
+    """Whether a fingerprint detects changes of weight and gain; if not, `why_not_plain` says why."""
     if "weight" not in layer._parameters or "gain" not in layer._parameters:
         return False
     if is_compiling():

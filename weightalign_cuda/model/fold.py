@@ -1,4 +1,4 @@
-"""For deployment: plain layers of torch.nn with the aligned weights baked in."""
+"""Folding for deployment: plain layers of torch.nn with the aligned weights baked in."""
 
 import copy
 from typing import Any
@@ -15,26 +15,26 @@ from .swap import check_model, check_plain, put_in_place, rebuilt
 
 
 def fold(model: nn.Module, *, inplace: bool = False) -> nn.Module:
-    """A model that computes the same with plain layers of torch.nn, whose weights are the aligned ones.
+    """Returns an equivalent model of plain torch.nn layers, whose weights are the aligned ones.
 
-    Of the aligned weight (arXiv 2010.07160, eq. 10) nothing depends on the input, so nothing is left to compute: the
-    result needs neither this package's ops nor its gains, exports (torch.export, ONNX), and its state_dict is that of
-    the plain model. A layer with an activation or TensorFlow's padding becomes a small subclass of torch's layer that
-    does that in PyTorch's own operations (`weightalign_cuda.folded.FoldedConv2d` and so on). Folding again changes
-    nothing. Weights keep their dtype, in which they are aligned, their layout and requires_grad; hooks are kept. Fold
-    before a model's own methods that merge weights (timm's `reparameterize`).
+    The aligned weight (arXiv 2010.07160, eq. 10) does not depend on the input, so nothing is left to compute: the
+    result needs neither this package's ops nor its gains, exports (torch.export, ONNX), and has the state_dict of the
+    plain model. A layer with an activation or TensorFlow's padding becomes a small subclass of torch's layer that does
+    these in PyTorch's own ops (`weightalign_cuda.folded.FoldedConv2d` and so on). Folding again changes nothing.
+    Weights are aligned in their own dtype, and keep it, their layout and requires_grad; hooks are kept. Fold before
+    calling a model's own methods that merge weights (timm's `reparameterize`).
 
     Args:
         model: any module.
-        inplace: swap the layers of `model` itself; else of a deep copy.
+        inplace: replace the layers of `model` itself; otherwise those of a deep copy.
 
     Returns:
-        The folded model; if it is one layer, the new one, also in place.
+        The folded model; if it is a single layer, the new one, also with inplace.
 
     Raises:
-        TypeError: for a model that is none, or scripted or wrapped (DDP, FSDP, torch.compile).
-        ValueError: for layers parametrized or pruned by torch.nn.utils, compiled, or of subclasses of ours with a
-            forward of their own. Nothing has been changed then.
+        TypeError: if the model is not a torch.nn.Module, or is scripted or wrapped (DDP, FSDP, torch.compile).
+        ValueError: for layers parametrized or pruned by torch.nn.utils, compiled, or of subclasses of ours that
+            override methods. The model is then unchanged.
     """
     check_model(model)
     for name, layer in model.named_modules():
@@ -51,7 +51,7 @@ def fold(model: nn.Module, *, inplace: bool = False) -> nn.Module:
 
 
 def _folded(layer: Aligned, weights: dict[Any, nn.Parameter]) -> nn.Module:
-    """weights: those made so far, by what they were made of: what was shared stays shared."""
+    """weights: those aligned so far, keyed by what they depend on, so that shared weights stay shared."""
     plain, pads_same = torch_class(layer), getattr(layer, "padding", None) == "same_tf"
     new = rebuilt(layer, FOLDED[plain] if pads_same or layer.activation else plain)
     del new._parameters["gain"]

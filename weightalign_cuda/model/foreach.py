@@ -29,24 +29,24 @@ UNSHARDED = (
 
 
 def switch(root: nn.Module, foreach: bool | int) -> None:
-    """Puts foreach on a model, in that many buckets, or takes it off."""
+    """Turns foreach on for a model, with that many buckets, or off."""
     before: Foreach | None = root.__dict__.pop("_foreach", None)
     if before is not None:
         before.remove(root)
     if foreach:
         root._foreach = Foreach(root, int(foreach))  # type: ignore[assignment]
         for layer in aligned_layers(root.modules()):
-            _join(layer)  # now, not in the midst of torch.compile's first trace
+            _join(layer)  # now, not during torch.compile's first trace
 
 
 def switch_off_all(model: nn.Module) -> None:
-    """In the model and all its parts, which may have been models of their own."""
+    """Turns foreach off in the model and all its submodules, which may have been converted on their own."""
     for module in model.modules():
         switch(module, False)
 
 
 class Foreach:
-    """Two hooks of a model. They hold nothing of it, so that its copies and pickles have theirs."""
+    """Two hooks of a model. They keep no reference to it, so that copies and pickles work."""
 
     def __init__(self, root: nn.Module, buckets: int) -> None:
         self.buckets = buckets
@@ -67,7 +67,7 @@ class Foreach:
             for source, filters, _ in self.align(aligned_layers(root.modules())):
                 source.traced.filters = filters
         else:
-            # Of torch.compile(root) only the forward is traced, and its hooks run here; see the end of this class.
+            # torch.compile(root) traces only the forward; its hooks run here: see the comment below this class.
             self.start(root, get_eval_frame_callback() is not None)
 
     def after(self, root: nn.Module, *_: Any) -> None:
@@ -82,13 +82,13 @@ class Foreach:
         modules = list(root.modules())
         layers = aligned_layers(modules)
         forward = ModelForward(root, layers, lambda: self.align(layers), is_traced)
-        running.forwards.append(forward)  # before anything can raise: `finish` is called always
+        running.forwards.append(forward)  # before anything can raise: `finish` is always called
         check_unsharded(modules, *UNSHARDED)
         if are_functorch_transforms_active():
             return
         for layer in layers:
             _join(layer)
-            # A graph cannot ask.
+            # A compiled graph cannot call `find`.
             if (
                 is_traced
                 and isinstance(layer.aligned_by, ForeachSource)
@@ -108,7 +108,7 @@ class Foreach:
                 return
 
     def align(self, layers: Sequence[Aligned]) -> list[tuple[Any, Tensor, Any]]:
-        """Of each layer that takes part, who gives it its filters, these, and what they were made from."""
+        """For each layer that takes part: its source, its filters, and their fingerprint."""
         layers = [layer for layer in layers if _takes_part(layer)]
         results: list[tuple[Any, Tensor, Any]] = []
         for bucket in buckets(layers, self.buckets):
@@ -122,7 +122,7 @@ class Foreach:
             if self.buckets > 1:
                 _run_when_ready(aligned)
             for layer, filters, state in zip(bucket, aligned, states, strict=True):
-                # A frozen layer's filters would want gradients because others' do.
+                # A frozen layer's filters would require grad because others' do.
                 is_wanted = is_trained(layer) or not filters.requires_grad
                 results.append((layer.aligned_by, filters if is_wanted else filters.detach(), state))
         if not torch.compiler.is_compiling():
@@ -130,9 +130,9 @@ class Foreach:
         return results
 
 
-# Where torch.compile calls a hook, it is not compiled by itself, for what it leaves behind would depend on the thread;
-# `before` asks whether anything is compiled, which must be true in it, but not in what it calls. Where torch.compile
-# traces a call of the root inside another module, hooks and all, these are part of the graph.
+# Hooks that torch.compile calls are not compiled themselves, as their effects depend on the thread; `before` checks
+# whether torch.compile is active, which must hold in it, but not in what it calls. If torch.compile traces a call of
+# the root inside another module, its hooks are part of the graph.
 _SKIP, _LEAVE = FrameAction.SKIP, FrameAction.DEFAULT
 for _function, _what_it_calls in (
     (Foreach.before, _LEAVE),
@@ -144,13 +144,13 @@ for _function, _what_it_calls in (
 
 
 def _join(layer: Aligned) -> None:
-    """Whatever else gives a layer its filters (wa.frozen) goes on doing so."""
+    """Sets the layer's source of filters; an existing one (wa.frozen) is kept."""
     if layer.aligned_by is None and has_plain_parameters(layer):
         layer.aligned_by = ForeachSource(layer)
 
 
 def _takes_part(layer: Aligned) -> bool:
-    """Unless a model around this one has aligned it."""
+    """Whether to align the layer: not if a model around this one has aligned it."""
     _join(layer)
     source = layer.aligned_by
     if not (isinstance(source, ForeachSource) and has_plain_parameters(layer)):
@@ -159,7 +159,7 @@ def _takes_part(layer: Aligned) -> bool:
 
 
 def buckets(layers: list[Aligned], count: int) -> list[list[Aligned]]:
-    """At most `count` runs of layers, of about as many weights each."""
+    """At most `count` groups of consecutive layers, with about equally many weights."""
     if count == 1:
         return [layers] if layers else []
     sizes = [layer.weight.numel() for layer in layers]
@@ -172,6 +172,7 @@ def buckets(layers: list[Aligned], count: int) -> list[list[Aligned]]:
 
 
 def _run_when_ready(aligned: Sequence[Tensor]) -> None:
-    """The backward runs what was made last first, which would leave all buckets, made at the start, to the end."""
+    """Autograd runs higher sequence numbers first, and so would leave the buckets, created at the start, to the end.
+    Raise theirs, so that each runs once it is ready."""
     for node in {t.grad_fn for t in aligned if t.grad_fn is not None}:
         node._set_sequence_nr(2**62)  # type: ignore[attr-defined]

@@ -1,5 +1,5 @@
-"""Where a layer of a model with foreach gets its aligned filters: in a forward of the model, and when activation
-checkpointing runs the layer again in the backward."""
+"""Source of a foreach layer's filters, in a forward of the model and when activation checkpointing runs the layer again
+in the backward."""
 
 import logging
 import threading
@@ -22,13 +22,13 @@ class _Traced(threading.local):
 
 
 class ForeachSource:
-    """Gives one layer its filters: those that a forward of the whole model has aligned, if the layer can use them;
+    """Provides one layer's filters: those that a forward of the whole model has aligned, if the layer can use them;
     otherwise the layer aligns its own.
 
-    Non-reentrant activation checkpointing runs a layer again in the backward to save the same tensors again, and drops
-    the graph of that run. So the layer gets the same filters again, as a leaf. They are kept until their gradient is
-    there or their graph is gone. With reentrant checkpointing gradients go through the second run, in which the layer
-    aligns itself.
+    Non-reentrant activation checkpointing runs a layer again in the backward to recompute saved tensors, and drops the
+    graph of that run. The layer then gets the same filters again, as a leaf. They are kept until their gradient has
+    arrived or their graph is gone. With reentrant checkpointing gradients flow through the second run, in which the
+    layer aligns itself.
     """
 
     name = "foreach"
@@ -52,8 +52,8 @@ class ForeachSource:
         return self.layer.align_filters() if filters is None else filters
 
     def find(self) -> PrealignedFilters | None:
-        """From a forward that runs here, the outermost first, in the same backward if it runs in one. Not under
-        torch.func, which needs each layer's formula in PyTorch's own operations."""
+        """Filters from a forward that runs on this thread, in the same backward if in one, the outermost first. None
+        under torch.func, which needs decomposable ops."""
         if are_functorch_transforms_active():
             return None
         backward = current_graph_task_id()
@@ -71,7 +71,7 @@ class ForeachSource:
         return None
 
     def why_not(self) -> str:
-        """Why `find` finds nothing."""
+        """Why `find` returns None."""
         if are_functorch_transforms_active():
             return "a transform of torch.func is active"
         if not running.forwards:
@@ -89,7 +89,7 @@ class ForeachSource:
         return repr(of_this[0].name_of(self.layer)) if of_this else f"a {type(self.layer).__name__}"
 
     def kept_filters(self) -> Tensor | None:
-        """In the second run of a checkpoint."""
+        """The filters for the second run of a checkpoint, if this is one."""
         if self.kept and _is_checkpoint(saving_hook(), "_recomputation_hook"):
             return next((kept.filters for kept in list(self.kept) if not kept.why_not_for(self.layer)), None)
         return None
@@ -108,7 +108,7 @@ def _is_checkpoint(hook: Any, name: str) -> bool:
 
 
 class _Release:
-    """A hook of aligned filters, alive as long as their graph is."""
+    """A hook of aligned filters; it lives as long as their graph."""
 
     def __init__(self, all_kept: set[PrealignedFilters], kept: PrealignedFilters) -> None:
         self.all_kept = all_kept

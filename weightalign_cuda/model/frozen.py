@@ -1,4 +1,4 @@
-"""For inference: each layer's weight is aligned once, not at each forward."""
+"""For inference: each layer's weight is aligned once, not in each forward."""
 
 import contextlib
 from collections.abc import Iterator
@@ -19,17 +19,17 @@ from .streams import ReadyEvent, is_captured
 
 @contextlib.contextmanager
 def frozen(model: nn.Module) -> Iterator[nn.Module]:
-    """Context in which each layer of the model aligns its weight at its first forward and keeps the result.
+    """Context in which each layer of the model aligns its weight in its first forward and keeps the result.
 
-    For validation between epochs, where `fold` would be a detour. Parameters may change inside (load_state_dict, an
-    averaged copy, `model.half()`, an optimizer's step): a layer aligns again when its weight or gain has changed. Only
-    writes that torch does not count go unnoticed: in place through `.data`, NumPy or another view of the memory. So
-    swap averaged weights in before, not inside, where a library does it by `param.data.copy_` (torch_ema, diffusers'
-    EMAModel). Under autocast weights are kept in its dtype.
+    For validation between epochs, where `fold` is inconvenient. Parameters may change inside (load_state_dict,
+    averaged weights, `model.half()`, an optimizer step): a layer aligns again when its weight or gain has changed. Only
+    writes that torch does not version go unnoticed: in place through `.data`, NumPy or another view of the memory. If a
+    library swaps in averaged weights by `param.data.copy_` (torch_ema, diffusers' EMAModel), do that before, not
+    inside. Under autocast weights are kept in its dtype.
 
-    No gradient reaches weight and gain: in eval mode they are constants (gradients of inputs are right); of a layer in
-    training mode the backward raises. Inside torch.compile, of parameters that torch.func transforms, and while a CUDA
-    graph is captured (whose replays outlive the context) nothing is kept: each call, or replay, aligns.
+    Weights and gains get no gradients: in eval mode they are constants (gradients of inputs are correct); in training
+    mode the layer's backward raises. Nothing is kept inside torch.compile, for parameters transformed by torch.func,
+    and during CUDA graph capture (replays outlive the context): each call, or replay, aligns.
 
     Args:
         model: any module.
@@ -38,9 +38,9 @@ def frozen(model: nn.Module) -> Iterator[nn.Module]:
         The model.
 
     Raises:
-        TypeError: for a model that is none.
-        RuntimeError: in a backward that would train an aligned layer; at a forward, for parameters made under
-            torch.inference_mode, whose changes torch does not count.
+        TypeError: if the model is not a torch.nn.Module.
+        RuntimeError: in a backward that would train an aligned layer; in a forward, for parameters created under
+            torch.inference_mode, whose changes torch does not version.
     """
     check_module(model)
     kept = {layer: _Kept(layer) for layer in aligned_layers(model.modules())}
@@ -49,7 +49,7 @@ def frozen(model: nn.Module) -> Iterator[nn.Module]:
         for each in kept.values():
             each.made_from = ()
 
-    # Fused optimizers change parameters without counting it.
+    # Fused optimizers change parameters without increasing their version.
     handle = register_optimizer_step_post_hook(forget)
     try:
         with aligned_by(kept):
@@ -59,14 +59,14 @@ def frozen(model: nn.Module) -> Iterator[nn.Module]:
 
 
 class _Kept:
-    """The aligned filters of one layer, for as long as nothing that they come from has changed."""
+    """The aligned filters of one layer, valid as long as nothing that they depend on has changed."""
 
     name = "frozen"
 
     def __init__(self, layer: Aligned) -> None:
         self.layer = layer
         self.made_from: tuple[Any, ...] = ()
-        self.alive: tuple[Any, ...] = ()  # what has an id or an address there, which nothing else may get meanwhile
+        self.alive: tuple[Any, ...] = ()  # keeps the ids and addresses in made_from from being reused
         self.filters: Tensor
         self.ready: ReadyEvent
 
@@ -82,7 +82,7 @@ class _Kept:
             return layer.align_filters()
         made_from = fingerprint_with(layer, weight, gain), layer.training, autocast_dtype(device_type(weight))
         if made_from != self.made_from:
-            # Not an inference tensor: it may be used after an inference_mode inside.
+            # Not an inference tensor: it may be used after an inner inference_mode has ended.
             with torch.inference_mode(False), torch.no_grad():
                 self.filters = layer.align_filters()
             self.ready = ReadyEvent(self.filters.device)

@@ -1,7 +1,7 @@
-"""What predicts: layers whose outputs are logits, boxes or masks, at a scale that alignment would take away.
+"""Prediction layers: their outputs are logits, boxes or masks, at a scale that alignment would remove.
 
-Known by name, for whoever has such a model has imported what it is of. In each module the last layer predicts; the
-hidden ones of a head, its tower, do not.
+Matched by name, so that their libraries need not be imported. In each module the last layer predicts; the hidden layers
+of a head, its tower, do not.
 """
 
 import fnmatch
@@ -9,7 +9,7 @@ from collections.abc import Container, Iterable, Iterator, Sequence
 
 from torch import nn
 
-# Of modules, as their parents call them.
+# Attribute names of modules in their parents.
 _NAMES = (
     *("*classifier", "*predictor", "*segmentation_head"),  # many libraries; segmentation-models-pytorch
     *("cls_logits", "bbox_reg", "bbox_ctrness", "mask_fcn_logits"),  # torchvision
@@ -18,7 +18,7 @@ _NAMES = (
     *("conv_logits", "conv_seg", "heatmap_head", "wh_head", "offset_head"),
     *("cls_preds", "reg_preds", "obj_preds", "seg_layers"),  # YOLOX and YOLOv6; nnU-Net
 )
-# Of classes, and which of their modules; "" is the module itself.
+# Class names, and which of their modules; "" is the module itself.
 _CLASSES = {
     "SSDScoringHead": ("module_list",),  # torchvision
     "KeypointRCNNPredictor": ("kps_score_lowres",),
@@ -35,7 +35,7 @@ _CLASSES = {
 
 
 def predicting(model: nn.Module, layers: Iterable[nn.Module], adapters: Container[nn.Module]) -> set[nn.Module]:
-    """Those of these layers of the model that predict. adapters: modules that are not the model's own."""
+    """The prediction layers among `layers`. adapters: modules that are not the model's own."""
     known = set(layers)
     own = [module for module in model.modules() if module not in adapters]
     heads = [*_timm_classifiers(model), *_named(model), *_output_convolution(own)]
@@ -43,7 +43,7 @@ def predicting(model: nn.Module, layers: Iterable[nn.Module], adapters: Containe
 
 
 def _last(module: nn.Module, layers: set[nn.Module]) -> list[nn.Module]:
-    """The last layer of a module; of a list of modules, which predict side by side, that of each."""
+    """The last layer of a module; for a ModuleList, whose modules predict in parallel, the last layer of each."""
     if isinstance(module, nn.ModuleList):
         return [layer for each in module for layer in _last(each, layers)]
     return [each for each in module.modules() if each in layers][-1:]
@@ -72,8 +72,8 @@ def _named(model: nn.Module) -> Iterator[nn.Module]:
 
 
 def _output_convolution(modules: Sequence[nn.Module]) -> list[nn.Module]:
-    """As a U-Net ends: the last module with parameters, if it is a convolution of single pixels with a bias. (timm's
-    models say themselves what classifies, and as backbones end with any layer.)"""
+    """A U-Net's output: the last module with parameters, if it is a pointwise convolution with a bias. (Not in timm's
+    models: they declare their classifier, and as backbones end with any layer.)"""
     if hasattr(modules[0], "pretrained_cfg"):
         return []
     last = [module for module in modules[1:] if any(p is not None for p in module._parameters.values())][-1:]

@@ -1,4 +1,4 @@
-"""Filters that a forward of a whole model aligns before its layers ask for them, and when a layer can use them."""
+"""Filters that a forward of a whole model aligns before its layers need them, and when a layer can use them."""
 
 import contextlib
 import logging
@@ -21,12 +21,12 @@ if TYPE_CHECKING:
     from .foreach_source import ForeachSource
 
 logger = logging.getLogger("weightalign_cuda")
-# For each layer that takes part: its source, its filters, and what these were made from.
+# For each layer that takes part: its source, its filters, and their fingerprint.
 AlignAll = Callable[[], Iterable[tuple["ForeachSource", Tensor, Fingerprint]]]
 
 
 class PrealignedFilters:
-    """Of one layer."""
+    """The aligned filters of one layer."""
 
     def __init__(self, filters: Tensor, made_from: Fingerprint, ready: ReadyEvent) -> None:
         self.filters = filters
@@ -50,12 +50,12 @@ class PrealignedFilters:
 
 
 class ModelForward:
-    """A forward of a model with foreach that runs on this thread. A backward may run inside it, and a forward inside
-    that.
+    """A forward of a model with foreach that is running on this thread. A backward may run inside it, and a forward
+    inside that.
 
-    The layers are aligned when the first one asks, in the autocast dtype that applies there (the forward may enter an
-    autocast), but otherwise as at its start: in its grad mode, and without the hooks of a checkpoint inside, which
-    would run the alignment again with a part of the model.
+    The layers are aligned when the first one needs its filters, in the autocast dtype that applies there (the forward
+    may enter autocast), but otherwise as at the forward's start: in its grad mode, and without the hooks of an inner
+    checkpoint, which would recompute the alignment with a part of the model.
     """
 
     def __init__(self, root: nn.Module, layers: Iterable[Aligned], align: AlignAll, is_traced: bool) -> None:
@@ -67,7 +67,7 @@ class ModelForward:
         self.hook = saving_hook()
         self.is_inference, self.wants_gradients = torch.is_inference_mode_enabled(), torch.is_grad_enabled()
         self.prealigned: dict[ForeachSource, PrealignedFilters] | None = None
-        self.device_type: str | None = None  # of all filters
+        self.device_type: str | None = None  # of all filters, if they agree
         self.autocast_dtype: torch.dtype | None = None  # when they were made
 
     def prealigned_for(self, source: "ForeachSource") -> PrealignedFilters | None:
@@ -79,7 +79,7 @@ class ModelForward:
                 torch.set_grad_enabled(self.wants_gradients),
                 contextlib.nullcontext() if saving_hook() is self.hook else saved_tensors_hooks(_as_is, _as_is),
             ):
-                self.prealigned, ready = {}, {}  # set before `align`, which asks whether the filters are there already
+                self.prealigned, ready = {}, {}  # set before `align`, which looks for the filters here
                 for each, filters, made_from in list(self.align()):
                     if filters.device not in ready:
                         ready[filters.device] = ReadyEvent(filters.device)
@@ -90,8 +90,7 @@ class ModelForward:
         return self.prealigned.get(source)
 
     def filters_for_unchanged(self, source: "ForeachSource") -> Tensor | None:
-        """What `ForeachSource.find` finds for a layer that has not changed, where nothing else has since the start; in
-        fewer steps."""
+        """Fast path of `ForeachSource.find`, for an unchanged layer under unchanged modes."""
         if (
             self.device_type is None
             or (prealigned := self.prealigned.get(source)) is None  # type: ignore[union-attr]
@@ -108,7 +107,7 @@ class ModelForward:
         return prealigned.filters
 
     def warn_once(self, layer: Aligned, reason: str) -> None:
-        """Once for a model."""
+        """Warns once per model."""
         if self.root not in _warned:
             _warned.add(self.root)
             logger.warning(
@@ -135,6 +134,6 @@ running = _Running()
 
 
 def saving_hook() -> Any:
-    """What torch calls now on each tensor saved for the backward."""
+    """The hook that torch now calls on each tensor saved for the backward."""
     hooks = top_saved_tensors_hooks(False)
     return None if hooks is None else hooks[0]

@@ -1,4 +1,4 @@
-"""Which layers of a model are converted, which stay as they are and why, which cannot be converted."""
+"""Which layers of a model are converted, which are left and why, and which cannot be converted."""
 
 import fnmatch
 from collections.abc import Callable, Container, Iterable, Sequence
@@ -47,15 +47,15 @@ def filter_length(layer: nn.Module) -> int:
 
 class Selection(NamedTuple):
     chosen: dict[nn.Module, str]  # the layers to convert, with their names
-    skipped: dict[str, list[str]]  # by reason the names of those that are not, but might be expected to be
-    unknown: dict[str, list[str]]  # the same, of those of which it is not known what they compute
+    skipped: dict[str, list[str]]  # reason -> names of layers left plain, where one might expect otherwise
+    unknown: dict[str, list[str]]  # the same, for layers whose computation is unknown
 
 
 def select(model: nn.Module, include: Rule, exclude: Rule) -> Selection:
-    """What becomes of each layer of the model.
+    """Decides what happens to each layer of the model.
 
     Raises:
-        TypeError, ValueError: for rules that are none or match nothing, and for layers that cannot be converted.
+        TypeError, ValueError: for invalid rules or patterns without a match, and for layers that cannot be converted.
     """
     _check_rule("include", include)
     _check_rule("exclude", exclude)
@@ -82,7 +82,7 @@ def select(model: nn.Module, include: Rule, exclude: Rule) -> Selection:
 
 
 def _names(model: nn.Module) -> dict[nn.Module, list[str]]:
-    """Every layer that is or may be ours, and all its names, for it may stand in several places."""
+    """All layers that are or may become ours, with all their names: a layer may be shared."""
     names: dict[nn.Module, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         cls: type = type(module)
@@ -123,10 +123,10 @@ def _matches(rule: Rule, module: nn.Module, names: Sequence[str], default: bool 
 def _not_by_default(
     model: nn.Module, names: Iterable[nn.Module], adapters: Container[nn.Module]
 ) -> dict[nn.Module, str]:
-    """Layers that only `include` converts, and why; "" where nobody would expect them to be converted."""
+    """Layers that only `include` converts, and why; "" where nobody would expect a conversion."""
     reasons = {module: "" for module in names if isinstance(module, nn.Linear)}
     layers = [module for module in names if module not in adapters]
-    # A constant factor, or no gain: not WeightAlign but another standardisation, converted before.
+    # A constant factor or no gain: converted earlier, from another weight standardisation.
     others = (m for m in layers if isinstance(m, Aligned) and (m.scale != 1 or m.gain is None))
     if any(map(is_standardised, layers)) or any(others):
         plain = "plain in a model that standardises weights"
@@ -156,7 +156,7 @@ def _own_forward(module: nn.Module) -> str:
 
 
 def _is_constant(module: nn.Module) -> bool:
-    """As YOLO's expectation over bins, one filter of 0, 1, 2, ..., and blurs, one filter for all channels."""
+    """Such as YOLO's expectation over bins, one filter of 0, 1, 2, ..., and blurs, one filter for all channels."""
     weight = module._parameters.get("weight")
     if isinstance(module, nn.Linear) or type(weight) is not nn.Parameter or weight.requires_grad:
         return False
@@ -165,7 +165,7 @@ def _is_constant(module: nn.Module) -> bool:
 
 
 def overridden_methods(module: nn.Module, base: type[nn.Module]) -> set[str]:
-    """What a module does in another way than `base`, of which it is: then it is not known what it does."""
+    """Methods overridden relative to `base`: with any, it is unknown what the module computes."""
     subclasses = type(module).__mro__[: type(module).__mro__.index(base)]
     names = {name for cls in subclasses for name, value in vars(cls).items() if callable(value) and hasattr(base, name)}
     own = {name for name in names if not name.startswith("__") or name == "__call__"} - {

@@ -1,7 +1,7 @@
-"""Weight-standardised convolutions of other libraries, factor * (w - mean) / sqrt(var + eps), as layers of ours.
+"""Converts weight-standardised convolutions of other libraries, factor * (w - mean) / sqrt(var + eps), to our layers.
 
-Known by name, for whoever has one has imported its library. Only what is exactly that is here: not the original
-repository of Weight Standardization, whose eps is outside of the root and whose variance is the unbiased one.
+Matched by name, so that their libraries need not be imported. Only exactly this formula is supported: not the original
+repository of Weight Standardization, with eps outside the root and the unbiased variance.
 """
 
 from torch import nn
@@ -16,11 +16,11 @@ _CLASSES = {
     ),
     "transformers.models.bit.modeling_bit.WeightStandardizedConv2d",
 }
-# Composer's, a parametrization by torch.nn.utils.parametrize.
+# Composer's parametrization, by torch.nn.utils.parametrize.
 _PARAMETRIZATION = "composer.algorithms.weight_standardization.weight_standardization.WeightStandardizer"
 _PARAMETRIZATION_EPS = 1e-10
 _PARAMETRIZED = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-# A plain convolution with padding of TensorFlow's, timm's as well.
+# timm's plain convolution with TensorFlow's padding.
 SAME = "timm.layers.conv2d_same.Conv2dSame"
 
 
@@ -33,7 +33,7 @@ def is_standardised(module: nn.Module) -> bool:
 
 
 def _is_parametrized(module: nn.Module) -> bool:
-    """torch gives a parametrized layer a class of its own, below that which it had."""
+    """Whether Composer alone has parametrized it. (torch replaces the layer's class with a subclass of it.)"""
     if type(module).__mro__[1] not in _PARAMETRIZED or not nn.utils.parametrize.is_parametrized(module):
         return False
     by_name: nn.ModuleDict = module.parametrizations  # type: ignore[assignment]
@@ -42,7 +42,7 @@ def _is_parametrized(module: nn.Module) -> bool:
 
 
 def original(layer: nn.Module) -> nn.Module:
-    """A layer that Composer has parametrized as it was before; any other as it is."""
+    """The layer without Composer's parametrization; any other layer as it is."""
     if not _is_parametrized(layer):
         return layer
     plain: nn.Module = rebuilt(layer, type(layer).__mro__[1])
@@ -53,14 +53,14 @@ def original(layer: nn.Module) -> nn.Module:
 
 
 def pads_same(layer: nn.Module) -> bool:
-    """Whether it pads as TensorFlow, by its input's size."""
+    """Whether it pads like TensorFlow, depending on its input's size."""
     dynamic = getattr(layer, "same_pad", False) or getattr(layer, "pad", None) is not None
     return class_name(layer) == SAME or (class_name(layer) in _CLASSES and dynamic)
 
 
 def take_over(new: Aligned, layer: nn.Module) -> None:
-    """scale, eps and gain with which `new` computes what `layer` does: its formula, multiplied by sqrt(n/2) above and
-    below. And nothing of the rest of it."""
+    """Sets scale, eps and gain so that `new` computes what `layer` does: numerator and denominator are multiplied by
+    sqrt(n/2). Removes the attributes that only `layer` used."""
     n = new.weight.flatten(1).shape[1]
     new.scale = getattr(layer, "scale", 1.0) * (n / 2) ** 0.5
     new.eps = n / 2 * getattr(layer, "eps", _PARAMETRIZATION_EPS)

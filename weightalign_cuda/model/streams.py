@@ -1,12 +1,12 @@
-"""CUDA's order of things, for filters that outlive the call that made them: streams, and the capture of graphs."""
+"""CUDA streams and graph capture, for filters that outlive the call that created them."""
 
 import torch
 from torch import Tensor
 
 
 class ReadyEvent:
-    """When tensors of one device were made, or written to last: now. Any other stream has to wait for that before it
-    reads one, and to keep its memory from being given away until it has."""
+    """Records that tensors of one device have been written, up to now, on the current stream. Any other stream must
+    wait for it before it reads them, and must keep their memory from being reused until it is done."""
 
     def __init__(self, device: torch.device) -> None:
         self.stream = self.event = None
@@ -15,7 +15,7 @@ class ReadyEvent:
             self.event = self.stream.record_event()
 
     def wait(self, tensor: Tensor) -> None:
-        """Before `tensor` is used on the current stream."""
+        """Call before `tensor` is used on the current stream."""
         if self.event is not None:
             stream = torch.cuda.current_stream(tensor.device)
             if stream != self.stream:
@@ -24,6 +24,6 @@ class ReadyEvent:
 
 
 def is_captured(tensor: Tensor) -> bool:
-    """Whether what is done to the tensor now becomes part of a CUDA graph: it runs not yet, but at each replay, in the
-    very same memory."""
+    """Whether work on the tensor is now being captured in a CUDA graph: it does not run yet, but in each replay, on the
+    same memory."""
     return tensor.is_cuda and torch.cuda.is_current_stream_capturing()

@@ -1,4 +1,4 @@
-"""Another class for a layer: a new object that takes over what the old one holds, put in its place in the model."""
+"""Replaces layers of a model with new objects of another class that take over their state."""
 
 import types
 import weakref
@@ -11,15 +11,15 @@ from torch import nn
 from ..functional.checks import DTYPES, check_module
 
 Layer = TypeVar("Layer", bound=nn.Module)
-# What keeps lists of the parameters, or a function of the layer, that it found.
+# Wrappers that hold lists of the parameters, or a compiled function, of the layers they found.
 _WRAPPERS = {"DistributedDataParallel", "FullyShardedDataParallel", "OptimizedModule"}
 
 
 def check_model(model: Any) -> None:
-    """A model whose layers can be swapped.
+    """Checks that the layers of the model can be replaced.
 
     Raises:
-        TypeError: for what is no module, and for scripted and wrapped ones.
+        TypeError: if it is not a torch.nn.Module, or contains scripted or wrapped ones.
     """
     check_module(model)
     for name, module in model.named_modules():
@@ -31,11 +31,12 @@ def check_model(model: Any) -> None:
 
 
 def check_plain(name: str, layer: nn.Module) -> None:
-    """The layer's weight must be a parameter and nothing more, and its forward not compiled: what stands for it now
-    would go on referring to the old layer.
+    """Checks that the layer's weight is a plain parameter and its forward not compiled: what takes their place would
+    still refer to the old layer.
 
     Raises:
-        ValueError: saying what it is instead.
+        TypeError: for an unsupported dtype.
+        ValueError: otherwise, saying what was found instead.
     """
     hooks = [type(hook) for hook in layer._forward_pre_hooks.values()]
     makers = [hook.__name__ for hook in hooks if hook.__module__.startswith("torch.nn.utils.")]
@@ -59,14 +60,14 @@ def check_plain(name: str, layer: nn.Module) -> None:
 
 
 def has_forward_of_its_own(layer: nn.Module) -> bool:
-    """One set on the object. (accelerate's hooks, taken off, leave the method of the class there.)"""
+    """Whether a forward is set on the object. (accelerate's hooks, when removed, leave the class's method there.)"""
     forward = types.MethodType(type(layer).forward, layer)
     return bool(vars(layer).get("forward", forward) != forward)
 
 
 def rebuilt(layer: nn.Module, cls: type[Layer]) -> Layer:
-    """An object of class `cls` with all that `layer` holds: the same parameters, hooks (so that a handle still removes
-    its own), mode. No __init__ runs: no random numbers are drawn. A forward set on the object is not among it."""
+    """A `cls` object with the state of `layer`: the same parameters, hooks (so that their handles still work) and mode,
+    but without a forward set on the object. __init__ is not run: no random numbers are drawn."""
     new = cls.__new__(cls)
     new.__dict__.update(layer.__dict__)
     new.__dict__.pop("forward", None)
@@ -75,8 +76,8 @@ def rebuilt(layer: nn.Module, cls: type[Layer]) -> Layer:
 
 
 def put_in_place(model: nn.Module, new: dict[nn.Module, nn.Module]) -> nn.Module:
-    """`model` with each layer that is a key of `new` replaced, wherever it stands: as a submodule, and in what modules
-    hold beside them (a forward may go through a plain list of its layers)."""
+    """`model` with each key of `new` replaced by its value, both as a submodule and in the other attributes of modules
+    (a forward may iterate over a plain list of layers)."""
     seen: set[int] = set()
     for module in [*model.modules(), *new.values()]:
         for name, value in list(vars(module).items()):
@@ -91,8 +92,8 @@ def put_in_place(model: nn.Module, new: dict[nn.Module, nn.Module]) -> nn.Module
 
 
 def _replaced(value: Any, new: dict[nn.Module, nn.Module], seen: set[int]) -> Any:
-    """Lists and dicts are changed in place, for others may hold them, too; those that hold no layer are left alone.
-    seen: ids of them, which may hold themselves."""
+    """Lists and dicts are changed in place, as they may be shared; those without a replaced layer are left alone. seen:
+    ids of those visited, as they may contain themselves."""
     if isinstance(value, nn.Module):
         return new.get(value, value)
     if isinstance(value, (list, dict)) and id(value) not in seen:

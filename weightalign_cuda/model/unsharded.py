@@ -1,4 +1,4 @@
-"""Models in which no layer has all its parameters at once: what aligns several layers together cannot serve them."""
+"""Rejects models whose layers never have all their parameters at once: they cannot be aligned together."""
 
 import functools
 from collections.abc import Sequence
@@ -13,10 +13,10 @@ _REASONS = {
 
 
 def check_unsharded(modules: Sequence[nn.Module], what: str, instead: str) -> None:
-    """modules: all of a model, itself first. `what` cannot be done, what to do `instead`: for the error.
+    """modules: all of a model, itself first. `what` cannot be done, do it `instead`: for the error message.
 
     Raises:
-        RuntimeError: saying why not.
+        RuntimeError: if the model is sharded or replicated, saying how.
     """
     reason = _REASONS["DataParallel"] if "_is_replica" in modules[0].__dict__ else None
     for cls in set(map(type, modules)):

@@ -1,1 +1,1 @@
-"""Layers in place of torch.nn's, and what they fold to."""
+"""Layers that replace torch.nn's, and the layers they fold to."""

@@ -1,4 +1,4 @@
-"""What a layer with an activation or TensorFlow's padding folds to: torch's layer, and that in PyTorch's operations."""
+"""Folded layers with an activation or TensorFlow's padding: torch.nn's layers plus these, in PyTorch's own ops."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ from .fx import Proxy, call_module
 
 
 class Folded(nn.Module):
-    """A layer of torch.nn after an activation of its input and TensorFlow's padding."""
+    """A torch.nn layer that first applies an activation and TensorFlow's padding to its input."""
 
     activation: str | None
     pads_same: bool

@@ -1,4 +1,4 @@
-"""torch.fx, which takes torch.nn's layers for leaves of a graph, and traces into all others: ours are leaves, too."""
+"""torch.fx treats torch.nn's layers as leaf modules and traces into all others: this makes ours leaves, too."""
 
 from typing import Any
 
@@ -9,6 +9,6 @@ __all__ = ["Proxy", "call_module"]
 
 
 def call_module(layer: nn.Module, input: Proxy, *args: Any) -> Proxy:
-    """What the tracer records for a leaf: a call of the layer by its name in the model."""
+    """What the tracer records for a leaf module: a call by its qualified name."""
     tracer: Any = input.tracer
     return tracer.create_proxy("call_module", tracer.path_of_module(layer), (input, *args), {})

@@ -1,4 +1,4 @@
-"""Layers of torch.nn that work with aligned weights (arXiv 2010.07160, eq. 10)."""
+"""torch.nn's layers with aligned weights (arXiv 2010.07160, eq. 10)."""
 
 import contextlib
 import sys
@@ -20,13 +20,13 @@ from .parameters import parameter
 
 
 class Aligned(nn.Module):
-    """What all layers share: the gain, the aligned weight, and checkpoints that still load."""
+    """Base class of all layers: the gain, the aligned weight, and loading of plain layers' checkpoints."""
 
     weight: Tensor
     gain: Tensor | None
-    # A function that gives the aligned filters, shaped as `filters()`, in place of the layer itself; called at each
-    # forward. For where all layers of a model are aligned together, or once for many forwards. It stays out of copies
-    # and pickles; it must not be a Module, which would be registered.
+    # A function that returns the aligned filters, shaped like `filters()`, called in each forward instead of aligning
+    # them here. For aligning all layers of a model together, or once for many forwards. Excluded from copies and
+    # pickles; must not be a Module, which would be registered as a submodule.
     aligned_by: Callable[[], Tensor] | None = None
 
     def __init__(self, *args: Any, eps: float, scale: float, activation: str | None, **kwargs: Any) -> None:
@@ -40,24 +40,24 @@ class Aligned(nn.Module):
         self.gain = nn.Parameter(self.weight.new_ones(self.filters().shape[0]))
 
     def filters(self) -> Tensor:
-        """The weight with its filters along dimension 0, as `align` wants it."""
+        """The weight with its filters along dimension 0, as `align` expects it."""
         return parameter(self, "weight")
 
     def as_weight(self, filters: Tensor) -> Tensor:
-        """The way back from `filters`, to what torch's function takes."""
+        """Inverse of `filters`: the shape that torch's function expects."""
         return filters
 
     def aligned_filters(self) -> Tensor:
-        """What the layer works with, from whoever gives it."""
+        """The filters for the forward: from `aligned_by` if it is set, else aligned by the layer."""
         return self.align_filters() if self.aligned_by is None else self.aligned_by()
 
     def align_filters(self) -> Tensor:
-        """The one place where a layer aligns its own weight, unless it prepares its input in the same launch."""
+        """Aligns the layer's own weight, unless a launch that also prepares the input does so."""
         return align(self.filters(), parameter(self, "gain"), eps=self.eps, scale=self.scale)
 
     def to_prepare(self) -> tuple[Tensor, Tensor | None, bool]:
-        """Filters, gain and whether the filters are aligned already: what a launch that prepares the input takes, to
-        align them on the way if they are not."""
+        """Filters, gain and whether the filters are already aligned, for the launch that prepares the input; it aligns
+        them if they are not."""
         if self.aligned_by is not None:
             return self.aligned_by(), None, True
         return self.filters(), self.gain, False
@@ -70,7 +70,7 @@ class Aligned(nn.Module):
     def extra_repr(self) -> str:
         scale = f", scale={self.scale:g}" if self.scale != 1 else ""
         activation = f", activation={self.activation}" if self.activation else ""
-        name = getattr(self.aligned_by, "name", None)  # of what gives it its filters: foreach, frozen, accumulate
+        name = getattr(self.aligned_by, "name", None)  # foreach, frozen or accumulate
         aligned_by = f", aligned by {name}" if name else ""
         return f"{super().extra_repr()}, eps={self.eps:g}{scale}{activation}{aligned_by}"
 
@@ -79,8 +79,8 @@ class Aligned(nn.Module):
         return {name: value for name, value in self.__dict__.items() if name != "aligned_by"}
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        """A checkpoint of the plain layer has no gain, which is 1 then. Gains are (C_out,) here, or (C_out, 1, 1, 1) as
-        timm's: either loads into the other."""
+        """Plain layers' checkpoints have no gain: it becomes 1. Gains of shape (C_out,) and timm's (C_out, 1, 1, 1)
+        load into each other."""
         key = prefix + "gain"
         gain, weight = state_dict.get(key), state_dict.get(prefix + "weight")
         if self._parameters.get("gain") is not None:
@@ -93,7 +93,7 @@ class Aligned(nn.Module):
 
 
 def _refuse_fusion(copying: FrameType | None) -> None:
-    """torch.nn.utils.fusion copies a layer (in that frame), and then multiplies its weight, which is not aligned."""
+    """torch.nn.utils.fusion copies a layer (in frame `copying`), then scales its weight, which is not aligned."""
     if copying is not None and copying.f_globals.get("__name__") == "torch.nn.utils.fusion":
         raise RuntimeError(
             f"{copying.f_code.co_name}: expected a layer of torch.nn, got one of weightalign_cuda, whose weight is not "
@@ -102,13 +102,13 @@ def _refuse_fusion(copying: FrameType | None) -> None:
 
 
 def aligned_layers(modules: Iterable[nn.Module]) -> list[Aligned]:
-    """Those that are layers of this package."""
+    """The modules that are layers of this package."""
     return [module for module in modules if isinstance(module, Aligned)]
 
 
 @contextlib.contextmanager
 def aligned_by(functions: Mapping[Aligned, Callable[[], Tensor]]) -> Iterator[None]:
-    """Context in which these functions give the layers their filters; after it whoever did so before."""
+    """Context in which these functions provide the layers' filters; on exit the previous ones are restored."""
     before = {layer: layer.aligned_by for layer in functions}
     for layer, function in functions.items():
         layer.aligned_by = function
@@ -120,13 +120,14 @@ def aligned_by(functions: Mapping[Aligned, Callable[[], Tensor]]) -> Iterator[No
 
 
 def gain_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """The gains of all layers of the model, each once, in the order of `model.modules()`: for optimizer groups."""
+    """The gains of all layers of the model, without duplicates, in the order of `model.modules()`: for parameter
+    groups."""
     layers = aligned_layers(model.modules())
     return list(dict.fromkeys(gain for layer in layers if isinstance(gain := layer.gain, nn.Parameter)))
 
 
 class _Convolution(Aligned, Convolution):
-    """As torch's convolution; what it does beyond symmetric zeros is done where the weight is aligned."""
+    """torch's convolution; any padding but symmetric zeros is done where the weight is aligned."""
 
     convolution: Callable[..., Tensor]
 
@@ -148,8 +149,8 @@ class _Convolution(Aligned, Convolution):
         scale: float = 1.0,
         activation: str | None = None,
     ) -> None:
-        known = 0 if padding == "same_tf" else padding  # to torch
-        arguments = in_channels, out_channels, kernel_size, stride, known, dilation, groups, bias, padding_mode
+        torch_padding = 0 if padding == "same_tf" else padding  # torch does not know same_tf
+        arguments = in_channels, out_channels, kernel_size, stride, torch_padding, dilation, groups, bias, padding_mode
         super().__init__(*arguments, device, dtype, eps=eps, scale=scale, activation=activation)
         if padding == "same_tf":
             self.padding = padding
@@ -166,7 +167,7 @@ class _Convolution(Aligned, Convolution):
 
 
 class _TransposedConvolution(Aligned, TransposedConvolution):
-    """As torch's transposed convolution. A filter is what makes one output channel, (C_in / groups, kernel...)."""
+    """torch's transposed convolution. A filter produces one output channel: (C_in / groups, kernel...)."""
 
     convolution: Callable[..., Tensor]
 
@@ -194,7 +195,7 @@ class _TransposedConvolution(Aligned, TransposedConvolution):
         super().__init__(*arguments, eps=eps, scale=scale, activation=activation)
 
     def filters(self) -> Tensor:
-        """(C_in, C_out / groups, kernel...) -> (C_out, C_in / groups, kernel...), in place where there is one group."""
+        """(C_in, C_out / groups, kernel...) -> (C_out, C_in / groups, kernel...), a view if groups is 1."""
         return self.as_weight(self.weight)
 
     def as_weight(self, filters: Tensor) -> Tensor:
@@ -219,67 +220,67 @@ class _TransposedConvolution(Aligned, TransposedConvolution):
 
 
 class WAConv1d(_Convolution, nn.Conv1d):
-    """`torch.nn.Conv1d` on aligned weights: see `WAConv2d`."""
+    """`torch.nn.Conv1d` with aligned weights: see `WAConv2d`."""
 
     convolution = F.conv1d
 
 
 class WAConv2d(_Convolution, nn.Conv2d):
-    """`torch.nn.Conv2d` on aligned weights, with a learnable gain for each output channel (arXiv 2010.07160, eq. 10).
+    """`torch.nn.Conv2d` with aligned weights and a learnable gain for each output channel (arXiv 2010.07160, eq. 10).
 
-    Shapes, arguments and initialisation are those of `torch.nn.Conv2d`; the alignment makes the result independent of
-    the scale of `weight`. Input and weight as there: float32, float16, bfloat16 or float64; autocast applies.
+    Shapes, arguments and initialisation are those of `torch.nn.Conv2d`; alignment makes the output independent of the
+    scale of `weight`. Input and weight share a dtype (float32, float16, bfloat16 or float64); autocast applies.
 
     Args:
-        padding: also "same_tf", TensorFlow's "same", for any stride.
+        padding: as in torch, or "same_tf": TensorFlow's "same", for any stride.
         eps: added to n/2 * var of each filter; see `weightalign_cuda.align`.
         scale: a constant factor of the aligned weight.
-        activation: None, "relu", "silu", "gelu" (exact, with erf) or "hardswish", of the layer's input. Like any
-            padding but symmetric zeros, it takes place in the launch that aligns the weight.
+        activation: None, "relu", "silu", "gelu" (exact, with erf) or "hardswish", applied to the layer's input. Like
+            any padding but symmetric zeros, it runs in the launch that aligns the weight.
 
     Attributes:
         weight: (C_out, C_in / groups, kernel...), not aligned.
-        gain: (C_out,), starts at 1; (C_out, 1, 1, 1) in layers converted from timm's. It may be None, for 1:
-            `layer.register_parameter("gain", None)`. A checkpoint without it loads as 1, one of either shape as well.
+        gain: (C_out,), initialised to 1; (C_out, 1, 1, 1) in layers converted from timm's. May be None, which means 1:
+            `layer.register_parameter("gain", None)`. Checkpoints without a gain load as 1; both shapes load.
         bias: (C_out,) or None.
 
     Raises:
-        TypeError, ValueError: for eps, scale and activation as `align` and `prepare`; else as `torch.nn.Conv2d`.
+        TypeError, ValueError: for eps, scale and activation as `align` and `prepare`; otherwise as `torch.nn.Conv2d`.
     """
 
     convolution = F.conv2d
 
 
 class WAConv3d(_Convolution, nn.Conv3d):
-    """`torch.nn.Conv3d` on aligned weights: see `WAConv2d`."""
+    """`torch.nn.Conv3d` with aligned weights: see `WAConv2d`."""
 
     convolution = F.conv3d
 
 
 class WAConvTranspose1d(_TransposedConvolution, nn.ConvTranspose1d):
-    """`torch.nn.ConvTranspose1d` on aligned weights: see `WAConvTranspose2d`."""
+    """`torch.nn.ConvTranspose1d` with aligned weights: see `WAConvTranspose2d`."""
 
     convolution = F.conv_transpose1d
 
 
 class WAConvTranspose2d(_TransposedConvolution, nn.ConvTranspose2d):
-    """`torch.nn.ConvTranspose2d` on aligned weights: as `WAConv2d`, but for padding "same_tf".
+    """`torch.nn.ConvTranspose2d` with aligned weights: as `WAConv2d`, without padding "same_tf".
 
-    A filter is what makes one output channel: of weight (C_in, C_out / groups, kernel...) the C_in / groups slices of
-    its group, n = C_in / groups * prod(kernel). gain: (C_out,).
+    A filter produces one output channel: of weight (C_in, C_out / groups, kernel...), the C_in / groups slices of its
+    group, n = C_in / groups * prod(kernel) values. gain: (C_out,).
     """
 
     convolution = F.conv_transpose2d
 
 
 class WAConvTranspose3d(_TransposedConvolution, nn.ConvTranspose3d):
-    """`torch.nn.ConvTranspose3d` on aligned weights: see `WAConvTranspose2d`."""
+    """`torch.nn.ConvTranspose3d` with aligned weights: see `WAConvTranspose2d`."""
 
     convolution = F.conv_transpose3d
 
 
 class WALinear(Aligned, nn.Linear):
-    """`torch.nn.Linear` on aligned weights: eps, scale, activation and gain, (out_features,), as for `WAConv2d`."""
+    """`torch.nn.Linear` with aligned weights: eps, scale, activation and gain, (out_features,), as for `WAConv2d`."""
 
     def __init__(
         self,

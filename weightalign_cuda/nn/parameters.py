@@ -1,5 +1,5 @@
-"""A module's parameters, without the microsecond and a half that `module.weight` takes: torch.nn.Module looks for them
-only where Python has found no attribute, and has made an exception of that."""
+"""Access to a module's parameters without the 1.5 us of `module.weight`: torch.nn.Module looks them up only after
+Python has found no attribute and raised an exception."""
 
 from typing import Any
 
@@ -7,6 +7,6 @@ from torch import nn
 
 
 def parameter(module: nn.Module, name: str) -> Any:
-    """The attribute of this name: a parameter, or what has replaced it (a parametrization, pruning)."""
+    """The parameter of this name, or what has replaced it (a parametrization, pruning)."""
     parameters = module._parameters
     return parameters[name] if name in parameters else getattr(module, name)

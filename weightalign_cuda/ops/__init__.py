@@ -1,5 +1,5 @@
-"""The ops and what serves them: schemas, autograd, choice of a backend, the native library. The backends in Python are
-`reference` and `triton`, the others are in csrc/."""
+"""The ops: schemas, autograd, backend selection, native library. The backends `reference` and `triton` are in Python,
+the others in csrc/."""
 
 from .schemas import in_triton, library, native
 

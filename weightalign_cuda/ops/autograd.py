@@ -1,5 +1,5 @@
-"""The forward ops as the Autograd key sees them: one launch forward and one backward, for a list of weights and, with
-prepare, a convolution's input."""
+"""Autograd kernels of the forward ops: one launch forward and one backward, for a list of weights and, with prepare, a
+convolution's input."""
 
 import functools
 from collections.abc import Sequence
@@ -27,7 +27,7 @@ def align_forward(
     dtype: torch.dtype,
     memory_format: torch.memory_format,
 ) -> tuple[Sequence[Tensor], Tensor]:
-    """The op align_forward, differentiable. Called directly, it spares eager code a way through the dispatcher."""
+    """The op align_forward, differentiable. Calling it directly skips one dispatcher round trip in eager mode."""
     if _is_transformed():
         return reference.align_forward(weights, gains, eps, scales, dtype, memory_format)
     if _wants_gradients(weights, gains):
@@ -56,14 +56,13 @@ for _ops in (schemas.native, schemas.in_triton):
         schemas.definitions.impl(_op, functools.partial(_function, _ops), "Autograd")
 
 
-# `_op` of an overload is the same call, without a frame in between. And c10's numbers, as which a dtype and a memory
-# format reach the op a microsecond sooner.
+# `_op` of an overload is the same call without a Python frame. c10's enum values as ints save 1 us of argument parsing.
 _NUMBERS = {torch.float16: 5, torch.float32: 6, torch.float64: 7, torch.bfloat16: 15}
 _FORMATS = {torch.contiguous_format: 0, torch.preserve_format: 1, torch.channels_last: 2, torch.channels_last_3d: 3}
 
 
 def _numbered(eps: Any, scales: Any, dtype: torch.dtype, memory_format: torch.memory_format, *rest: Any) -> Any:
-    """An op's options, its dtype and memory format as numbers."""
+    """An op's options, with dtype and memory format as ints."""
     return eps, scales, _NUMBERS[dtype], _FORMATS[memory_format], *rest
 
 
@@ -86,8 +85,8 @@ def _versions(tensors: Sequence[Tensor | None]) -> list[int | None]:
 
 
 class _Call:
-    """The arguments of _Fused that are no tensors, and what its op gives that is not differentiable: as one more result
-    of the function it would cost as much as the op."""
+    """The non-tensor arguments of _Fused, and its op's non-differentiable result: as one more output of the Function it
+    would cost as much as the op."""
 
     __slots__ = "options", "served", "statistics"
     statistics: Tensor
@@ -98,11 +97,11 @@ class _Call:
 
 
 class _Fused(torch.autograd.Function):
-    """align_forward or, with an input, prepare_forward; and its derivative."""
+    """align_forward or, with an input, prepare_forward; and its gradient."""
 
     @staticmethod
     def forward(ctx: Any, call: _Call, input: Tensor | None, *tensors: Tensor | None) -> tuple[Tensor, ...]:
-        """tensors: weights and as many gains."""
+        """tensors: the weights, then as many gains."""
         count = len(tensors) // 2
         lists = tensors[:count], tensors[count:]
         served, options = call.served, call.options
@@ -115,11 +114,11 @@ class _Fused(torch.autograd.Function):
                 results = prepared, *aligned
         if input is not None and ctx.needs_input_grad[1]:
             activation = find(options[-1])
-            # The result where that suffices: the convolution keeps it alive anyway.
+            # Save the result if that suffices (relu): the convolution keeps it alive anyway.
             ctx.save_for_backward(activation and (results[0] if activation.is_from_result else input))
             ctx.preparation = (input.dtype, memory_order(input), *options[4:])
-        # Attributes, as saved tensors are checked for changes all or none: of a list, a weight that was written to
-        # after it was aligned matters only if its own result is used. Nor has checkpointing anything to drop here.
+        # Attributes, as saved tensors are version-checked all or none: a weight of the list that was written to after
+        # it was aligned matters only if its own result is used. Checkpointing has nothing to free here, either.
         ctx.call, ctx.tensors = call, tensors
         ctx.versions = _versions(tensors)
         ctx.set_materialize_grads(False)
@@ -132,7 +131,7 @@ class _Fused(torch.autograd.Function):
         grad_prepared = grad_input = None
         if len(grads) > count:
             grad_prepared, *grads = grads  # type: ignore[assignment]
-        # Frozen weights, and those whose result nobody used, take no part; nor does such an input.
+        # Skip frozen weights and those whose result was not used; likewise the input.
         used = [i for i in range(count) if grads[i] is not None and (wanted[i] or wanted[count + i])]
         input_used = input_wanted and grad_prepared is not None
         if _versions(tensors) != ctx.versions:
@@ -153,11 +152,11 @@ class _Fused(torch.autograd.Function):
                 grad_input, grad_weights, grad_gains = results
             else:
                 grad_weights, grad_gains = served.align_backward(*arguments)
-            # In here also because views of the gains' gradients then cost less.
+            # Inside the context, where views of the gains' gradients cost less.
             return None, grad_input, *in_their_places(used, tensors, grad_weights, grad_gains)
 
 
-# Function.apply itself without its Python, which is for transforms of torch.func: with these, it is not called.
+# The C++ Function.apply, without its Python wrapper for torch.func transforms, under which it is not called.
 _apply = super(torch.autograd.Function, _Fused).apply
 
 
@@ -180,7 +179,7 @@ def of_used(
     statistics: Tensor,
     scales: Sequence[float],
 ) -> tuple[Any, ...]:
-    """(grads, weights, gains, statistics, scales) of the weights that take part."""
+    """(grads, weights, gains, statistics, scales) of the weights in `used`."""
     count = len(tensors) // 2
     weights, gains = tensors[:count], tensors[count:]
     if len(used) == count:
@@ -194,8 +193,8 @@ def of_used(
 def in_their_places(
     used: Sequence[int], tensors: Sequence[Tensor | None], grad_weights: Sequence[Tensor], grad_gains: Tensor
 ) -> list[Tensor | None]:
-    """The gradients of weights and gains, None for those that take no part. (Autograd drops what is not wanted, as long
-    as it belongs to a tensor.)"""
+    """The gradients of all weights and gains, None for those not in `used`. (Autograd drops gradients that are not
+    required, but accepts them only for tensors.)"""
     count = len(tensors) // 2
     results: list[Tensor | None] = [None] * (2 * count)
     rows = grad_gains.split([len(w) for w in grad_weights]) if len(used) != 1 else (grad_gains,)
@@ -214,7 +213,7 @@ def _differentiable_gradients(
     used: Sequence[int],
     wanted: Sequence[bool],
 ) -> list[Tensor | None]:
-    """Of weights and gains under create_graph: through the reference, which PyTorch can differentiate again."""
+    """Gradients under create_graph: through the reference, which PyTorch can differentiate again."""
     eps, scales, dtype = options[:3]
     count = len(tensors) // 2
     if not used:

@@ -1,4 +1,4 @@
-"""Which implementation serves a tensor: the one choice, a pure function of device and availability."""
+"""Backend selection: the one place that decides which implementation serves a tensor, by device and availability."""
 
 import contextlib
 import contextvars
@@ -27,15 +27,15 @@ _forced: contextvars.ContextVar[str | None] = contextvars.ContextVar("weightalig
 
 
 def backends() -> dict[str, str]:
-    """Name of each backend -> "available", or why it is not and what to do about it. Asks about every device, and so
-    initialises CUDA where there is one."""
+    """Name of each backend -> "available", or why it is not and what to do about it. Queries every device, and so
+    initialises CUDA if there is any."""
     return {name: state(name) for name in NAMES}
 
 
 @functools.cache
 def state(name: str) -> str:
-    """Of one backend: what serves CPU tensors is chosen without a question about CUDA, which would initialise it (after
-    that no fork can use it)."""
+    """State of one backend. Choosing one for CPU tensors does not query CUDA: that would initialise it, and forked
+    processes could not use it any more."""
     return {"cuda": _cuda, "cpu": _cpu, "triton": _triton, "reference": _reference}[name]()
 
 
@@ -84,7 +84,7 @@ def _triton() -> str:
 
 
 def _runs_on(capability: int) -> bool:
-    """Machine code serves later devices of the same major version; the last architecture's PTX all later ones."""
+    """Machine code runs on later devices of the same major version; the last architecture's PTX on all later ones."""
     compiled = library.architectures
     return capability >= compiled[-1] or any(a <= capability and a // 10 == capability // 10 for a in compiled)
 
@@ -106,13 +106,14 @@ if _environment is not None:
 
 @contextlib.contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Context in which `name` ("cuda", "cpu", "triton" or "reference") serves every call of this thread or task.
+    """Context in which backend `name` ("cuda", "cpu", "triton" or "reference") serves all calls of this thread or task.
 
-    The choice is read when a forward runs and kept for its backward. The environment variable WEIGHTALIGN_BACKEND,
-    read at import, does the same for a whole process.
+    The choice is made in the forward and kept for its backward. The environment variable WEIGHTALIGN_BACKEND, read at
+    import, does the same for the whole process.
 
     Raises:
-        ValueError: no backend has that name. A backend that cannot serve raises RuntimeError where it is called.
+        ValueError: if no backend has this name.
+        RuntimeError: not here but in the calls inside, if the backend cannot serve them.
     """
     token = _forced.set(check_name(name, "name"))
     before = _get_stashed()
@@ -124,13 +125,13 @@ def use_backend(name: str) -> Iterator[None]:
         _stash(before)
 
 
-# Autograd runs the backward of CUDA tensors, and the forward that checkpointing repeats in it, on threads of its own.
-# They know no context variables; what is stashed goes with the backward.
+# Autograd runs the backward of CUDA tensors, and the forward that checkpointing repeats in it, on its own threads,
+# where context variables are unset. Stashed objects are copied there.
 _STASH = "weightalign_backend"
 
 
 def _get_stashed() -> tuple[str | None, int]:
-    """The name, if one is forced, and the thread on which that was done."""
+    """The forced backend, if any, and the thread that forced it."""
     return get_object_in_tls(_STASH) if is_key_in_tls(_STASH) else (None, 0)
 
 
@@ -142,15 +143,14 @@ def _stash(name_and_thread: tuple[str | None, int]) -> None:
 
 @functools.cache
 def _kept(name: str | None, thread: int) -> tuple[str | None, int]:
-    """The one such pair, for good, with references to spare: torch 2.11 gives back now and then more than one for each
-    time that it was stashed."""
+    """The only such pair, immortal, with spare references: torch 2.11 sometimes releases more than one per stash."""
     pair = (name, thread)
     _give_references(pair, 1 << 14)
     return pair
 
 
 def _give_references(pair: Any, count: int) -> None:
-    """To torch 2.11, which stashes an object without a reference of its own, and gives one back all the same."""
+    """For torch 2.11, which stashes an object without taking a reference, but later releases one."""
     if not _torch_counts_references():
         for _ in range(count):
             ctypes.pythonapi.Py_IncRef(ctypes.py_object(pair))
@@ -158,7 +158,7 @@ def _give_references(pair: Any, count: int) -> None:
 
 @functools.cache
 def _torch_counts_references() -> bool:
-    """Asked once, of an object that nobody else has: other threads change the count of any other meanwhile."""
+    """Whether stashing takes a reference; tested once, on an object that no other thread can see."""
     probe = (object(),)
     count = sys.getrefcount(probe)
     stash_object_in_tls(f"{_STASH}_probe", probe)
@@ -169,11 +169,11 @@ def _torch_counts_references() -> bool:
 
 
 def choose(device_type: str) -> str:
-    """The backend that serves tensors of this device now. A compiled function keeps what it was traced with."""
+    """The backend for tensors on this device type now. A compiled function keeps the one it was traced with."""
     forced = _forced.get()
     if forced is None and is_key_in_tls(_STASH):
         name, thread = _get_stashed()
-        forced = name if thread != threading.get_ident() else None  # on its own thread the variable says it
+        forced = name if thread != threading.get_ident() else None  # on its own thread the context variable decides
     forced = forced or _environment
     key = forced, device_type
     backend = _known.get(key)
@@ -200,17 +200,17 @@ def _check_serves(name: str, device_type: str) -> str:
 
 
 def serving(device_type: str) -> Any:
-    """What has the ops, as functions of their names, of the backend that serves the device."""
+    """The ops of the backend for this device type, as attributes."""
     backend = choose(device_type)
     return reference if backend == "reference" else schemas.in_triton if backend == "triton" else schemas.native
 
 
 def run(op: str, device_type: str, *arguments: Any) -> Any:
-    """The forward op of this name on the backend that serves the device."""
+    """Calls the forward op of this name on the backend for this device type."""
     if is_compiling():
         return getattr(reference if is_onnx_program() else serving(device_type), op)(*arguments)
     served = serving(device_type)
     if served is reference:
         return getattr(reference, op)(*arguments)
-    # Eager code calls what is registered at the Autograd key, which spares it a way through the dispatcher.
+    # Eager code calls the Autograd kernel directly, which skips one dispatcher round trip.
     return getattr(autograd, op)(served, *arguments)

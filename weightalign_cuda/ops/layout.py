@@ -9,12 +9,12 @@ CHANNELS_LAST_RANK = {torch.channels_last: 4, torch.channels_last_3d: 5}
 
 
 def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
-    """What sums are formed in and statistics kept in, for tensors of this dtype."""
+    """Dtype of sums and statistics, for tensors of this dtype."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def is_dense(t: Tensor) -> bool:
-    """Whether the elements fill one block of memory, each once, in any order of the dimensions."""
+    """Whether the elements fill one block of memory without gaps or overlaps, in any order of the dimensions."""
     expected = 1
     for stride, size in sorted((s, n) for s, n in zip(t.stride(), t.shape, strict=True) if n != 1):
         if stride != expected:
@@ -24,8 +24,8 @@ def is_dense(t: Tensor) -> bool:
 
 
 def looks_channels_last(t: Tensor) -> bool:
-    """Whether strides are like those of channels_last or channels_last_3d, dense or not; where they are like those of
-    a contiguous tensor, too, they count as that. (The rule of torch's convolutions.)"""
+    """Whether the strides are ordered as in channels_last(_3d), dense or not; if they are also ordered as in a
+    contiguous tensor, they count as contiguous. (The rule of torch's convolutions.)"""
     least = 0
     if t.stride(1) == 0:
         return False
@@ -38,14 +38,15 @@ def looks_channels_last(t: Tensor) -> bool:
 
 
 def memory_order(t: Tensor) -> list[int]:
-    """t's dimensions, outermost first in memory; as they come if t is not dense."""
+    """t's dimensions, outermost first in memory; in their given order if t is not dense."""
     dims, strides, shape = list(range(t.dim())), t.stride(), t.shape
-    # Of two dimensions with one stride the inner one has size 1: then a result in this order has t's very strides.
+    # Of two dimensions with equal strides the inner one has size 1: a result in this order then has exactly t's
+    # strides.
     return sorted(dims, key=lambda d: (-strides[d], shape[d] == 1)) if is_dense(t) else dims
 
 
 def padded_shape(shape: Sequence[int], padding: Sequence[int], sign: int = 1) -> list[int]:
-    """(N, C, spatial...) with `padding`, (before, after) of each spatial dimension, added; with sign -1, taken off."""
+    """(N, C, spatial...) plus `padding`, (before, after) of each spatial dimension; minus it if sign is -1."""
     added = [before + after for before, after in zip(padding[::2], padding[1::2], strict=True)]
     return [*shape[:2], *(size + sign * more for size, more in zip(shape[2:], added, strict=True))]
 
@@ -53,9 +54,9 @@ def padded_shape(shape: Sequence[int], padding: Sequence[int], sign: int = 1) ->
 def empty_result(
     t: Tensor, dtype: torch.dtype, memory_format: torch.memory_format, like: Tensor | None = None
 ) -> Tensor:
-    """An uninitialised tensor of t's shape: in `memory_format` (ranks it does not name keep theirs), else in t's own
-    strides if they are dense, else contiguous; contiguous, too, if it has no elements. On the device of `like`, by
-    default t, and batched by vmap as that is."""
+    """An uninitialised tensor of t's shape: in `memory_format` if it applies to this rank, else with t's strides if
+    they are dense, else contiguous; contiguous, too, if it has no elements. Device and vmap batching are those of
+    `like`, by default t."""
     like = t if like is None else like
     named = CHANNELS_LAST_RANK.get(memory_format) == t.dim()
     if not named and memory_format != torch.contiguous_format and t.numel() and is_dense(t):

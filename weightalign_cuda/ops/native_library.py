@@ -1,4 +1,4 @@
-"""Finds and loads the one native library, which lies in the package's folder when installed."""
+"""Loads the native library, which is installed in the package's folder."""
 
 import ctypes
 import pathlib
@@ -18,9 +18,9 @@ class Library:
     error: str | None = None
     architectures: tuple[int, ...] = ()  # of its CUDA kernels: 90 is sm_90
     cuda_runtime: int = 0  # 13000 is CUDA 13.0; 0: built without CUDA
-    # The newest runtime that this machine's driver serves; 0: no driver. Asking initialises CUDA.
+    # The newest runtime that this machine's driver supports; 0: no driver. Calling it initialises CUDA.
     cuda_driver: Callable[[], int] = lambda: 0
-    # The instruction set of the CPU kernels that serve here: "avx2"; or what is wrong with WEIGHTALIGN_CPU.
+    # The instruction set of the CPU kernels in use, such as "avx2"; or what is wrong with WEIGHTALIGN_CPU.
     cpu_kernels: Callable[[], str] = lambda: "none"
 
 

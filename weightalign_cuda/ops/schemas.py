@@ -1,16 +1,16 @@
 """The registered ops: schemas and fake kernels, in two sets. The native library implements the first one for CPU and
-CUDA tensors; where it does not, the reference does. The second, triton_*, is the Triton backend's: the set that ran
-forward runs backward, in compiled and exported graphs too.
+CUDA tensors, otherwise the reference does. The second, triton_*, belongs to the Triton backend. The backward uses the
+set of the forward, in compiled and exported graphs, too.
 
-All take a list of weights, and a layer alone is a list of one. `statistics`, (filters of the whole list, 2), holds
-mean and 1 / sqrt(n/2 * var + eps) of each filter, float32 (float64 for float64 weights); the gain gradients of the
-whole list are one tensor (filters,) of the same dtype.
+All take a list of weights; a single layer is a list of one. `statistics`, (filters of the whole list, 2), holds mean
+and 1 / sqrt(n/2 * var + eps) of each filter, float32 (float64 for float64 weights); the gain gradients of the whole
+list are one tensor (filters,) of the same dtype.
 
 prepare_* do what align_* do and, in the same launch, prepare a convolution's input (N, C, spatial...): activation, cast
 to `dtype`, padding, and layout: channels_last(_3d) if that is `memory_format` and fits the rank, else contiguous.
-`padding` holds before and after for each spatial dimension; `padding_mode` and `activation` are the places of their
-names in `reference.prepare` and `reference.activations`. `saved`: what the activation's derivative comes from, the
-prepared input or the input; nothing without an activation.
+`padding` holds before and after for each spatial dimension; `padding_mode` and `activation` are indices into
+`reference.prepare.PADDING_MODES` and `reference.activations.ACTIVATIONS`. `saved`: what the activation's derivative is
+computed from, the prepared input or the input; None without an activation.
 `input_order`: the dimensions of the input's gradient, outermost first in memory.
 """
 
@@ -47,7 +47,7 @@ class OpSet(NamedTuple):
 
 def _in_triton(name: str) -> Callable[..., Any]:
     def implementation(*arguments: Any) -> Any:
-        from .triton import ops  # not before it is needed: Triton may be absent, and takes its time
+        from .triton import ops  # lazily: Triton may be missing, and is slow to import
 
         return getattr(ops, name)(*arguments)
 

@@ -1,4 +1,4 @@
-"""Activations of a convolution's input in plain PyTorch, and the names by which users know them."""
+"""Activations of a convolution's input in plain PyTorch, and their public names."""
 
 import math
 from collections.abc import Callable
@@ -9,12 +9,12 @@ from torch import Tensor
 
 
 class Activation(NamedTuple):
-    """To add one: a line here, and one in csrc/common/activations.h and in ..triton.activations. Its value at 0 must be
-    0, for some kernels pad before they activate and some after."""
+    """To add one: a line here, one in csrc/common/activations.h and one in ..triton.activations. f(0) must be 0: some
+    kernels pad before the activation, some after."""
 
     value: Callable[[Tensor], Tensor]
-    derivative: Callable[[Tensor], Tensor]  # at the input
-    is_from_result: bool = False  # whether it is the same at the result, which the convolution keeps alive anyway
+    derivative: Callable[[Tensor], Tensor]  # as a function of the input
+    is_from_result: bool = False  # whether it is the same function of the result, which the convolution saves
 
 
 def _silu_derivative(x: Tensor) -> Tensor:
@@ -23,7 +23,7 @@ def _silu_derivative(x: Tensor) -> Tensor:
 
 
 def _gelu_derivative(x: Tensor) -> Tensor:
-    """Of x * Phi(x), Phi the standard normal distribution."""
+    """Derivative of x * Phi(x), where Phi is the standard normal CDF."""
     return (1 + (x * 0.5**0.5).erf()) / 2 + x * (x.square() / -2).exp() * (2 * math.pi) ** -0.5
 
 
@@ -37,11 +37,11 @@ _ACTIVATIONS = {
     "gelu": Activation(F.gelu, _gelu_derivative),
     "hardswish": Activation(F.hardswish, _hardswish_derivative),
 }
-ACTIVATIONS = (None, *_ACTIVATIONS)  # the ops know them by number
+ACTIVATIONS = (None, *_ACTIVATIONS)  # the ops use the indices
 
 
 def find(number: int) -> Activation | None:
-    """The activation of this number; None for none."""
+    """The activation with this number; None for 0."""
     name = ACTIVATIONS[number]
     return None if name is None else _ACTIVATIONS[name]
 

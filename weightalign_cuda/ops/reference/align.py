@@ -1,5 +1,5 @@
-"""WeightAlign in plain PyTorch, written like the formula: what is right, for every device, differentiable any number of
-times (Shi, Li, Liu, van Gemert, "WeightAlign", arXiv 2010.07160, eq. 10)."""
+"""WeightAlign in plain PyTorch, written like the formula: the reference for all backends, on every device,
+differentiable any number of times (Shi, Li, Liu, van Gemert, "WeightAlign", arXiv 2010.07160, eq. 10)."""
 
 from collections.abc import Sequence
 
@@ -13,8 +13,8 @@ from ..layout import empty_result, statistics_dtype
 def moments(weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """Mean, deviations and 1 / sqrt(n/2 * var + eps) of each filter, (K, 1, ...), (K, ...), (K, 1, ...).
 
-    The mean is taken relative to the filter's first value, so that it is exact for a constant filter; and what rounding
-    left of it in the deviations is subtracted as well (mean 1e4, deviation 1e-3 in float32).
+    The mean is computed relative to the filter's first value, so that it is exact for a constant filter; its rounding
+    error, the mean of the deviations, is then subtracted, too (e.g. mean 1e4, deviation 1e-3 in float32).
     """
     w = weight.to(statistics_dtype(weight.dtype))
     dims = tuple(range(1, w.dim()))
@@ -27,7 +27,7 @@ def moments(weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     rest = (w - mean).mean(dims, keepdim=True)
     deviations = w - mean - rest
     var = deviations.square().mean(dims, keepdim=True)
-    # Not rsqrt, whose derivative cubes it: 0 in float32 from deviations of 1e12 on.
+    # Not rsqrt: its derivative cubes it, which underflows to 0 in float32 for deviations of 1e12 and more.
     return mean + rest, deviations, 1 / (n / 2 * var + eps).sqrt()
 
 

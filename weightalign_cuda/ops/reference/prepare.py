@@ -1,5 +1,5 @@
-"""A convolution's input in plain PyTorch: activation, cast, padding, layout, the gradient of all that; and the ops
-that do this beside an alignment."""
+"""Preparation of a convolution's input in plain PyTorch (activation, cast, padding, layout), its gradient, and the ops
+that combine it with an alignment."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -13,18 +13,18 @@ from ..layout import empty_in, empty_permuted, statistics_dtype
 from .activations import ACTIVATIONS, activate, find
 from .align import align_backward, align_forward
 
-PADDING_MODES = ("zeros", "reflect", "replicate", "circular")  # the ops know them by number
+PADDING_MODES = ("zeros", "reflect", "replicate", "circular")  # the ops use the indices
 
 
 def at_most(padding_mode: str, size: int, wanted: int) -> int:
-    """How many of `wanted` places a dimension of `size` can be padded by."""
+    """The most padding that the mode allows for a dimension of `size`; `wanted` if it has no limit."""
     return {"zeros": wanted, "reflect": max(size - 1, 0), "circular": size, "replicate": wanted if size else 0}[
         padding_mode
     ]
 
 
 def pad(x: Tensor, padding: Sequence[int], mode: str) -> Tensor:
-    """padding: before and after of each spatial dimension, the first one first."""
+    """padding: before and after of each spatial dimension, in their order."""
     pairs = zip(padding[-2::-2], padding[::-2], strict=True)  # F.pad begins with the last dimension
     return F.pad(x, [p for pair in pairs for p in pair], mode="constant" if mode == "zeros" else mode)
 
@@ -42,7 +42,7 @@ def prepare_input(
     if wants_plain_operations():
         return pad(x, padding, PADDING_MODES[padding_mode]).to(dtype)
     if any(padding):
-        # F.pad refuses to reflect or repeat where there is no element; zeros then come to the same.
+        # F.pad cannot reflect or repeat if there are no elements; zeros then give the same result.
         x = pad(x, padding, "zeros" if input.numel() == 0 else PADDING_MODES[padding_mode])
     return empty_in(x, x.shape, dtype, memory_format).copy_(x)
 
@@ -56,12 +56,12 @@ def prepare_input_backward(
     padding_mode: int,
     activation: int,
 ) -> Tensor:
-    """The gradient of `prepare_input`'s input, from the same operations as a kernel has: no scatter, a fixed order.
+    """Gradient of `prepare_input`'s input, by the same operations as in the kernels: no scatter, fixed order.
 
     Args:
         grad: of the prepared input, any dtype and strides.
-        saved: what the activation's derivative comes from, the prepared input or the input; None without activation.
-        input_dtype, input_order: of the result: its dtype, and its dimensions outermost first in memory.
+        saved: source of the activation's derivative, the prepared input or the input; None without an activation.
+        input_dtype, input_order: of the result: its dtype, and its dimensions, outermost first in memory.
     """
     g = grad.to(statistics_dtype(input_dtype))
     pairs = list(zip(padding[::2], padding[1::2], strict=True))
@@ -72,13 +72,13 @@ def prepare_input_backward(
             for dim, (before, _) in enumerate(pairs, start=2):
                 saved = saved.narrow(dim, before, g.shape[dim])  # type: ignore[union-attr]
         derivative = formula.derivative(saved.to(g.dtype))  # type: ignore[union-attr]
-        # A gradient that meets a derivative of 0 becomes 0 whatever it is.
+        # Where the derivative is 0 the result is 0, even if the gradient is inf or nan.
         g = (g * derivative).where(derivative != 0, 0)
     return empty_permuted(g, g.shape, input_order, input_dtype).copy_(g)
 
 
 def _unpad(g: Tensor, dim: int, before: int, after: int, mode: str) -> Tensor:
-    """Along one dimension: the gradient of the interior, plus that of its copies in the borders."""
+    """Gradient of the interior along one dimension, plus that of its copies in the padding."""
     size = g.shape[dim] - before - after
     head, interior, tail = g.split([before, size, after], dim)
     if mode == "zeros" or before == after == 0:

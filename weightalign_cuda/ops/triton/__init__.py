@@ -1,1 +1,1 @@
-"""The ops by Triton's kernels. Nothing here is imported before Triton serves."""
+"""The Triton backend. Nothing here is imported before it is used."""

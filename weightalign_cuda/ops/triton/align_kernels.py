@@ -1,15 +1,15 @@
 # mypy: ignore-errors
-"""WeightAlign in Triton: the programs that align filters, and those of the backward.
+"""WeightAlign in Triton: the forward and backward programs.
 
-A launch works through a table in device memory, one row of int64 numbers (`Task`) for each tensor; a program takes as
-many filters of one tensor as make a tile of FILTERS[i] x WIDTHS[i] values, the narrowest that is as wide as a filter. A
-filter is read once, kept in registers through its sums, and written once, in 16-byte accesses where its length and all
-addresses allow. Longer ones than the last width are read in parts for the sums, and a second time to be written. No sum
-crosses programs: a fixed order, and no atomics.
+A launch reads a table in device memory, one row of int64 values (`Task`) for each tensor. A program takes FILTERS[i]
+filters of one tensor as a tile of FILTERS[i] x WIDTHS[i] values, the narrowest that holds a filter. A filter is read
+once, kept in registers for its sums, and written once, in 16-byte accesses if its length and all addresses allow.
+Filters longer than the last width are read in parts for the sums, and again for the output. No sum spans programs:
+fixed order, no atomics.
 
-Why those shapes: up to 4096 values are 16 for each of a program's 256 threads, and at two or more programs a
-multiprocessor 32 KB in flight, enough for an H100's latency; narrow tiles are smaller, for each filter takes registers
-of its own. Steps of four leave at most three lanes in four without a value, and those access nothing.
+Why these shapes: up to 4096 values are 16 for each of a program's 256 threads and, at two or more programs per
+multiprocessor, 32 KB in flight, enough to hide an H100's latency; narrow tiles are smaller, as each filter needs
+registers of its own. Widths in steps of four leave at most three of four lanes idle, and masked lanes access no memory.
 """
 
 from typing import NamedTuple
@@ -21,18 +21,18 @@ WARPS = 8
 WIDTHS = tl.constexpr((64, 256, 1024, 4096))
 FILTERS = tl.constexpr((16, 8, 4, 1, 1))
 LONG = tl.constexpr(4)  # the `shape` of filters longer than the last width
-WIDE = tl.constexpr(8)  # filters of so many values, or a multiple, are read 16 bytes at a time where addresses allow
+WIDE = tl.constexpr(8)  # filters of a multiple of this many values use 16-byte accesses if addresses allow
 GAIN_TYPES = tl.constexpr((tl.float32, tl.float16, tl.bfloat16, tl.float64))
 
 
 class Task(NamedTuple):
-    """One weight of `filters` rows of n values, a row being one filter, contiguous in memory."""
+    """One weight of `filters` rows of n values; a row is one filter, contiguous in memory."""
 
-    weight: int  # addresses; grad only backward, gain 0: none
+    weight: int  # addresses; grad: backward only; gain: 0 for none
     grad: int
-    out: int  # forward the aligned weight, backward the weight's gradient
+    out: int  # forward: the aligned weight; backward: the weight's gradient
     gain: int
-    gain_type: int  # place in GAIN_TYPES
+    gain_type: int  # index into GAIN_TYPES
     gain_stride: int
     eps: int  # bits of a float64
     scale: int
@@ -40,9 +40,9 @@ class Task(NamedTuple):
     filters: int
     first_filter: int  # this weight's first row in the list's statistics and gain gradients
     first_program: int
-    columns: int  # not 0: the aligned side is transposed against the weight, whose filter is the matrix (n/columns,
-    #               columns), as between contiguous and channels_last
-    shape: int  # place in WIDTHS, or LONG
+    columns: int  # if not 0, the aligned side is the transpose of the weight, whose filter is the matrix
+    #               (n/columns, columns), as between contiguous and channels_last
+    shape: int  # index into WIDTHS, or LONG
     is_wide: int
 
 
@@ -66,13 +66,13 @@ def real(row, NAME: tl.constexpr, ACC: tl.constexpr):
 
 @triton.jit
 def multiple(n, IS_WIDE: tl.constexpr):
-    """n itself. Where it is a multiple of WIDE, the compiler now knows."""
+    """n itself, in a form that tells the compiler that it is a multiple of WIDE, if it is."""
     return n // WIDE * WIDE if IS_WIDE else n
 
 
 @triton.jit
 def rows_of(row, NAME: tl.constexpr, k, n, TYPE: tl.constexpr, IS_WIDE: tl.constexpr):
-    """Where the values of filters k begin, (ROWS, 1)."""
+    """Pointers to the first values of filters k, (ROWS, 1)."""
     first = number(row, NAME).to(tl.pointer_type(TYPE))
     if IS_WIDE:
         first = tl.multiple_of(first, 16)
@@ -81,7 +81,7 @@ def rows_of(row, NAME: tl.constexpr, k, n, TYPE: tl.constexpr, IS_WIDE: tl.const
 
 @triton.jit
 def inverse(x):
-    """1 / x to the nearest; of float32 `/` would be an approximation."""
+    """1 / x, correctly rounded; for float32 `/` would be approximate."""
     if x.dtype == tl.float64:
         y = 1.0 / x
     else:
@@ -107,8 +107,8 @@ def filters_of(row, ROWS: tl.constexpr):
 
 @triton.jit
 def part_of(begin, n, WIDTH: tl.constexpr, IS_WIDE: tl.constexpr):
-    """Of a filter from `begin` on: positions (1, WIDTH), which of them exist, and how many. (32 bits each: positions of
-    64 would be half of all registers.)"""
+    """The part of a filter from `begin` on: positions (1, WIDTH), which of them exist, and how many. (int32: positions
+    in int64 would take half of all registers.)"""
     position = tl.arange(0, WIDTH)[None, :]
     count = multiple(tl.minimum(n - begin, WIDTH).to(tl.int32), IS_WIDE)
     return position, position < count, count
@@ -121,7 +121,7 @@ def load(pointers, exists, ACC: tl.constexpr):
 
 @triton.jit
 def transposed(row, position, n):
-    """Where a position of the weight's filter lies on the aligned side."""
+    """Maps positions in the weight's filter to the aligned side."""
     columns = number(row, "columns").to(tl.int32)
     return (position % columns) * (n.to(tl.int32) // columns) + position // columns
 
@@ -144,7 +144,7 @@ def mean_above(x, level, is_value, count):
 
 @triton.jit
 def moments(x, reference, is_value, count):
-    """Of x - reference: the mean, and the sum of squares about it."""
+    """The mean of x - reference, and the sum of squared deviations from it."""
     rest = mean_above(x, reference, is_value, count)
     deviations = tl.where(is_value, x - reference[:, None] - rest[:, None], 0.0)
     return rest, tl.sum(deviations * deviations, 1)
@@ -165,12 +165,11 @@ def forward_on_chip(
     row, statistics, WEIGHT: tl.constexpr, ALIGNED: tl.constexpr, ACC: tl.constexpr,
     ROWS: tl.constexpr, WIDTH: tl.constexpr, IS_WIDE: tl.constexpr,
 ):  # fmt: skip
-    """A tile of whole filters: read once, written once, scattered within each filter where the aligned side is
-    transposed.
+    """A tile of whole filters: read once, written once, scattered within each filter if the aligned side is transposed.
 
-    The mean is that of the differences to the filter's first value, so that it is exact for a constant filter, whose
-    deviations are then exactly 0; and what rounding left of it in the deviations is subtracted as well (mean 1e4,
-    deviation 1e-3).
+    The mean is computed relative to the filter's first value, so that it is exact for a constant filter, whose
+    deviations are then exactly 0; its rounding error, the mean of the deviations, is then subtracted, too (e.g. mean
+    1e4, deviation 1e-3).
     """
     n = multiple(number(row, "n"), IS_WIDE)
     k, is_filter = filters_of(row, ROWS)
@@ -180,8 +179,8 @@ def forward_on_chip(
     x, pivot = load(weight + position, is_value, ACC), load(tl.reshape(weight, [ROWS]), is_filter, ACC)
     mean = pivot + mean_above(x, pivot, is_value, count)
     rest, squares = moments(x, mean, is_value, count)
-    slope = finish_forward(row, statistics, k, is_filter, mean + rest, squares, ACC)
-    y = ((x - mean[:, None] - rest[:, None]) * slope[:, None]).to(ALIGNED)
+    factor = finish_forward(row, statistics, k, is_filter, mean + rest, squares, ACC)
+    y = ((x - mean[:, None] - rest[:, None]) * factor[:, None]).to(ALIGNED)
     out = rows_of(row, "out", k, n, ALIGNED, IS_WIDE)
     if number(row, "columns") == 0:
         tl.store(out + position, y, mask=is_value)
@@ -195,7 +194,7 @@ def forward_in_parts(
     WIDTH: tl.constexpr, IS_WIDE: tl.constexpr,
 ):  # fmt: skip
     """One long filter: moments of each part about the first part's mean, merged in order (Chan et al.) in float64, a
-    few operations a part; then each part again, to be written."""
+    few operations per part; then each part is read again and written."""
     n = multiple(number(row, "n"), IS_WIDE)
     k, is_filter = filters_of(row, 1)
     weight = rows_of(row, "weight", k, n, WEIGHT, IS_WIDE)
@@ -212,11 +211,11 @@ def forward_in_parts(
         rest += delta * share
         squares += part_squares + delta * delta * share * begin
     rest = rest.to(ACC)
-    slope = finish_forward(row, statistics, k, is_filter, mean + rest, squares.to(ACC), ACC)
+    factor = finish_forward(row, statistics, k, is_filter, mean + rest, squares.to(ACC), ACC)
     out = rows_of(row, "out", k, n, ALIGNED, IS_WIDE)
     for begin in range(0, n, WIDTH):
         position, is_value, _ = part_of(begin, n, WIDTH, IS_WIDE)
-        y = (load(weight + begin + position, is_value, ACC) - mean[:, None] - rest[:, None]) * slope[:, None]
+        y = (load(weight + begin + position, is_value, ACC) - mean[:, None] - rest[:, None]) * factor[:, None]
         tl.store(out + begin + position, y.to(ALIGNED), mask=is_value)
 
 
@@ -241,13 +240,13 @@ def load_statistics(row, statistics, k, is_filter):
 
 @triton.jit
 def sums_of(d, g):
-    """Over each filter: of w - mean, of G and of their product."""
+    """Sums over each filter: of w - mean, of G and of their product."""
     return tl.sum(d, 1), tl.sum(g, 1), tl.sum(d * g, 1)
 
 
 @triton.jit
 def finish_backward(row, grad_gain, k, is_filter, sums, n, rstd, ACC: tl.constexpr):
-    """Stores the gain's gradient; returns what `gradient` takes, the first being what rounding left in the mean."""
+    """Stores the gain's gradient; returns the coefficients for `gradient`, first the rounding error of the mean."""
     sum_d, sum_g, sum_dg = sums
     per_value = inverse(n.to(sum_d.dtype))
     rest, g_mean = sum_d * per_value, sum_g * per_value
@@ -258,8 +257,8 @@ def finish_backward(row, grad_gain, k, is_filter, sums, n, rstd, ACC: tl.constex
 
 
 @triton.jit
-def gradient(d, g, slopes):
-    rest, g_mean, along, factor = slopes
+def gradient(d, g, coefficients):
+    rest, g_mean, along, factor = coefficients
     return ((g - g_mean[:, None]) - (d - rest[:, None]) * along[:, None]) * factor[:, None]
 
 
@@ -281,14 +280,14 @@ def backward_on_chip(
         g = load(grad + transposed(row, position, n), is_value, ACC)
     w = load(rows_of(row, "weight", k, n, WEIGHT, IS_WIDE) + position, is_value, ACC)
     d = tl.where(is_value, w - mean[:, None], 0.0)
-    slopes = finish_backward(row, grad_gain, k, is_filter, sums_of(d, g), n, rstd, ACC)
+    coefficients = finish_backward(row, grad_gain, k, is_filter, sums_of(d, g), n, rstd, ACC)
     out = rows_of(row, "out", k, n, WEIGHT, IS_WIDE)
-    tl.store(out + position, gradient(d, g, slopes).to(WEIGHT), mask=is_value)
+    tl.store(out + position, gradient(d, g, coefficients).to(WEIGHT), mask=is_value)
 
 
 @triton.jit
 def load_part(weight, grad, begin, n, mean, ACC: tl.constexpr, WIDTH: tl.constexpr, IS_WIDE: tl.constexpr):
-    """Of a long filter, from `begin` on: positions, which of them exist, w - mean and G."""
+    """The part of a long filter from `begin` on: positions, which of them exist, w - mean and G."""
     position, is_value, _ = part_of(begin, n, WIDTH, IS_WIDE)
     w, g = load(weight + begin + position, is_value, ACC), load(grad + begin + position, is_value, ACC)
     return position, is_value, tl.where(is_value, w - mean[:, None], 0.0), g
@@ -299,7 +298,7 @@ def backward_in_parts(
     row, statistics, grad_gain, WEIGHT: tl.constexpr, ALIGNED: tl.constexpr, ACC: tl.constexpr,
     WIDTH: tl.constexpr, IS_WIDE: tl.constexpr,
 ):  # fmt: skip
-    """One long filter: the sums of its parts added in order in float64, then each part again, to be written."""
+    """One long filter: the sums of its parts, added in order in float64; then each part is read again and written."""
     n = multiple(number(row, "n"), IS_WIDE)
     k, is_filter = filters_of(row, 1)
     mean, rstd = load_statistics(row, statistics, k, is_filter)
@@ -309,16 +308,16 @@ def backward_in_parts(
         _, _, d, g = load_part(weight, grad, begin, n, mean, ACC, WIDTH, IS_WIDE)
         part_d, part_g, part_dg = sums_of(d, g)
         sum_d, sum_g, sum_dg = sum_d + part_d, sum_g + part_g, sum_dg + part_dg
-    slopes = finish_backward(row, grad_gain, k, is_filter, (sum_d, sum_g, sum_dg), n, rstd, ACC)
+    coefficients = finish_backward(row, grad_gain, k, is_filter, (sum_d, sum_g, sum_dg), n, rstd, ACC)
     out = rows_of(row, "out", k, n, WEIGHT, IS_WIDE)
     for begin in range(0, n, WIDTH):
         position, is_value, d, g = load_part(weight, grad, begin, n, mean, ACC, WIDTH, IS_WIDE)
-        tl.store(out + begin + position, gradient(d, g, slopes).to(WEIGHT), mask=is_value)
+        tl.store(out + begin + position, gradient(d, g, coefficients).to(WEIGHT), mask=is_value)
 
 
 @triton.jit
 def align_backward(row, statistics, grad_gain, WEIGHT: tl.constexpr, ALIGNED: tl.constexpr, ACC: tl.constexpr):
-    """With x = (w - mean) * rstd and G the gradient of the aligned weight, of this program's filters
+    """For this program's filters, with x = (w - mean) * rstd and G the gradient of the aligned weight:
 
     d gain = scale * sum(G x),  d w = scale * gain * rstd * (G - mean(G) - x * sum(G x) / 2).
     """

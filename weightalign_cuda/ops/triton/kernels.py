@@ -1,8 +1,8 @@
 # mypy: ignore-errors
-"""The two launches: align_forward and align_backward of a list of weights, each beside a tile-wise preparation of one
-convolution's input if there is one (FROM is then its dtype).
+"""The two kernels: align_forward and align_backward of a list of weights, each optionally together with a tile-wise
+preparation of one convolution's input (FROM is then its dtype).
 
-table: the input's numbers, if there is one; for each program of the weights, where its row begins; the rows.
+table: the input's fields, if there is one; for each program of the weights, the offset of its row; the rows.
 """
 
 import triton
@@ -20,7 +20,7 @@ def forward(
     FROM_BY_CHANNELS: tl.constexpr = None, TO_BY_CHANNELS: tl.constexpr = None,
     CHANNELS: tl.constexpr = None, POSITIONS: tl.constexpr = None,
 ):  # fmt: skip
-    """Aligned weights and statistics (filters, 2); the prepared input. See the programs for what each does."""
+    """Aligned weights and statistics (filters, 2); the prepared input. See the functions it calls."""
     program = tl.program_id(0)
     if FROM is None:
         align_forward(table + tl.load(table + program), statistics, WEIGHT, ALIGNED, ACC)
@@ -42,7 +42,7 @@ def backward(
     SAVED_BY_CHANNELS: tl.constexpr = None, SAVED_IS_RESULT: tl.constexpr = None,
     CHANNELS: tl.constexpr = None, POSITIONS: tl.constexpr = None,
 ):  # fmt: skip
-    """Gradients of weights and gains (filters,); that of the input."""
+    """Gradients of weights and gains (filters,); gradient of the input."""
     program = tl.program_id(0)
     if FROM is None:
         align_backward(table + tl.load(table + program), statistics, grad_gain, WEIGHT, ALIGNED, ACC)

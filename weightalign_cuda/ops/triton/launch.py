@@ -1,10 +1,10 @@
-"""One launch of Triton's kernels for a list of weights, and for a convolution's input beside them: the table it reads.
+"""Launches Triton's kernels for a list of weights and, optionally, a convolution's input; builds the table they read.
 
-What a list costs: a row and a look-up, some 10 microseconds of Python for each tensor; and where an address, a shape or
-a constant differs from every call before, the table is built and copied to the device, from pinned memory and in stream
-order, so that nothing waits. Training repeats its addresses step for step: the copies cease after a few. While a CUDA
-graph is captured, each call's copy becomes a part of the graph, whose replays read the host's table again: that one is
-kept for good, and no table of an earlier call is used, since it may be dropped before the graph is.
+Host cost: a row and a lookup, some 10 microseconds of Python per tensor. If an address, shape or constant differs from
+all previous calls, the table is built and copied to the device, from pinned memory and in stream order, so that nothing
+waits. Training repeats its addresses in each step: the copies cease after a few. During CUDA graph capture each call's
+copy becomes part of the graph, whose replays read the host's table again: that one is kept forever, and no cached table
+is used, since it may be dropped before the graph is.
 """
 
 import contextlib
@@ -31,7 +31,7 @@ TYPES = {
     torch.bfloat16: tl.bfloat16,
     torch.float64: tl.float64,
 }
-# For each accumulation type. Two programs of 256 threads and 128 registers fit on a multiprocessor; of itself ptxas
+# For each accumulation type. Two programs of 256 threads and 128 registers fit on a multiprocessor; by default ptxas
 # may choose fewer, and spill (sm_100).
 OPTIONS = {
     torch.float32: {"num_warps": WARPS, "maxnreg": 128},
@@ -41,21 +41,21 @@ IS_INTERPRETED = not isinstance(kernels.forward, triton.JITFunction)
 TABLES_KEPT = 4096  # several for each layer of a large model, 512 bytes or more each
 MOST_PROGRAMS = 2**31 - 1
 
-_recorded: list[Tensor] = []  # the tables that graphs read
-_interpreter = threading.Lock()  # Triton's has room for one launch
+_recorded: list[Tensor] = []  # the host tables that CUDA graphs read
+_interpreter = threading.Lock()  # Triton's runs one launch at a time
 
 
 class InputWork(NamedTuple):
-    """A convolution's input: its numbers in the table after the first one, its programs, the kernel's constants."""
+    """A convolution's input: its table fields after the first one, its programs, the kernel's constants."""
 
-    tensor: Tensor | None = None  # whose device and dtype must suit the weights
+    tensor: Tensor | None = None  # must be compatible with the weights in device and dtype
     numbers: tuple[int, ...] = ()
     programs: int = 0
     constants: tuple[tuple[str, Any], ...] = ()
 
 
 def check(condition: bool, message: str) -> None:
-    """For whoever calls the ops themselves: users' arguments have been checked before."""
+    """For direct calls of the ops; arguments of the public functions have been checked before."""
     if not condition:
         raise RuntimeError(message)
 
@@ -67,8 +67,7 @@ def check_dtypes(*dtypes: torch.dtype) -> None:
 
 
 class Launch:
-    """Of one op call: the rows of its table. Where dtypes are mixed, one launch for each pair of weight's and aligned
-    weight's."""
+    """The table rows of one op call. With mixed dtypes, one launch for each pair of weight and aligned dtype."""
 
     def __init__(self, weights: Sequence[Tensor], gains: Sequence[Tensor | None], input: InputWork) -> None:
         check(len(gains) == len(weights), "gains: want one gain or None for each weight")
@@ -97,7 +96,7 @@ class Launch:
         self._first_filter = 0
 
     def per_filter(self, *width: int) -> Tensor:
-        """(filters, *width) of the accumulation type; zeros where a filter may have no values."""
+        """(filters, *width) of the accumulation type; zeros if filters may have no values."""
         create = torch.zeros if self._has_empty else torch.empty
         return create((self.filters, *width), dtype=statistics_dtype(self.dtype), device=self.device)
 
@@ -111,7 +110,7 @@ class Launch:
         scale: float,
         columns: int,
     ) -> None:
-        """A row. weight: its filters contiguous; `columns` as in Task."""
+        """Adds a row. weight: with contiguous filters; columns: as in Task."""
         filters, n = weight.shape[0], weight.shape[1:].numel()
         first_filter, self._first_filter = self._first_filter, self._first_filter + filters
         if filters == 0 or n == 0:
@@ -139,7 +138,7 @@ class Launch:
         self._kept += (weight, grad, out)
 
     def run(self, kernel: Any, *outputs: Tensor) -> None:
-        """All launches; the first one takes the input along."""
+        """Runs all launches; the first one includes the input."""
         input = self.input
         with torch.cuda.device_of(outputs[0]):
             for key in self._rows or ([(self.dtype, self.dtype)] if input.programs else []):
@@ -166,7 +165,7 @@ def _bits(x: float) -> int:
 
 
 def _on_device(numbers: tuple[int, ...], rows: tuple[Task, ...], programs: int, device: torch.device) -> Tensor:
-    """The table of kernels."""
+    """The table in device memory."""
     if device.type == "cpu":
         return _cached(numbers, rows, programs, device, 0)
     if torch.cuda.is_current_stream_capturing():
@@ -179,7 +178,7 @@ def _on_device(numbers: tuple[int, ...], rows: tuple[Task, ...], programs: int, 
 def _cached(
     numbers: tuple[int, ...], rows: tuple[Task, ...], programs: int, device: torch.device, stream: int
 ) -> Tensor:
-    """For each stream by itself: on another one the copy might not have arrived."""
+    """One per stream: on another one the copy might not have arrived."""
     table = _table(numbers, rows, programs)
     return table if device.type == "cpu" else table.pin_memory().to(device, non_blocking=True)
 

@@ -1,5 +1,5 @@
-"""The four ops by Triton's kernels: for CUDA tensors or, with TRITON_INTERPRET=1 set before the first import, for CPU
-tensors. Imported only where Triton serves; the compiled library is not needed."""
+"""The four ops in Triton: for CUDA tensors or, with TRITON_INTERPRET=1 set before the first import, for CPU tensors.
+Imported only when used; the compiled library is not needed."""
 
 import math
 from collections.abc import Sequence
@@ -146,12 +146,12 @@ def _backward(
 
 
 def _by_filters(weight: Tensor) -> Tensor:
-    """The weight, or a copy of it, with each filter contiguous: in any order of its own dimensions."""
+    """The weight, or a copy of it, with each filter contiguous in memory, its dimensions in any order."""
     if weight.is_contiguous():
         return weight
     filters = weight.shape[0]
-    lies_so = is_dense(weight) and (filters == 1 or weight.stride(0) * filters == weight.numel())
-    return weight if lies_so else weight.contiguous()
+    has_contiguous_filters = is_dense(weight) and (filters == 1 or weight.stride(0) * filters == weight.numel())
+    return weight if has_contiguous_filters else weight.contiguous()
 
 
 def _empty_beside(source: Tensor, dtype: torch.dtype) -> Tensor:
@@ -159,7 +159,7 @@ def _empty_beside(source: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _copied(written: Sequence[Tensor], results: list[Tensor]) -> list[Tensor]:
-    """The results, those that the kernel could not write in their layout being copied there."""
+    """The results; those whose layout the kernel could not write are copied into it."""
     for out, result in zip(written, results, strict=True):
         if out is not result:
             result.copy_(out)
@@ -167,13 +167,13 @@ def _copied(written: Sequence[Tensor], results: list[Tensor]) -> list[Tensor]:
 
 
 def _lie_alike(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors of one shape have the same order in memory."""
+    """Whether two tensors of the same shape have the same order in memory."""
     strides = a.stride(), b.stride()
     return strides[0] == strides[1] or all(n == 1 or i == j for n, i, j in zip(a.shape, *strides, strict=True))
 
 
 def _columns(source: Tensor, aligned: Tensor) -> int | None:
-    """Task's number of that name: 0 where both lie alike, None where `aligned` lies in some other way."""
+    """`Task.columns`: 0 if both have the same order in memory, None if the kernels do not support that of `aligned`."""
     if _lie_alike(source, aligned):
         return 0
     if source.shape[1:].numel() > WIDTHS.value[-1] or not is_dense(aligned):
@@ -181,7 +181,7 @@ def _columns(source: Tensor, aligned: Tensor) -> int | None:
     orders = [[d for d in memory_order(t) if t.shape[d] > 1] for t in (source, aligned)]
     if source.shape[0] > 1 and any(order.pop(0) != 0 for order in orders):
         return None
-    # A transposed matrix is the same cycle of dimensions, begun elsewhere: rows + columns became columns + rows.
+    # A transpose rotates the order of dimensions: rows + columns become columns + rows.
     inside, other = orders
     begin = inside.index(other[0])
     return math.prod(source.shape[d] for d in inside[begin:]) if inside[begin:] + inside[:begin] == other else None
@@ -209,7 +209,7 @@ def _input_work(
     padding_mode: int,
     activation: int,
 ) -> InputWork:
-    """source: forward the input, backward the gradient of the prepared one; shape: the input's."""
+    """source: in the forward the input, in the backward the gradient of the prepared input; shape: of the input."""
     if to.numel() == 0:
         return InputWork(source)
     batch, channels, *spatial = to.shape
@@ -218,12 +218,12 @@ def _input_work(
     tile_positions = TILE // tile_channels
     check(positions < 2**31 - TILE, f"input: want less than 2^31 positions, got {positions}")
     tiles = -(-channels // tile_channels), -(-positions // tile_positions)
-    kept = to if saved is None else saved
+    saved_or_to = to if saved is None else saved
     absent = 3 - len(spatial)
     numbers = {
         "from": [source.data_ptr()],
         "to": [to.data_ptr()],
-        "saved": [kept.data_ptr()],
+        "saved": [saved_or_to.data_ptr()],
         "channels": [channels],
         "channel_tiles": [tiles[0]],
         "position_tiles": [tiles[1]],
@@ -232,7 +232,7 @@ def _input_work(
         "after": [0] * absent + list(padding[1::2]),
         "to_size": [1] * absent + spatial,
     }
-    for name, t in (("from_strides", source), ("to_strides", to), ("saved_strides", kept)):
+    for name, t in (("from_strides", source), ("to_strides", to), ("saved_strides", saved_or_to)):
         numbers[name] = [*t.stride()[:2], *[0] * absent, *t.stride()[2:]]
     constants = {
         "FROM": TYPES[source.dtype],
@@ -260,5 +260,5 @@ def _is_from_result(activation: int) -> bool:
 
 
 def _is_by_channels(t: Tensor) -> bool:
-    """Whether the channels of a position lie side by side."""
+    """Whether the channels of a position are adjacent in memory."""
     return t.stride(1) == 1 and t.shape[1] > 1

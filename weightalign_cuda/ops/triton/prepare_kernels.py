@@ -1,12 +1,11 @@
 # mypy: ignore-errors
-"""A convolution's input in Triton, tile by tile: activation, cast, layout, padding, and back.
+"""Preparation of a convolution's input in Triton, tile by tile: activation, cast, layout, padding, and its gradient.
 
-A program takes one tile, CHANNELS x positions of one image, from wherever `from` keeps them to where `to` does: each
-value is read from memory once and written once; backward, a value that is shown in the padding too is read for each
-place that shows it (a gather: no atomics). Where channels lie side by side in one and positions in the other, the
-compiler turns the tile between load and store through shared memory, so that both are coalesced. Why that shape: 2048
-values are 8 for each of 256 threads; 32 channels fill a 128-byte line in float32, images of up to 4 channels take
-longer tiles instead.
+A program takes one tile, CHANNELS x POSITIONS of one image, from the layout of `from` to that of `to`: each value is
+read from memory once and written once; in the backward, the gradients of a value and of its copies in the padding are
+gathered (no atomics). If channels are adjacent in one and positions in the other, the compiler transposes the tile
+through shared memory between load and store, so that both are coalesced. Why this shape: 2048 values are 8 for each of
+256 threads; 32 channels fill a 128-byte line in float32, images of up to 4 channels take longer tiles instead.
 """
 
 import itertools
@@ -17,20 +16,20 @@ import triton.language as tl
 ZEROS, REFLECT, REPLICATE, CIRCULAR = (tl.constexpr(i) for i in range(4))  # the op's numbers
 TILE = 2048
 
-# The input's numbers in the table, and how many each of them is. Spatial dimensions are 3, absent ones coming first
-# with size 1; strides are of batch, channel and those three, in values.
+# The input's fields in the table, and how many values each has. There are 3 spatial dimensions, missing ones first,
+# with size 1; strides are those of batch, channel and these three, in values.
 FIELDS = {
-    "align_programs": 1,  # the programs before those of the input
-    "from": 1,  # addresses: forward the input, backward the gradient of the prepared input
-    "to": 1,  # forward the prepared input, backward the input's gradient
-    "saved": 1,  # backward, what the activation's derivative comes from: the prepared input or the input
+    "align_programs": 1,  # number of programs before those of the input
+    "from": 1,  # addresses; forward: the input; backward: the gradient of the prepared input
+    "to": 1,  # forward: the prepared input; backward: the input's gradient
+    "saved": 1,  # backward: source of the activation's derivative, the prepared input or the input
     "channels": 1,
     "channel_tiles": 1,
     "position_tiles": 1,
     "size": 3,  # of the input
-    "before": 3,  # what pads it
+    "before": 3,  # its padding
     "after": 3,
-    "to_size": 3,  # of `to`: forward padded, backward not
+    "to_size": 3,  # of `to`: padded in the forward, not in the backward
     "from_strides": 5,
     "to_strides": 5,
     "saved_strides": 5,
@@ -56,8 +55,8 @@ def size(row, NAME: tl.constexpr, D: tl.constexpr):
 
 @triton.jit
 def tile_of(row, CHANNELS: tl.constexpr, POSITIONS: tl.constexpr):
-    """This program's image, channels (CHANNELS, 1), positions (1, POSITIONS) as three coordinates in `to`, and which
-    of the tile exist."""
+    """This program's image, channels (CHANNELS, 1), positions (1, POSITIONS) as three coordinates in `to`, and which of
+    the tile's values exist."""
     tile = tl.program_id(0) - number(row, "align_programs")
     position_tiles, channel_tiles = number(row, "position_tiles"), number(row, "channel_tiles")
     image = tile // position_tiles // channel_tiles
@@ -70,14 +69,14 @@ def tile_of(row, CHANNELS: tl.constexpr, POSITIONS: tl.constexpr):
 
 @triton.jit
 def origin(row, NAME: tl.constexpr, STRIDES: tl.constexpr, TYPE: tl.constexpr, image, c, BY_CHANNELS: tl.constexpr):
-    """Where each channel of an image begins. (That channels lie side by side has to be seen by the compiler.)"""
+    """Pointers to the channels of an image. (If channels are adjacent the stride is a literal 1, for the compiler.)"""
     stride = 1 if BY_CHANNELS else number(row, STRIDES, 1)
     return number(row, NAME).to(tl.pointer_type(TYPE)) + image * number(row, STRIDES, 0) + c * stride
 
 
 @triton.jit
 def shown_value(MODE: tl.constexpr, at, n):
-    """Along a dimension of n values, which one place `at` shows (negative, or n and more, in the padding); -1: zero."""
+    """Index of the value shown at position `at` of a dimension of n values (padding: < 0 or >= n); -1: zero."""
     value = tl.where((at >= 0) & (at < n), at, -1)
     if MODE == REFLECT:
         value = tl.where(at < 0, -at, tl.where(at < n, at, 2 * (n - 1) - at))
@@ -90,8 +89,8 @@ def shown_value(MODE: tl.constexpr, at, n):
 
 @triton.jit
 def nth_place(MODE: tl.constexpr, i, at, n, before, after):
-    """Candidate i of the places that show value `at`, its own first, and whether it does."""
-    i += tl.zeros_like(at)  # of what is compared as scalars, Triton 3.9's interpreter makes masks of integers
+    """Candidate i of the positions that show value `at`, its own first, and whether it does show it."""
+    i += tl.zeros_like(at)  # a tensor: Triton 3.9's interpreter makes integer masks of scalar comparisons
     if MODE == REFLECT:
         place = tl.where(i == 1, -at, 2 * (n - 1) - at)
     elif MODE == REPLICATE:
@@ -105,7 +104,7 @@ def nth_place(MODE: tl.constexpr, i, at, n, before, after):
 
 @triton.jit
 def candidates(MODE: tl.constexpr, at, n, before, after):
-    """How many of them a tile has to look at: only its own places, where it is far from both ends."""
+    """Number of candidates that a tile has to check: only its own positions if it is far from both ends."""
     most = tl.maximum(before, after)
     is_near = (most > 0) & ((at <= most) | (at >= n - 1 - most))
     return 1 + tl.max(tl.max(is_near.to(tl.int32), 1), 0) * (before + after if MODE == REPLICATE else 2)
@@ -116,7 +115,7 @@ def prepare_forward(
     row, FROM: tl.constexpr, TO: tl.constexpr, ACC: tl.constexpr, MODE: tl.constexpr, ACTIVATION: tl.constexpr,
     FROM_BY_CHANNELS: tl.constexpr, TO_BY_CHANNELS: tl.constexpr, CHANNELS: tl.constexpr, POSITIONS: tl.constexpr,
 ):  # fmt: skip
-    """prepared = pad(cast(activation(input))): a tile of the prepared input. (Every activation makes 0 of 0.)
+    """A tile of the prepared input, pad(cast(activation(input))). Relies on f(0) = 0 for every activation.
 
     ACTIVATION: a function of `activations`, or None.
     """
@@ -137,7 +136,7 @@ def prepare_forward(
 
 @triton.jit
 def gathered(row, source, at, is_value, ACC: tl.constexpr, MODE: tl.constexpr):
-    """Sum of `source` over the places that show each value, its own first."""
+    """Sum of `source` over the positions that show each value, its own first."""
     n = (size(row, "size", 0), size(row, "size", 1), size(row, "size", 2))
     before = (size(row, "before", 0), size(row, "before", 1), size(row, "before", 2))
     after = (size(row, "after", 0), size(row, "after", 1), size(row, "after", 2))
@@ -165,8 +164,8 @@ def prepare_backward(
     ACTIVATION: tl.constexpr, FROM_BY_CHANNELS: tl.constexpr, TO_BY_CHANNELS: tl.constexpr,
     SAVED_BY_CHANNELS: tl.constexpr, SAVED_IS_RESULT: tl.constexpr, CHANNELS: tl.constexpr, POSITIONS: tl.constexpr,
 ):  # fmt: skip
-    """d input = activation'(input) * sum of d prepared over the places that show the value: a tile of it. A gradient
-    that meets a derivative of 0 becomes 0 whatever it is."""
+    """A tile of d input = activation'(input) * sum of d prepared over the positions that show the value. Where the
+    derivative is 0 the result is 0, even if the gradient is inf or nan."""
     image, c, at, is_value = tile_of(row, CHANNELS, POSITIONS)
     source = origin(row, "from", "from_strides", FROM, image, c, FROM_BY_CHANNELS)
     g = gathered(row, source, at, is_value, ACC, MODE)
@@ -175,8 +174,8 @@ def prepare_backward(
         for d in tl.static_range(3):
             before = size(row, "before", d) if SAVED_IS_RESULT else 0
             saved += (at[d] + before) * number(row, "saved_strides", 2 + d)
-        _, slope = ACTIVATION(tl.load(saved, mask=is_value, other=0.0).to(ACC))
-        g = tl.where(slope == 0, 0.0, g * slope)
+        _, derivative = ACTIVATION(tl.load(saved, mask=is_value, other=0.0).to(ACC))
+        g = tl.where(derivative == 0, 0.0, g * derivative)
     to = origin(row, "to", "to_strides", TO, image, c, TO_BY_CHANNELS)
     for d in tl.static_range(3):
         to += at[d] * number(row, "to_strides", 2 + d)
