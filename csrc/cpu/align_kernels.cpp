@@ -40,7 +40,7 @@ WA_INLINE void sum(size_t n, double (&total)[kSums], const Term& term) {
     }
 }
 
-double gain_of(const AlignTask& task, uint32_t filter) {
+double load_gain(const AlignTask& task, uint32_t filter) {
     switch (task.gain ? task.gain_dtype : DType::kFloat64) {
         case DType::kFloat32: return static_cast<const float*>(task.gain)[filter];
         case DType::kFloat16: return load<float>(OneValue{}, static_cast<const Half*>(task.gain) + filter);
@@ -111,7 +111,7 @@ void forward(const AlignList& list, const AlignTask& task, const W* weight, Y* o
     for (uint32_t filter = first; filter < last; ++filter) {
         const W* w = weight + size_t(filter) * task.n;
         Y* y = out + size_t(filter) * task.n;
-        double scaled_gain = task.scale * gain_of(task, filter);
+        double scaled_gain = task.scale * load_gain(task, filter);
         Acc* row = statistics + 2 * size_t(filter);
         if (task.transposed_columns == 0) {
             forward_filter<Acc>(w, y, task.n, scaled_gain, task.eps, row);
@@ -132,7 +132,7 @@ void backward(const AlignList& list, const AlignTask& task, const W* weight, con
         const W* w = weight + size_t(filter) * task.n;
         const G* g = grad + size_t(filter) * task.n;
         auto dw = static_cast<W*>(task.out) + size_t(filter) * task.n;
-        double scaled_gain = task.scale * gain_of(task, filter), g_dot_x;
+        double scaled_gain = task.scale * load_gain(task, filter), g_dot_x;
         const Acc* row = statistics + 2 * size_t(filter);
         if (task.transposed_columns == 0) {
             g_dot_x = backward_filter<Acc>(w, g, dw, task.n, scaled_gain, row);

@@ -117,7 +117,7 @@ struct Backward {
         if (!work.active()) return 0;
         Acc scale = Acc(work.task().scale);
         if (work.team.lane() == 0) grad_gain[work.index()] = scale * coefficients.g_dot_x;
-        return scale * work.template gain<Acc>() * rstd;
+        return scale * work.template load_gain<Acc>() * rstd;
     }
 };
 

@@ -108,7 +108,7 @@ struct Forward {
             both.pack(mean_and_rstd);
             both.store(statistics + 2 * work.index());
         }
-        return Acc(work.task().scale) * work.template gain<Acc>() * rstd;
+        return Acc(work.task().scale) * work.template load_gain<Acc>() * rstd;
     }
 };
 

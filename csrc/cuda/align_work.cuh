@@ -22,7 +22,7 @@ struct AlignWork {
     __device__ int64_t index() const { return int64_t(task().first_filter) + filter; }  // among the list's filters
 
     template <class Acc>
-    __device__ Acc gain() const {
+    __device__ Acc load_gain() const {
         const AlignTask& task = this->task();
         if (!task.gain) return 1;
         switch (task.gain_dtype) {

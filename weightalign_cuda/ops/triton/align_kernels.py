@@ -40,8 +40,8 @@ class Task(NamedTuple):
     filters: int
     first_filter: int  # this weight's first row in the list's statistics and gain gradients
     first_program: int
-    columns: int  # if not 0, the aligned side is the transpose of the weight, whose filter is the matrix
-    #               (n/columns, columns), as between contiguous and channels_last
+    transposed_columns: int  # if not 0, the aligned side is the transpose of the weight, whose filter is the matrix
+    #               (n / columns, columns), as between contiguous and channels_last
     shape: int  # index into WIDTHS, or LONG
     is_wide: int
 
@@ -122,7 +122,7 @@ def load(pointers, exists, ACC: tl.constexpr):
 @triton.jit
 def transposed(row, position, n):
     """Maps positions in the weight's filter to the aligned side."""
-    columns = number(row, "columns").to(tl.int32)
+    columns = number(row, "transposed_columns").to(tl.int32)
     return (position % columns) * (n.to(tl.int32) // columns) + position // columns
 
 
@@ -182,7 +182,7 @@ def forward_on_chip(
     factor = finish_forward(row, statistics, k, is_filter, mean + rest, squares, ACC)
     y = ((x - mean[:, None] - rest[:, None]) * factor[:, None]).to(ALIGNED)
     out = rows_of(row, "out", k, n, ALIGNED, IS_WIDE)
-    if number(row, "columns") == 0:
+    if number(row, "transposed_columns") == 0:
         tl.store(out + position, y, mask=is_value)
     else:
         tl.store(out + transposed(row, position, n), y, mask=is_value)
@@ -274,7 +274,7 @@ def backward_on_chip(
     is_value = is_filter[:, None] & is_inside
     mean, rstd = load_statistics(row, statistics, k, is_filter)
     grad = rows_of(row, "grad", k, n, ALIGNED, IS_WIDE)
-    if number(row, "columns") == 0:
+    if number(row, "transposed_columns") == 0:
         g = load(grad + position, is_value, ACC)
     else:
         g = load(grad + transposed(row, position, n), is_value, ACC)

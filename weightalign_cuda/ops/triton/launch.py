@@ -108,9 +108,9 @@ class Launch:
         gain: Tensor | None,
         eps: float,
         scale: float,
-        columns: int,
+        transposed_columns: int,
     ) -> None:
-        """Adds a row. weight: with contiguous filters; columns: as in Task."""
+        """Adds a row. weight: with contiguous filters; transposed_columns: as in Task."""
         filters, n = weight.shape[0], weight.shape[1:].numel()
         first_filter, self._first_filter = self._first_filter, self._first_filter + filters
         if filters == 0 or n == 0:
@@ -129,7 +129,7 @@ class Launch:
             filters=filters,
             first_filter=first_filter,
             first_program=first_program,
-            columns=columns,
+            transposed_columns=transposed_columns,
             shape=shape,
             is_wide=n % WIDE.value == 0 and all(address % 16 == 0 for address in addresses),
         )
