@@ -8,7 +8,7 @@ from truth import normal
 from varied import converted
 
 import weightalign_cuda as wa
-from weightalign_cuda.layers import Aligned
+from weightalign_cuda.layers import aligned_layers
 
 
 class Model(nn.Module):
@@ -64,7 +64,7 @@ def alone(device="cpu", **kwargs):
 
 
 def layers(model):
-    return [module for module in model.modules() if isinstance(module, Aligned)]
+    return aligned_layers(model.modules())
 
 
 def kept(model):

@@ -120,20 +120,27 @@ def align_foreach(
         at_once = _aligned_at_once(weights, gains, all_eps, scales, dtype, memory_format)
         if at_once is not None:
             return list(at_once)
-    groups: dict[tuple[torch.device, torch.dtype], list[int]] = {}
     for i, (weight, gain) in enumerate(zip(weights, gains, strict=True)):
         check_weight("weights", weight, i)
         if gain is not None:
             check_gain("gains", gain, weight, i)
-        groups.setdefault((weight.device, weight.dtype), []).append(i)
+    groups = by_launch(weights)
     # Check all of them before the first launch.
-    dtypes = [result_dtype("weights", weights[i], device_type(weights[i]), dtype, i) for i, *_ in groups.values()]
+    dtypes = [result_dtype("weights", weights[i], device_type(weights[i]), dtype, i) for i, *_ in groups]
     results: list[Any] = [None] * count
-    for members, each_dtype in zip(groups.values(), dtypes, strict=True):
+    for members, each_dtype in zip(groups, dtypes, strict=True):
         each = ([values[i] for i in members] for values in (weights, gains, all_eps, scales))
         for i, aligned in zip(members, _aligned(*each, each_dtype, memory_format), strict=True):
             results[i] = aligned
     return results
+
+
+def by_launch(weights: Sequence[Tensor]) -> list[list[int]]:
+    """Indices of the weights that one launch can take: those of one device and dtype."""
+    groups: dict[tuple[torch.device, torch.dtype], list[int]] = {}
+    for i, weight in enumerate(weights):
+        groups.setdefault((weight.device, weight.dtype), []).append(i)
+    return list(groups.values())
 
 
 _device, _dtype = attrgetter("device"), attrgetter("dtype")

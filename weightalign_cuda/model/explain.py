@@ -5,12 +5,13 @@ from typing import NamedTuple
 
 from torch import nn
 
+from ..functional.alignment import by_launch
 from ..functional.checks import check_module
-from ..nn.layers import Aligned
-from .fingerprint import has_plain_parameters, why_not_plain
-from .foreach import Foreach, buckets
+from ..nn.layers import Aligned, aligned_layers
+from .fingerprint import why_not_plain
+from .foreach import Foreach, buckets, may_take_part
 from .foreach_source import ForeachSource
-from .select import select
+from .select import filter_count, filter_length, select
 
 
 class LayerExplanation(NamedTuple):
@@ -59,16 +60,12 @@ def explain(model: nn.Module) -> Explanation:
     aligned, plain = dict(_aligned(model)), dict(_plain(model))
     names = {module: name for name, module in model.named_modules()}
     return Explanation(
-        LayerExplanation(name, type(module).__name__, _size(module), *(aligned | plain)[module])
+        LayerExplanation(
+            name, type(module).__name__, (filter_count(module), filter_length(module)), *(aligned | plain)[module]
+        )
         for module, name in names.items()
         if module in aligned or module in plain
     )
-
-
-def _size(layer: nn.Module) -> tuple[int, int]:
-    filters = layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels
-    weight = layer.weight
-    return filters, weight.numel() // max(filters, 1)  # type: ignore[return-value, operator, type-var]
 
 
 def _aligned(model: nn.Module) -> Iterator[tuple[nn.Module, tuple[str, str]]]:
@@ -77,15 +74,19 @@ def _aligned(model: nn.Module) -> Iterator[tuple[nn.Module, tuple[str, str]]]:
     for name, root in model.named_modules():
         foreach = root.__dict__.get("_foreach")
         if isinstance(foreach, Foreach):
-            layers = [m for m in root.modules() if isinstance(m, Aligned) and m not in together and _may_join(m)]
-            launches = [launch for bucket in buckets(layers, foreach.buckets) for launch in _of_one_kind(bucket)]
+            layers = [
+                layer for layer in aligned_layers(root.modules()) if layer not in together and may_take_part(layer)
+            ]
+            launches = [
+                [bucket[i] for i in members]
+                for bucket in buckets(layers, foreach.buckets)
+                for members in by_launch([layer.weight for layer in bucket])
+            ]
             for i, launch in enumerate(launches, 1):
                 where = f"launch {i} of {len(launches)}, with {len(launch) - 1} others, by foreach"
                 together |= dict.fromkeys(launch, f"{where} of {name!r}" if name else where)
     without = "it is not in a part with foreach" if together else "foreach is off: wa.convert(model, foreach=True)"
-    for layer in model.modules():
-        if not isinstance(layer, Aligned):
-            continue
+    for layer in aligned_layers(model.modules()):
         if layer in together:
             yield layer, ("together", together[layer])
         elif layer.aligned_by is None or isinstance(layer.aligned_by, ForeachSource):
@@ -93,18 +94,6 @@ def _aligned(model: nn.Module) -> Iterator[tuple[nn.Module, tuple[str, str]]]:
         else:
             source = getattr(layer.aligned_by, "name", repr(layer.aligned_by))
             yield layer, (f"by {source}", "its filters are kept")
-
-
-def _of_one_kind(layers: list[Aligned]) -> list[list[Aligned]]:
-    """Groups layers by device and dtype of their weights: a launch has one of each."""
-    groups: dict[object, list[Aligned]] = {}
-    for layer in layers:
-        groups.setdefault((layer.weight.device, layer.weight.dtype), []).append(layer)
-    return list(groups.values())
-
-
-def _may_join(layer: Aligned) -> bool:
-    return has_plain_parameters(layer) and (layer.aligned_by is None or isinstance(layer.aligned_by, ForeachSource))
 
 
 def _plain(model: nn.Module) -> Iterator[tuple[nn.Module, tuple[str, str]]]:

@@ -149,12 +149,16 @@ def _join(layer: Aligned) -> None:
         layer.aligned_by = ForeachSource(layer)
 
 
+def may_take_part(layer: Aligned) -> bool:
+    return (layer.aligned_by is None or isinstance(layer.aligned_by, ForeachSource)) and has_plain_parameters(layer)
+
+
 def _takes_part(layer: Aligned) -> bool:
     """Whether to align the layer: not if a model around this one has aligned it."""
-    _join(layer)
-    source = layer.aligned_by
-    if not (isinstance(source, ForeachSource) and has_plain_parameters(layer)):
+    if not may_take_part(layer):
         return False
+    _join(layer)
+    source: Any = layer.aligned_by
     return torch.compiler.is_compiling() or len(running.forwards) == 1 or source.find() is None
 
 

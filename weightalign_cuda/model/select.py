@@ -39,10 +39,13 @@ def torch_class(module: nn.Module) -> type[nn.Module]:
     return next(cls for cls in type(module).__mro__ if cls in CLASSES)
 
 
+def filter_count(layer: nn.Module) -> int:
+    return layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels  # type: ignore[return-value]
+
+
 def filter_length(layer: nn.Module) -> int:
     """n, the number of values of one filter."""
-    filters: int = layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels  # type: ignore[assignment]
-    return layer.weight.numel() // max(filters, 1)  # type: ignore[operator]
+    return layer.weight.numel() // max(filter_count(layer), 1)  # type: ignore[operator]
 
 
 class Selection(NamedTuple):
