@@ -57,14 +57,11 @@ def explain(model: nn.Module) -> Explanation:
         TypeError: for a model that is not a torch.nn.Module.
     """
     check_module(model)
-    aligned, plain = dict(_aligned(model)), dict(_plain(model))
-    names = {module: name for name, module in model.named_modules()}
+    found = dict(_aligned(model)) | dict(_plain(model))
     return Explanation(
-        LayerExplanation(
-            name, type(module).__name__, (filter_count(module), filter_length(module)), *(aligned | plain)[module]
-        )
-        for module, name in names.items()
-        if module in aligned or module in plain
+        LayerExplanation(name, type(layer).__name__, (filter_count(layer), filter_length(layer)), *found[layer])
+        for name, layer in model.named_modules()
+        if layer in found
     )
 
 
