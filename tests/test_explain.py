@@ -94,6 +94,8 @@ def test_layers_that_convert_leaves_or_refuses():
     model = nn.Sequential(nn.Conv2d(4, 4, 1, groups=4), nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 1))
     assert reasons(model)["0"] == "filters of one value, which would be constant 0"
     assert reasons(model)["2"] == "predictions"
+    (lazy,) = wa.explain(nn.Sequential(nn.LazyConv2d(4, 3)))
+    assert lazy[2:] == ((4, 0), "no", "not initialised yet")
     parametrizations.weight_norm(model[1])
     assert "expected the weight of '1' to be a plain torch.nn.Parameter" in reasons(model)["1"]
     with pytest.raises(TypeError, match=r"model: expected a torch.nn.Module, got int"):

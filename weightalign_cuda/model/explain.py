@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from torch import nn
+from torch.nn.modules.lazy import LazyModuleMixin
 
 from ..functional.alignment import by_launch
 from ..functional.checks import check_module
@@ -19,7 +20,7 @@ class LayerExplanation(NamedTuple):
 
     name: str  # as in model.named_modules()
     layer: str  # its class
-    filters: tuple[int, int]  # their number, and the values in each
+    filters: tuple[int, int]  # their number, and the values in each: 0 in a lazy layer before its first input
     aligned: str  # "together", "alone", "no", or "by" what provides the filters
     why: str
 
@@ -59,10 +60,14 @@ def explain(model: nn.Module) -> Explanation:
     check_module(model)
     found = dict(_aligned(model)) | dict(_plain(model))
     return Explanation(
-        LayerExplanation(name, type(layer).__name__, (filter_count(layer), filter_length(layer)), *found[layer])
+        LayerExplanation(name, type(layer).__name__, _size(layer), *found[layer])
         for name, layer in model.named_modules()
         if layer in found
     )
+
+
+def _size(layer: nn.Module) -> tuple[int, int]:
+    return filter_count(layer), 0 if isinstance(layer, LazyModuleMixin) else filter_length(layer)
 
 
 def _aligned(model: nn.Module) -> Iterator[tuple[nn.Module, tuple[str, str]]]:
