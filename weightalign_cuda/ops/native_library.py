@@ -1,6 +1,8 @@
-"""Loads the native library, which is installed in the package's folder."""
+"""Loads the native library: the one that is installed in the package's folder, or that WEIGHTALIGN_LIBRARY names (for
+developers, who compare builds)."""
 
 import ctypes
+import os
 import pathlib
 import warnings
 from collections.abc import Callable
@@ -8,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-PATH = pathlib.Path(__file__).parents[1] / "_weightalign.so"
+PATH = pathlib.Path(os.environ.get("WEIGHTALIGN_LIBRARY") or pathlib.Path(__file__).parents[1] / "_weightalign.so")
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,42 @@
+// For tests, through ctypes (simcuda.py): faults to come, and what is in use.
+#include <algorithm>
+
+#include "machine.h"
+
+using namespace simcuda;
+
+#pragma GCC visibility push(default)
+extern "C" {
+
+// Memory of each device from now on: no more than what is in use and `bytes`. Negative: as at the start.
+void simcuda_leave_memory(long long bytes) {
+    Machine& m = machine();
+    size_t used = 0;
+    for (Device& device : m.devices) used = std::max(used, device.used);
+    m.settings.memory = bytes < 0 ? settings_of_environment().memory : used + size_t(bytes);
+}
+
+// The launch after `launches_before` more returns this error, once.
+void simcuda_fail_launch(long long launches_before, int error) {
+    machine().faults = {launches_before, cudaError_t(error)};
+}
+
+// As if an earlier call of this thread had left it for cudaGetLastError.
+void simcuda_leave_error(int error) { last_error = cudaError_t(error); }
+
+// The order in which streams' work runs from now on; 0: as late as it may.
+void simcuda_seed(unsigned seed) {
+    machine().settings.seed = seed;
+    machine().random.seed(seed);
+}
+
+long long simcuda_launches() { return machine().launches; }
+long long simcuda_events() { return machine().events; }
+long long simcuda_graphs() { return machine().graphs; }
+long long simcuda_pending() {
+    long long items = 0;
+    for (CUstream_st* stream : machine().streams) items += (long long)stream->queue->size();
+    return items;
+}
+}
+#pragma GCC visibility pop
