@@ -5,15 +5,18 @@ other cases always run are skipped as well, unless -m selects them. With WEIGHTA
 package that is not installed is an error.
 """
 
+import gc
 import importlib.util
 import logging
 import os
 import shutil
+import sys
 
 import pytest
 import torch
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+IS_SIMULATED = DEVICE == "cuda" and torch.cuda.get_device_name().startswith("Simulated device")  # tests/simcuda
 if DEVICE == "cpu":
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported, which torch's compiler does
 
@@ -21,9 +24,11 @@ import weightalign_cuda as wa  # noqa: E402
 
 SERVING = {"cpu": ("cpu", "triton", "reference"), "cuda": ("cuda", "triton", "reference")}
 ALL_BACKENDS = [name for name in SERVING[DEVICE] if wa.backends()[name] == "available"]
-# On the CPU Triton is interpreted, some hundred times slower: it has its own tests, and those that use any_backend.
-BACKENDS = [name for name in ALL_BACKENDS if (name, DEVICE) != ("triton", "cpu")]
-if "triton" in set(ALL_BACKENDS) - set(BACKENDS):
+# Without a GPU Triton is interpreted, some hundred times slower: it has its own tests, and those that use any_backend.
+# So has the reference on simulated devices, where it is PyTorch's operations on the CPU once more.
+RARE = {"cpu": ["triton"], "cuda": ["triton", "reference"] if IS_SIMULATED else []}[DEVICE]
+BACKENDS = [name for name in ALL_BACKENDS if name not in RARE]
+if DEVICE == "cpu" and "triton" in ALL_BACKENDS:
     import triton_interpreter
 
     triton_interpreter.mend()
@@ -56,7 +61,25 @@ left_out = {
     for name, needed in NEEDS.items()
     if (absent := [package for package in needed if importlib.util.find_spec(package) is None])
 }
-collect_ignore = [*left_out, *(["test_cuda.py"] if DEVICE == "cpu" else [])]
+# The suite on a simulated device leaves out what has nothing to do with devices, and what cannot be simulated.
+WITHOUT_DEVICE = [
+    "simt",
+    "test_abi_audit.py",
+    "test_architecture.py",
+    "test_cpu_instruction_sets.py",
+    "test_cpu_machine_code.py",
+    "test_cubin.py",
+    "test_native_library.py",
+    "test_package.py",
+    "test_torch_private.py",
+    "test_triton_compiled.py",
+]
+NOT_SIMULATED = {"test_compile_without_graph_breaks[cuda-inductor]": "its kernels are Triton's, compiled"}
+collect_ignore = [
+    *left_out,
+    *(["test_cuda.py"] if DEVICE == "cpu" else []),
+    *(WITHOUT_DEVICE if IS_SIMULATED else ["simcuda"]),
+]
 ALL = os.environ.get("WEIGHTALIGN_TESTS") == "all"
 if left_out and ALL:
     raise pytest.UsageError(f"WEIGHTALIGN_TESTS=all, but packages are not installed: {left_out}")
@@ -75,13 +98,40 @@ def pytest_configure(config):
         config.option.markexpr = "not slow"
 
 
+def pytest_collection_modifyitems(config, items):
+    if IS_SIMULATED:
+        config.hook.pytest_deselected(items=[item for item in items if item.name in NOT_SIMULATED])
+        items[:] = [item for item in items if item.name not in NOT_SIMULATED]
+
+
 def pytest_terminal_summary(terminalreporter):
     if terminalreporter.config.option.markexpr == "not slow":
         terminalreporter.write_line("left out: slow tests, which -m slow or WEIGHTALIGN_TESTS=all runs")
     if DEVICE == "cpu":
         terminalreporter.write_line("left out: tests/test_cuda.py, because torch sees no CUDA device")
+    if IS_SIMULATED:
+        terminalreporter.write_line(f"left out: {', '.join(WITHOUT_DEVICE)}, which need no device")
+        for name, reason in NOT_SIMULATED.items():
+            terminalreporter.write_line(f"left out: {name}: {reason}")
     for name, absent in left_out.items():
         terminalreporter.write_line(f"left out: tests/{name}, because {', '.join(absent)} is not installed")
+
+
+@pytest.fixture(autouse=IS_SIMULATED)
+def memory_is_returned(request):
+    """No test leaves device memory behind."""
+    before = _allocated()
+    yield
+    if _allocated() > before:
+        request.node.funcargs.clear()
+        gc.collect()
+        if "weightalign_cuda.ops.triton.launch" in sys.modules:  # keeps tables for later calls
+            sys.modules["weightalign_cuda.ops.triton.launch"]._cached.cache_clear()
+        assert _allocated() <= before
+
+
+def _allocated():
+    return sum(torch.cuda.memory_allocated(device) for device in range(torch.cuda.device_count()))
 
 
 @pytest.fixture

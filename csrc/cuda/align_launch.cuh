@@ -35,19 +35,20 @@ int chunk_of(const AlignTask& task) {
 }
 
 template <Direction kDirection, class Acc, class Table>
-void launch_table(const Table& table, uint32_t blocks, size_t shared_bytes, cudaStream_t stream) {
+cudaError_t launch_table(const Table& table, uint32_t blocks, size_t shared_bytes, cudaStream_t stream) {
     void (*kernel)(Table) =
         kDirection == Direction::kForward ? align_forward_kernel<Acc, Table> : align_backward_kernel<Acc, Table>;
 #ifdef __CUDACC__
     // A kernel must opt in to more than 48 KB of shared memory per block.
     if (shared_bytes > 40 << 10)
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared_bytes));
+        if (auto error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared_bytes)))
+            return error;
 #endif
-    launch(kernel, dim3(blocks), dim3(AlignShape<Acc>::kThreads), shared_bytes, stream, table);
+    return launch(kernel, dim3(blocks), dim3(AlignShape<Acc>::kThreads), shared_bytes, stream, table);
 }
 
 template <Direction kDirection, class Acc, class Table>
-void launch_list(const AlignList& list, const std::vector<uint32_t>& order, cudaStream_t stream) {
+cudaError_t launch_list(const AlignList& list, const std::vector<uint32_t>& order, cudaStream_t stream) {
     using Shape = AlignShape<Acc>;
     auto table = std::make_unique<Table>();
     table->statistics = list.statistics;
@@ -59,9 +60,11 @@ void launch_list(const AlignList& list, const std::vector<uint32_t>& order, cuda
             tiles = tiles_of<Acc>(*list.input, table->input);
             shared_bytes = prepare_shared_bytes<Acc>(table->input.channels_log2, list.input->saved);
         }
+    cudaError_t error = cudaSuccess;  // the first one; what comes after it is not launched
     auto flush = [&] {
         table->blocks = uint32_t(blocks);
-        if (blocks + tiles) launch_table<kDirection, Acc>(*table, uint32_t(blocks + tiles), shared_bytes, stream);
+        if (blocks + tiles && error == cudaSuccess)
+            error = launch_table<kDirection, Acc>(*table, uint32_t(blocks + tiles), shared_bytes, stream);
         table->count = 0, blocks = 0, tiles = 0, shared_bytes = 0;  // the first launch takes the input
     };
     for (uint32_t i : order) {
@@ -77,11 +80,12 @@ void launch_list(const AlignList& list, const std::vector<uint32_t>& order, cuda
         }
     }
     flush();
+    return error;
 }
 
 // Largest filters first: their blocks take longest, and the launch ends with short ones.
 template <Direction kDirection>
-void align(const AlignList& list, cudaStream_t stream) {
+cudaError_t align(const AlignList& list, cudaStream_t stream) {
     std::vector<uint32_t> order(list.count);
     std::iota(order.begin(), order.end(), 0);
     std::stable_sort(order.begin(), order.end(),
@@ -89,11 +93,10 @@ void align(const AlignList& list, cudaStream_t stream) {
     auto run = [&](auto acc) {
         using Acc = decltype(acc);
         if (list.input || list.count <= SmallTable::kCapacity)
-            launch_list<kDirection, Acc, SmallTable>(list, order, stream);
-        else launch_list<kDirection, Acc, LargeTable>(list, order, stream);
+            return launch_list<kDirection, Acc, SmallTable>(list, order, stream);
+        return launch_list<kDirection, Acc, LargeTable>(list, order, stream);
     };
-    if (list.is_double) run(double());
-    else run(float());
+    return list.is_double ? run(double()) : run(float());
 }
 
 }  // namespace

@@ -8,13 +8,33 @@
 namespace wa::cuda {
 namespace {
 
+// Of errors that a launch itself can have. Others are of work that was launched before, by whomever.
+bool is_of_launch(cudaError_t error) {
+    switch (error) {
+        case cudaErrorInvalidValue:
+        case cudaErrorInvalidConfiguration:
+        case cudaErrorInvalidDeviceFunction:
+        case cudaErrorInvalidResourceHandle:
+        case cudaErrorLaunchOutOfResources:
+        case cudaErrorMemoryAllocation:
+        case cudaErrorNoKernelImageForDevice:
+        case cudaErrorStreamCaptureUnsupported: return true;
+        default: return false;
+    }
+}
+
 template <Direction kDirection>
 void run(const AlignList& list, int32_t device_index) {
     torch::stable::accelerator::DeviceGuard guard(device_index);
-    align<kDirection>(list, current_stream(device_index));
-    cudaError_t error = cudaGetLastError();
-    STD_TORCH_CHECK(error == cudaSuccess, "weightalign_cuda: kernel launch on cuda:", device_index,
-                    " failed: ", cudaGetErrorString(error));
+    cudaError_t error = align<kDirection>(list, current_stream(device_index));
+    if (error == cudaSuccess) return;
+    cudaGetLastError();  // else the next check of anybody's would report it once more
+    STD_TORCH_CHECK(false, "weightalign_cuda::", list.input ? "prepare" : "align",
+                    kDirection == Direction::kForward ? "_forward" : "_backward", " on cuda:", device_index,
+                    ": the kernel launch failed: ", cudaGetErrorString(error),
+                    is_of_launch(error) ? ""
+                                        : ". The cause may be an earlier kernel, of any library: "
+                                          "CUDA_LAUNCH_BLOCKING=1 reports it where it is launched");
 }
 
 static_assert(AlignShape<float>::kOnChip * sizeof(float) == AlignShape<double>::kOnChip * sizeof(double));

@@ -22,13 +22,17 @@ __device__ T* dynamic_shared() {
 #endif
 }
 
+// Returns the launch's own error: cudaGetLastError would also return what an earlier call has left there.
 template <class... P, class... A>
-void launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_bytes, [[maybe_unused]] cudaStream_t stream,
+cudaError_t launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_bytes, [[maybe_unused]] cudaStream_t stream,
             const A&... arguments) {
 #ifdef __CUDACC__
-    kernel<<<grid, block, shared_bytes, stream>>>(arguments...);
+    cudaLaunchConfig_t config{};
+    config.gridDim = grid, config.blockDim = block, config.dynamicSmemBytes = shared_bytes, config.stream = stream;
+    return cudaLaunchKernelEx(&config, kernel, arguments...);
 #else
     simt::launch(kernel, grid, block, shared_bytes, arguments...);
+    return cudaSuccess;
 #endif
 }
 

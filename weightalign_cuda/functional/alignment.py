@@ -59,23 +59,31 @@ def align(
         TypeError, ValueError: naming the argument, what was expected and what was given, before anything runs.
     """
     if memory_format is torch.preserve_format and not is_compiling() and is_usual(weight, gain, eps, scale):
-        aligned = _aligned_at_once([weight], [gain], [eps], [scale], dtype, memory_format)
+        try:
+            aligned = _aligned_at_once([weight], [gain], [eps], [scale], dtype, memory_format)
+        except (RuntimeError, TypeError, ValueError):
+            _check(weight, gain, eps, scale, memory_format)  # says better what is wrong with the arguments
+            raise
         if aligned is not None:
             return aligned[0]
     options: dict[str, Any] = {"eps": eps, "scale": scale, "dtype": dtype, "memory_format": memory_format}
     if has_torch_function((weight, gain)):
         return handle_torch_function(align, (weight, gain), weight, gain, **options)
+    _check(weight, gain, eps, scale, memory_format)
+    if is_sharded((weight, gain)):
+        return align_shards(align_foreach, [weight], [gain], [None], **options)[0]
+    device_type_ = device_type(weight)
+    dtype = result_dtype("weight", weight, device_type_, dtype)
+    return run("align_forward", device_type_, [weight], [gain], [eps], [scale], dtype, memory_format)[0][0]
+
+
+def _check(weight: Any, gain: Any, eps: Any, scale: Any, memory_format: Any) -> None:
     check_weight("weight", weight)
     check_memory_format(memory_format, weight.dim())
     if gain is not None:
         check_gain("gain", gain, weight)
     check_number("eps", eps, positive=True)
     check_number("scale", scale)
-    if is_sharded((weight, gain)):
-        return align_shards(align_foreach, [weight], [gain], [None], **options)[0]
-    device_type_ = device_type(weight)
-    dtype = result_dtype("weight", weight, device_type_, dtype)
-    return run("align_forward", device_type_, [weight], [gain], [eps], [scale], dtype, memory_format)[0][0]
 
 
 def align_foreach(
@@ -117,13 +125,14 @@ def align_foreach(
         options = {"eps": all_eps, "scale": scales, "dtype": dtype, "memory_format": memory_format}
         return align_shards(align_foreach, weights, gains, list(range(count)), **options)
     if not is_compiling() and _is_for_one_op(weights, gains):
-        at_once = _aligned_at_once(weights, gains, all_eps, scales, dtype, memory_format)
+        try:
+            at_once = _aligned_at_once(weights, gains, all_eps, scales, dtype, memory_format)
+        except (RuntimeError, TypeError, ValueError):
+            _check_each(weights, gains)
+            raise
         if at_once is not None:
             return list(at_once)
-    for i, (weight, gain) in enumerate(zip(weights, gains, strict=True)):
-        check_weight("weights", weight, i)
-        if gain is not None:
-            check_gain("gains", gain, weight, i)
+    _check_each(weights, gains)
     groups = by_launch(weights)
     # Check all of them before the first launch.
     dtypes = [result_dtype("weights", weights[i], device_type(weights[i]), dtype, i) for i, *_ in groups]
@@ -133,6 +142,13 @@ def align_foreach(
         for i, aligned in zip(members, _aligned(*each, each_dtype, memory_format), strict=True):
             results[i] = aligned
     return results
+
+
+def _check_each(weights: Sequence[Any], gains: Sequence[Any]) -> None:
+    for i, (weight, gain) in enumerate(zip(weights, gains, strict=True)):
+        check_weight("weights", weight, i)
+        if gain is not None:
+            check_gain("gains", gain, weight, i)
 
 
 def by_launch(weights: Sequence[Tensor]) -> list[list[int]]:
@@ -170,13 +186,10 @@ def _aligned_at_once(
     dtype: torch.dtype | None,
     memory_format: torch.memory_format,
 ) -> Sequence[Tensor] | None:
-    """Fast path through the native op, which checks tensors much faster than Python. None if the backend is not native
-    or the op rejects the list: the caller then checks the arguments and reports what is wrong."""
+    """Fast path through the native op, which checks tensors much faster than Python. None if the backend is not
+    native."""
     device_type_ = device_type(weights[0])
-    try:
-        if choose(device_type_) not in NATIVE:
-            return None
-        dtype = result_dtype("weight", weights[0], device_type_, dtype)
-        return autograd.align_forward(native, weights, gains, eps, scales, dtype, memory_format)[0]
-    except (RuntimeError, TypeError, ValueError):
+    if choose(device_type_) not in NATIVE:
         return None
+    dtype = result_dtype("weight", weights[0], device_type_, dtype)
+    return autograd.align_forward(native, weights, gains, eps, scales, dtype, memory_format)[0]

@@ -30,11 +30,14 @@ def align_forward(
     """The op align_forward, differentiable. Calling it directly skips one dispatcher round trip in eager mode."""
     if _is_transformed():
         return reference.align_forward(weights, gains, eps, scales, dtype, memory_format)
-    if _wants_gradients(weights, gains):
-        call = _Call(served, (eps, scales, dtype, memory_format))
-        return _apply(call, None, *weights, *gains), call.statistics
-    with below_autograd():
-        return served.align_forward._op(weights, gains, eps, scales, _NUMBERS[dtype], _FORMATS[memory_format])
+    try:
+        if _wants_gradients(weights, gains):
+            call = _Call(served, (eps, scales, dtype, memory_format))
+            return _apply(call, None, *weights, *gains), call.statistics
+        with below_autograd():
+            return served.align_forward._op(weights, gains, eps, scales, _NUMBERS[dtype], _FORMATS[memory_format])
+    except RuntimeError as error:
+        raise _typed(error) from None
 
 
 def prepare_forward(
@@ -43,11 +46,14 @@ def prepare_forward(
     """The op prepare_forward, likewise."""
     if _is_transformed():
         return reference.prepare_forward(input, weights, gains, *options)
-    if _wants_gradients((input,), weights, gains):
-        prepared, *aligned = _apply(call := _Call(served, options), input, *weights, *gains)
-        return prepared, aligned, call.statistics
-    with below_autograd():
-        return served.prepare_forward._op(input, weights, gains, *_numbered(*options))
+    try:
+        if _wants_gradients((input,), weights, gains):
+            prepared, *aligned = _apply(call := _Call(served, options), input, *weights, *gains)
+            return prepared, aligned, call.statistics
+        with below_autograd():
+            return served.prepare_forward._op(input, weights, gains, *_numbered(*options))
+    except RuntimeError as error:
+        raise _typed(error) from None
 
 
 for _ops in (schemas.native, schemas.in_triton):
@@ -64,6 +70,12 @@ _FORMATS = {torch.contiguous_format: 0, torch.preserve_format: 1, torch.channels
 def _numbered(eps: Any, scales: Any, dtype: torch.dtype, memory_format: torch.memory_format, *rest: Any) -> Any:
     """An op's options, with dtype and memory format as ints."""
     return eps, scales, _NUMBERS[dtype], _FORMATS[memory_format], *rest
+
+
+def _typed(error: RuntimeError) -> RuntimeError:
+    """The error that PyTorch's own operations raise if memory runs out: the stable ABI knows RuntimeError alone."""
+    is_out_of_memory = type(error) is RuntimeError and "CUDA out of memory" in str(error)
+    return torch.OutOfMemoryError(str(error)) if is_out_of_memory else error
 
 
 def _is_transformed() -> bool:
@@ -146,14 +158,17 @@ class _Fused(torch.autograd.Function):
         arguments = of_used(used, grads, tensors, call.statistics, call.options[1])
         given = (grad_prepared, *arguments[0]) if input_used else arguments[0]
         served = reference if _is_transformed() or any(map(is_legacy_batched, given)) else call.served
-        with below_autograd():
-            if input_used:
-                results = served.prepare_backward(grad_prepared, saved, *arguments, *ctx.preparation)
-                grad_input, grad_weights, grad_gains = results
-            else:
-                grad_weights, grad_gains = served.align_backward(*arguments)
-            # Inside the context, where views of the gains' gradients cost less.
-            return None, grad_input, *in_their_places(used, tensors, grad_weights, grad_gains)
+        try:
+            with below_autograd():
+                if input_used:
+                    results = served.prepare_backward(grad_prepared, saved, *arguments, *ctx.preparation)
+                    grad_input, grad_weights, grad_gains = results
+                else:
+                    grad_weights, grad_gains = served.align_backward(*arguments)
+                # Inside the context, where views of the gains' gradients cost less.
+                return None, grad_input, *in_their_places(used, tensors, grad_weights, grad_gains)
+        except RuntimeError as error:
+            raise _typed(error) from None
 
 
 # The C++ Function.apply, without its Python wrapper for torch.func transforms, under which it is not called.

@@ -118,6 +118,11 @@ bool is_capturing(cudaStream_t stream) {
     return stream_of(stream)->capture;
 }
 
+bool is_idle(cudaStream_t stream) {
+    std::lock_guard<std::recursive_mutex> lock(machine().mutex);
+    return !stream_of(stream)->capture && stream_of(stream)->queue->empty();
+}
+
 void drain(cudaStream_t stream) {
     std::lock_guard<std::recursive_mutex> lock(machine().mutex);
     run_all(*stream_of(stream)->queue);

@@ -19,6 +19,7 @@ void add_kernel(const char* name, Bind bind);
 // Adds work to the end of the stream, or of the graph that it captures.
 void enqueue(cudaStream_t stream, Work work);
 bool is_capturing(cudaStream_t stream);
+bool is_idle(cudaStream_t stream);
 // Runs all that was enqueued, and what it waits for in other streams.
 void drain(cudaStream_t stream);
 
