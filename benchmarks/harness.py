@@ -188,10 +188,14 @@ def cache_bytes(device: str) -> int:
 
 def copy_rate(device: str) -> float:
     """Bytes per second, read and written, of copying a buffer larger than any cache."""
-    source = torch.ones((1 << 29 if device == "cuda" else 1 << 27) // 4, device=device)
-    target = torch.zeros_like(source)
-    timer, _ = wall_timer([lambda: target.copy_(source)], device == "cuda")
-    return 2 * source.nbytes / quantiles([timer() for _ in range(MIN_ROUNDS)])[1]
+    cuda = device == "cuda"
+    stream = torch.cuda.Stream() if cuda else None
+    with torch.cuda.stream(stream):
+        source = torch.rand((1 << 29 if cuda else 1 << 27) // 4, device=device)
+        target = torch.zeros_like(source)
+        calls = [lambda: target.copy_(source)]
+        timer, _ = wall_timer(calls, False) if stream is None else graph_timer(calls, 10, stream)
+        return 2 * source.nbytes / quantiles([timer() for _ in range(MIN_ROUNDS)])[1]
 
 
 def measure(
