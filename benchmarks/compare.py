@@ -2,11 +2,11 @@
 
 Each record of ours is paired with that of the same suite, case, provider, direction, clock, dtypes, layouts and batch.
 A busy machine slows down all that it runs, so times are not compared with times. In each run ours is divided by its
-yardstick, the geometric mean of the rivals that took turns with it in both runs, round by round, and the ratio is
+yardstick, round by round: the geometric mean of the rivals that took turns with it in both runs. The ratio is
 
-    (ours / yardstick in B) / (ours / yardstick in A),  of medians; above 1, B is slower.
+    median(ours / yardstick in B) / median(ours / yardstick in A);  above 1, B is slower.
 
-Its interval (99 %) is a bootstrap's over the rounds of each run, resampled with all that ran in them.
+Its interval (99 %) is a bootstrap's, which resamples the rounds of each run.
 
 A loss is significant if the whole interval lies above 1 + MARGIN. The interval knows how rounds of one run differ; the
 margin is for what differs between two runs of the same program, such as where its memory happens to lie. A gain is
@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 
 from . import machine, stats
-from .console import Console, table
+from .console import Console
 from .report import UNITS, Record
 
 MARGIN = 0.05
@@ -82,10 +82,12 @@ def check_same_machine(a: Sequence[Record], b: Sequence[Record]) -> list[str]:
     return [f"{n}: {a[0].get(n)} in A, {b[0].get(n)} in B" for n in NAMED if a[0].get(n) != b[0].get(n)]
 
 
-def yardstick(records: dict[Key, Record], ours: Record, rivals: Sequence[str]) -> list[float]:
-    """The geometric mean of the rivals' samples in each round."""
-    rounds = stats.paired(*(records[key_of(ours, provider=rival)]["rounds"] for rival in rivals))
-    return [float(mean) for mean in np.exp(np.mean(np.log(rounds), axis=0))]
+def relative(records: dict[Key, Record], key: Key, rivals: Sequence[str]) -> list[float]:
+    """Ours / the geometric mean of the rivals, in each round."""
+    ours = records[key]
+    theirs = (records[key_of(ours, provider=rival)]["rounds"] for rival in rivals)
+    own, *others = (np.log(each) for each in stats.in_rounds(ours["rounds"], *theirs))
+    return [float(ratio) for ratio in np.exp(own - np.mean(others, axis=0))]
 
 
 def changes(a: Sequence[Record], b: Sequence[Record]) -> tuple[list[Change], list[str]]:
@@ -104,32 +106,37 @@ def changes(a: Sequence[Record], b: Sequence[Record]) -> tuple[list[Change], lis
         elif any("rounds" not in record for record in (before[key], after[key])):
             left_out.append(f"{name}: its samples were not recorded")
         else:
-            runs = [(each[key]["rounds"], yardstick(each, each[key], rivals)) for each in (after, before)]
-            found.append(Change(key, stats.ratio_of_ratios(*runs, CONFIDENCE), before[key]["p50"], after[key]["p50"]))
+            b_to_a = stats.median_ratio_of_runs(*(relative(run, key, rivals) for run in (after, before)), CONFIDENCE)
+            found.append(Change(key, b_to_a, before[key]["p50"], after[key]["p50"]))
     return found, left_out
 
 
 def text_of(key: Key) -> str:
-    return ", ".join(str(part) for part in key if part is not None)
+    usual = (None, "contiguous_format", "preserve_format")
+    return ", ".join(str(part) for part in key if part not in usual)
 
 
 def read(path: pathlib.Path) -> list[Record]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+def line(change: Change) -> str:
+    low, ratio, high = change.ratio.low, change.ratio.ratio, change.ratio.high
+    ends = "" if low is None else f"({low:.3f} to {high:.3f})"
+    unit = "MB" if "memory" in change.key else "us"
+    times = " to ".join(f"{value * UNITS[unit]:.1f}" for value in (change.before, change.after))
+    text = f"{ratio:.3f} {ends:18} {change.verdict:4}  {text_of(change.key)}: {times} {unit}"
+    return f"[red]{text}[/red]" if change.verdict == "loss" else text
+
+
 def show(screen: Console, found: Sequence[Change], left_out: Sequence[str]) -> None:
-    rows = []
+    screen.print("B / A, each relative to its rivals (99 % interval)")
     for change in sorted(found, key=lambda each: -each.ratio.ratio):
-        unit = "MB" if "memory" in change.key else "us"
-        ends = "" if change.ratio.low is None else f"{change.ratio.low:.3f} to {change.ratio.high:.3f}"
-        verdict = change.verdict.replace("loss", "[red]loss[/red]")
-        times = [f"{value * UNITS[unit]:.1f} {unit}" for value in (change.before, change.after)]
-        rows.append([text_of(change.key), *times, f"{change.ratio.ratio:.3f}", ends, verdict])
-    screen.print(table("B / A, each relative to its rivals", ["record", "A", "B", "ratio", "99 %", ""], rows))
-    for line in left_out:
-        screen.print(f"left out: {line}", highlight=False)
-    counts = [sum(change.verdict == verdict for change in found) for verdict in ("loss", "gain")]
-    screen.print(f"{len(found)} compared: {counts[0]} slower, {counts[1]} faster, by more than {MARGIN:.0%}")
+        screen.print(line(change), highlight=False, soft_wrap=True)
+    for each in left_out:
+        screen.print(f"left out: {each}", highlight=False, soft_wrap=True)
+    slower, faster = (sum(change.verdict == verdict for change in found) for verdict in ("loss", "gain"))
+    screen.print(f"{len(found)} compared: {slower} slower, {faster} faster, certainly by more than {MARGIN:.0%}")
 
 
 def main() -> None:

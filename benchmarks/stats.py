@@ -11,8 +11,6 @@ try:
 except ImportError:  # then ratios have no interval
     bootstrap = None
 
-RESAMPLES = 2000
-
 
 @dataclass(frozen=True)
 class Ratio:
@@ -38,44 +36,33 @@ def spread(samples: Sequence[float]) -> dict[str, Any]:
     return {"p20": p20, "p50": p50, "p80": p80, "samples": len(samples), "rounds": [float(f"{s:.5g}") for s in samples]}
 
 
-def median_ratio(numerator: Sequence[float], denominator: Sequence[float], resamples: int = RESAMPLES) -> Ratio:
+def median_ratio(numerator: Sequence[float], denominator: Sequence[float], resamples: int = 2000) -> Ratio:
     """median(numerator) / median(denominator), with a 95 % interval. Samples were taken in turn, so rounds are
     resampled as pairs."""
-    above, below = paired(numerator, denominator)
+    above, below = in_rounds(numerator, denominator)
+    return _ratio(above, below, paired=True, n_resamples=resamples)
+
+
+def median_ratio_of_runs(numerator: Sequence[float], denominator: Sequence[float], confidence: float) -> Ratio:
+    """The same of samples from two runs, of which each is resampled by itself."""
+    return _ratio(np.asarray(numerator), np.asarray(denominator), n_resamples=10_000, confidence_level=confidence)
+
+
+def _ratio(above: Any, below: Any, **options: Any) -> Ratio:
     ratio = float(np.median(above) / np.median(below))
-    if bootstrap is None or above.size == 1:
+    if bootstrap is None or min(above.size, below.size) == 1:
         return Ratio(ratio)
-    statistic = lambda a, b, axis: np.median(a, axis=axis) / np.median(b, axis=axis)  # noqa: E731
-    options = {"n_resamples": resamples, "method": "percentile", "rng": np.random.default_rng(0)}
-    interval = bootstrap((above, below), statistic, paired=True, vectorized=True, **options).confidence_interval
-    return Ratio(ratio, float(interval.low), float(interval.high))
+
+    def statistic(above: Any, below: Any, axis: int) -> Any:
+        return np.median(above, axis=axis) / np.median(below, axis=axis)
+
+    random = np.random.default_rng(0)
+    found = bootstrap((above, below), statistic, vectorized=True, method="percentile", rng=random, **options)
+    return Ratio(ratio, float(found.confidence_interval.low), float(found.confidence_interval.high))
 
 
-Paired = tuple[Sequence[float], Sequence[float]]  # samples of two things that took turns
-
-
-def ratio_of_ratios(over: Paired, under: Paired, confidence: float) -> Ratio:
-    """The ratio of medians in one run over that in another: rounds are resampled as pairs, runs apart."""
-    runs = [paired(*over), paired(*under)]
-
-    def of(run: list[Any], rounds: Any, axis: int) -> Any:
-        chosen = [samples[rounds.astype(int)] for samples in run]
-        return np.median(chosen[0], axis=axis) / np.median(chosen[1], axis=axis)
-
-    def statistic(first: Any, second: Any, axis: int = -1) -> Any:
-        return of(runs[0], first, axis) / of(runs[1], second, axis)
-
-    rounds = [np.arange(run[0].size) for run in runs]
-    ratio = float(statistic(*rounds))
-    if bootstrap is None or min(map(len, rounds)) == 1:
-        return Ratio(ratio)
-    options = {"method": "percentile", "confidence_level": confidence, "rng": np.random.default_rng(0)}
-    interval = bootstrap(rounds, statistic, vectorized=True, **options).confidence_interval
-    return Ratio(ratio, float(interval.low), float(interval.high))
-
-
-def paired(*samples: Sequence[float]) -> list[Any]:
-    """As arrays of one value for each round."""
+def in_rounds(*samples: Sequence[float]) -> list[Any]:
+    """As arrays with one value for each round."""
     arrays = [np.asarray(each) for each in samples]
     if len({array.shape for array in arrays}) != 1 or arrays[0].ndim != 1 or arrays[0].size == 0:
         raise ValueError(f"expected equally long lists of samples, got {[array.shape for array in arrays]}")
