@@ -41,6 +41,8 @@ class Run:
     """A run of a benchmark. Records are written case by case: a run that is cut leaves what it has measured."""
 
     def __init__(self, device: str, path: pathlib.Path) -> None:
+        if device == "cuda" and not torch.cuda.is_available():
+            raise SystemExit("torch sees no CUDA device")
         self.console, self.facts, self.path = Console(), machine.facts(device), path
         self.records: list[dict[str, Any]] = []
         self.left_out: list[str] = []

@@ -35,7 +35,19 @@ MARGIN = 0.05
 CONFIDENCE = 0.99
 SAME = ("device", "gpu", "cpu", "cpu_kernels", "threads")
 NAMED = ("driver", "cuda", "torch", "triton")
-KEY = ("suite", "group", "case", "provider", "direction", "clock", "dtype", "out_dtype", "layout", "out_layout", "batch")
+KEY = (
+    "suite",
+    "group",
+    "case",
+    "provider",
+    "direction",
+    "clock",
+    "dtype",
+    "out_dtype",
+    "layout",
+    "out_layout",
+    "batch",
+)
 Key = tuple[Any, ...]
 
 

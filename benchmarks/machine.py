@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from weightalign_cuda.ops import library
+from weightalign_cuda.ops import backend, library
 
 ROOT = pathlib.Path(__file__).parent.parent
 SIMULATED = "Simulated device"  # how the name of a device begins that runs CUDA programs on the CPU
@@ -76,6 +76,7 @@ def facts(device: str) -> dict[str, Any]:
     return {
         "device": "simulated" if gpu and gpu.startswith(SIMULATED) else device,
         "gpu": gpu,
+        "backend": backend.choose(device),
         "cpu": cpu_name(),
         "cpu_kernels": library.cpu_kernels(),
         "threads": torch.get_num_threads(),

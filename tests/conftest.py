@@ -75,6 +75,15 @@ def pytest_configure(config):
         config.option.markexpr = "not slow"
 
 
+def pytest_collection_modifyitems(items):
+    """Marks what runs on the device."""
+    for item in items:
+        if item.path.name == "test_cuda.py" or {"device", "backend", "any_backend", "native", "ops"} & set(
+            item.fixturenames
+        ):
+            item.add_marker("device")
+
+
 def pytest_terminal_summary(terminalreporter):
     if terminalreporter.config.option.markexpr == "not slow":
         terminalreporter.write_line("left out: slow tests, which -m slow or WEIGHTALIGN_TESTS=all runs")
