@@ -145,15 +145,15 @@ def largest_error(provider: Provider, direction: Direction, inputs: Inputs) -> f
     return worst
 
 
-def count_launches(call: Call) -> int:
-    """Kernels, copies and fills that one call launches."""
+def count_launches(call: Call) -> int | None:
+    """Kernels, copies and fills that one call launches; None if the profiler sees none, as each call launches some."""
     from torch.profiler import ProfilerActivity, profile
 
     torch.cuda.synchronize()
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
         call()
         torch.cuda.synchronize()
-    return sum(event.device_type == torch.autograd.DeviceType.CUDA for event in profiler.events())
+    return sum(event.device_type == torch.autograd.DeviceType.CUDA for event in profiler.events()) or None
 
 
 def peak_bytes(call: Call, cuda: bool) -> int:

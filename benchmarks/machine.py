@@ -57,7 +57,9 @@ def cpu_name() -> str:
 
 def git_revision() -> str | None:
     revision = output_of("git", "rev-parse", "--short=12", "HEAD")
-    return revision and revision + ("-dirty" if output_of("git", "status", "--porcelain") else "")
+    # The results of this very run are not a change.
+    changes = output_of("git", "status", "--porcelain", "--", ".", ":!benchmarks/results")
+    return revision and revision + ("-dirty" if changes else "")
 
 
 def triton_version() -> str | None:

@@ -49,7 +49,7 @@ def network(ours: Sequence[Record]) -> list[str]:
         name = f"{r['direction']}, {r['clock']}{r['provider'].removeprefix('ours')}"
         shares = percent(r["fraction_of_copy"]), percent(r["fraction_of_flat"])
         others = (ratio(r, rival) for rival in rivals)
-        lines.append(row(name, f"{1e6 * r['p50']:.1f}", str(r["launches"]), *shares, *others))
+        lines.append(row(name, f"{1e6 * r['p50']:.1f}", str(r["launches"] or ""), *shares, *others))
     return lines
 
 

@@ -58,7 +58,7 @@ def steps() -> list[Step]:
     network, layer, host = (("align", "--out-dtype", "bfloat16", "--suites", s) for s in ("network", "layer", "host"))
     resnet = ("step", "--only", "resnet50", "--no-compile", "--seconds", "3")
     return [
-        Step("build", "the native library, for this GPU only", 150, own[0], on_device=False),
+        Step("build", "the native library, for this GPU only", 180, own[0], on_device=False),
         Step("static", "what the machine code predicts", 45, (PYTHON, "-m", code), modules=(code,), on_device=False),
         benchmark("model", "all weights of ResNet-50 in one launch", 60, *network, "--no-compile", "--seconds", "0.5"),
         tests(),
