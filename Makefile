@@ -2,18 +2,21 @@
 #
 #   TORCH=torch==2.13.0   the torch to install
 #   PY=python3            an existing environment instead of .venv: nothing is downloaded, missing rivals are skipped
+#   OUT=folder            where gpu-report makes a folder for the machine, instead of benchmarks/results
 
 TORCH ?= torch
 VENV ?= .venv
 ifdef PY
 INSTALLED := build/installed-in-$(subst /,_,$(PY))
 PYTEST = $(PY) -m pytest
+REPORTS :=
 INSTALL = $(PY) -m pip install --no-build-isolation --no-deps -e .
 else
 PY := $(VENV)/bin/python
 # Two processes, whose OpenMP threads sleep while they wait: spinning would take CPU time from the other process.
 PYTEST = OMP_WAIT_POLICY=passive $(PY) -m pytest -n 2 --dist worksteal
 INSTALLED := $(VENV)/installed
+REPORTS := $(INSTALLED)
 # torch first, so that the library is built against it, not against a second one in pip's build environment.
 INSTALL = $(PY) -m pip install -q "$(TORCH)" && $(PY) -m pip install -q "$(TORCH)" -e ".[test,libraries,bench,lint,docs]"
 $(INSTALLED): $(VENV)/bin/python
@@ -46,13 +49,9 @@ fuzz: $(INSTALLED)
 demo: $(INSTALLED)
 	$(PY) -m benchmarks.demo
 
-# On a GPU: build, the tests on the device, the benchmarks.
-gpu-report: $(INSTALLED)
-	$(PY) -m weightalign_cuda
-	$(PY) -m pytest
-	$(PY) -m benchmarks.align --device cuda
-	$(PY) -m benchmarks.conv_layers --device cuda
-	$(PY) -m benchmarks.step --device cuda
+# On a GPU, in ten minutes: builds for it alone, tests, measures, judges. With PY nothing is installed, pip not needed.
+gpu-report: $(REPORTS)
+	$(PY) -m benchmarks.gpu_report $(if $(OUT),--out "$(OUT)")
 
 lint: $(INSTALLED)
 	$(PY) -m ruff check

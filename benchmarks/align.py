@@ -6,95 +6,79 @@ in eager PyTorch, timm's F.batch_norm trick, torch.compile of the formula; floor
 convolution, a flat copy. Writes align.jsonl (one record per line) and a plot per dtype.
 """
 
-import importlib.util
 from collections.abc import Sequence
-from typing import Any
 
 import torch
-from rich.console import Console
 
-import weightalign_cuda as wa
-
-from . import command, harness, host, layers, machine, op_alone, report
+from . import command, console, goals, harness, host, layers, op_alone, report
 from .harness import Case, Limits
 from .layers import Network
-from .providers import DIRECTIONS, Setting, providers, short, why_no_compile
+from .providers import DIRECTIONS, Setting, providers, why_no_compile
 
+SUITES = ("layer", "network", "op", "host")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 NETWORK_COST = 12  # time of the network relative to a layer's, roughly, for the estimate of the time left
 
 
 def settings(device: str, dtype: str, out_dtype: str | None) -> list[Setting]:
-    """fp32 -> fp32; on CUDA also fp32 -> bf16 channels_last, as convolutions under autocast take it."""
-    if out_dtype is not None or dtype != "float32":
-        return [Setting(device, DTYPES[dtype], DTYPES[out_dtype or dtype])]
-    half = Setting(device, torch.float32, torch.bfloat16, torch.channels_last)
-    return [Setting(device), half] if device == "cuda" else [Setting(device)]
+    """Unless told otherwise fp32 -> fp32, on CUDA also fp32 -> bf16. On CUDA what changes its dtype is channels_last
+    then, as convolutions under autocast take it."""
+    both = ("float32", "bfloat16") if (device, dtype, out_dtype) == ("cuda", "float32", None) else (out_dtype or dtype,)
+    layouts = {out: torch.channels_last if device == "cuda" and out != dtype else torch.preserve_format for out in both}
+    return [Setting(device, DTYPES[dtype], DTYPES[out], layout) for out, layout in layouts.items()]
 
 
-def cases(network: Network, only: str | None) -> list[Case]:
+def cases(network: Network, suites: Sequence[str], only: str | None) -> list[Case]:
     """Distinct shapes and the whole network; `only` keeps those whose name contains it."""
-    single = [Case("x".join(map(str, shape)), (shape,)) for shape in network.shapes]
-    everything = [*single, Case(network.name, tuple(shape for _, shape in network.layers))]
-    return command.chosen({case.name: case for case in everything}, only)
+    found = [Case("x".join(map(str, shape)), (shape,)) for shape in network.shapes] if "layer" in suites else []
+    if "network" in suites:
+        found.append(Case(network.name, tuple(shape for _, shape in network.layers)))
+    return command.chosen({case.name: case for case in found}, only) if found else []
 
 
-def run(
-    chosen: Sequence[Setting], network: Network, only: str | None, limits: Limits, console: Console
-) -> tuple[list[dict[str, Any]], list[str]]:
-    """All records, and what was skipped and why."""
-    records: list[dict[str, Any]] = []
-    left_out = []
-    todo = cases(network, only)
-    device = chosen[0].device
-    facts = machine.facts(device)
-    console.print(f"{machine.label(facts)}; backends: {wa.backends()}", highlight=False)
-    with command.progress(console) as progress:
+def measure(
+    run: command.Run, setting: Setting, todo: Sequence[Case], suites: Sequence[str], with_compile: bool, limits: Limits
+) -> None:
+    """All of one setting."""
+    torch.manual_seed(0)
+    with console.progress(run.console) as progress:
         costs = [NETWORK_COST if len(case.shapes) > 1 else 1 for case in todo]
-        task = progress.add_task("copy rate", total=len(chosen) * len(DIRECTIONS) * sum(costs))
-        copy = harness.copy_rate(device)
-        for setting in chosen:
-            torch.manual_seed(0)
-            progress.update(task, description="torch.compile, first try")
-            if reason := why_no_compile(setting):
-                left_out.append(f"compile, {setting}: {reason}")
-            for case, cost in zip(todo, costs, strict=True):
-                progress.update(task, description=f"{case.name:>16} {setting}")
-                single = len(case.shapes) == 1
-                entrants = providers(setting, len(case.shapes), with_compile=reason is None)
-                within = limits if single else Limits(limits.rounds, 4 * limits.seconds)
+        task = progress.add_task("copy rate; torch.compile, first try", total=len(DIRECTIONS) * sum(costs))
+        copy = harness.copy_rate(setting.device) if todo else None
+        reason = why_no_compile(setting) if todo and with_compile else "not asked for"
+        if reason and todo:
+            run.left_out.append(f"compile, {setting}: {reason}")
+        for case, cost in zip(todo, costs, strict=True):
+            progress.update(task, description=f"{case.name:>16} {setting}")
+            single = len(case.shapes) == 1
+            entrants = providers(setting, len(case.shapes), with_compile=reason is None)
+            within = limits if single else Limits(limits.rounds, 4 * limits.seconds)
+            advance = lambda cost=cost: progress.advance(task, cost)  # noqa: E731
+            with run.case(f"{case.name}, {setting}"):
                 suite = "layer" if single else "network"
-                advance = lambda cost=cost: progress.advance(task, cost)  # noqa: E731
-                records += harness.measure(suite, case, setting, entrants, within, copy, advance=advance)
-            progress.update(task, description="the op alone, and the host")
-            if device == "cpu":
-                records += op_alone.records(setting, limits)
-            records += host.records(setting, limits)
-    return [{**record, **facts} for record in records], left_out
+                run.add(harness.measure(suite, case, setting, entrants, within, copy, advance=advance))
+        for suite, records in (("op", op_alone.records), ("host", host.records)):
+            if suite in suites and (suite, setting.device) != ("op", "cuda"):
+                progress.update(task, description={"op": "the op alone", "host": "the host's part"}[suite])
+                with run.case(f"{suite}, {setting}"):
+                    run.add(records(setting, limits))
 
 
 def main() -> None:
     parser = command.parser(__doc__, 1.0, "shapes such as 64x64x1x1, and resnet50")
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the weights")
     parser.add_argument("--out-dtype", choices=DTYPES, help="of the result (default: --dtype; on CUDA bfloat16 too)")
+    parser.add_argument("--suites", nargs="+", choices=SUITES, default=SUITES, help="parts (default: all)")
+    parser.add_argument("--no-compile", action="store_true", help="without torch.compile, which takes long to compile")
     arguments = parser.parse_args()
-    console = Console()
-    chosen = settings(arguments.device, arguments.dtype, arguments.out_dtype)
     limits = Limits(arguments.rounds, arguments.seconds)
-    records, left_out = run(chosen, layers.load("resnet50"), arguments.only, limits, console)
-    command.write(records, path := arguments.out / "align.jsonl")
-    report.print_report(console, records, left_out)
-    written = [path]
-    for setting in chosen:
-        clock = "graph" if setting.device == "cuda" else "wall"
-        fields = {"dtype": short(setting.dtype), "out_dtype": short(setting.out_dtype), "clock": clock}
-        plotted = report.pick(records, suite="layer", provider="ours", direction="both", **fields)
-        if plotted and importlib.util.find_spec("matplotlib") is None:
-            console.print("no plot: matplotlib is not installed")
-        elif plotted:
-            written.append(arguments.out / f"align-{setting.device}-{fields['dtype']}-{fields['out_dtype']}.png")
-            report.plot(plotted, written[-1])
-    console.print("wrote " + ", ".join(map(str, written)), highlight=False)
+    todo = cases(layers.load("resnet50"), arguments.suites, arguments.only)
+    run = command.Run(arguments.device, arguments.out / "align.jsonl")
+    for setting in settings(arguments.device, arguments.dtype, arguments.out_dtype):
+        measure(run, setting, todo, arguments.suites, not arguments.no_compile, limits)
+    report.print_report(run.console, run.records, run.left_out)
+    run.console.print("\n".join(goals.lines(run.records)), highlight=False, soft_wrap=True)
+    run.end(*report.plots(run.records, arguments.out))
 
 
 if __name__ == "__main__":

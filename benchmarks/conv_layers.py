@@ -6,25 +6,26 @@ steps in eager PyTorch; conv: the same plus the convolution; plain: the convolut
 conv_layers.jsonl, one record per line.
 """
 
+import importlib.util
 import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from statistics import geometric_mean
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
 import weightalign_cuda as wa
 
-from . import command, harness, machine, report
+from . import command, console, harness, report
+from .console import Console
 from .harness import Limits, WrongResultError
 from .layers import Shape
 from .providers import EPS, Setting, formula, make_inputs
-from .stats import geometric_mean, median_ratio, spread
+from .stats import median_ratio, spread
 
 BATCHES = (1, 8)
 # The layers that run without --all: from each stage, kernels of 1 and 3, stride 1 and 2, wide and narrow.
@@ -187,26 +188,24 @@ def measure(layer: Layer, batch: int, device: str, limits: Limits) -> list[dict[
     return records
 
 
-def print_report(console: Console, records: Sequence[dict[str, Any]]) -> None:
+def print_report(screen: Console, records: Sequence[dict[str, Any]]) -> None:
     """A table for each group, then prep's overall speedup."""
     heads = "layer|batch|prep us|eager|conv us|eager|plain us|ours/plain".replace(" us", "\nus").replace("/", "/\n")
     for group in dict.fromkeys(r["group"] for r in records):
-        table = Table(title=f"{group}, forward + backward", title_justify="left", box=None, padding=(0, 1, 0, 0))
-        for head in heads.split("|"):
-            table.add_column(head, justify="left" if head == "layer" else "right", no_wrap=True)
+        rows = []
         for prep in report.pick(records, group=group, provider="prep ours"):
             fields = {"group": group, "case": prep["case"], "batch": prep["batch"]}
             conv, plain = (report.pick(records, provider=f"conv {who}", **fields)[0] for who in ("ours", "plain"))
             cells = [prep["case"], str(prep["batch"])]
             for kind, ours in (("prep", prep), ("conv", conv)):
                 cells += [f"{ours['p50'] * 1e6:.0f}", report.ratio_text(ours["speedups"][f"{kind} eager"])]
-            table.add_row(*cells, f"{plain['p50'] * 1e6:.0f}", f"{conv['overhead']['ratio']:.2f}x")
-        console.print(table)
-    for kind in ("prep", "conv"):
+            rows.append([*cells, f"{plain['p50'] * 1e6:.0f}", f"{conv['overhead']['ratio']:.2f}x"])
+        screen.print(console.table(f"{group}, forward + backward", heads.split("|"), rows))
+    for kind in ("prep", "conv") if records else ():
         ratios = [r["speedups"][f"{kind} eager"]["ratio"] for r in report.pick(records, provider=f"{kind} ours")]
         numbers = f"{geometric_mean(ratios):.2f}x  minimum {min(ratios):.2f}x  >= 1x: {sum(r >= 1 for r in ratios)}"
-        console.print(f"{kind} eager/ours: geomean {numbers} of {len(ratios)}", highlight=False)
-    console.print("Ratios of median times; yellow: the 95 % interval holds 1; red: ours is slower.")
+        screen.print(f"{kind} eager/ours: geomean {numbers} of {len(ratios)}", highlight=False)
+    screen.print("Ratios of median times; yellow: the 95 % interval holds 1; red: ours is slower.")
 
 
 def main() -> None:
@@ -214,21 +213,23 @@ def main() -> None:
     parser.add_argument("--all", action="store_true", help="all distinct layers of ResNet-50, not some of each stage")
     arguments = parser.parse_args()
     limits = Limits(arguments.rounds, arguments.seconds)
-    every = [*resnet50(), *EXPLICIT]
+    has_resnet = importlib.util.find_spec("torchvision") is not None
+    every = [*(resnet50() if has_resnet else ()), *EXPLICIT]
     chosen = [e for e in every if arguments.all or arguments.only or e.group != "ResNet-50" or e.name in SUBSET]
     chosen = command.chosen({f"{e.group}: {e.name}": e for e in chosen}, arguments.only)
-    console, facts, records = Console(), machine.facts(arguments.device), []
-    console.print(f"{machine.label(facts)}; backends: {wa.backends()}", highlight=False)
+    run = command.Run(arguments.device, arguments.out / "conv_layers.jsonl")
     torch.manual_seed(0)
-    with command.progress(console) as progress:
+    with console.progress(run.console) as progress:
         task = progress.add_task("", total=len(chosen) * len(BATCHES))
         for layer, batch in itertools.product(chosen, BATCHES):
             progress.update(task, description=f"{layer.name}, batch {batch}")
-            records += [{**r, **facts} for r in measure(layer, batch, arguments.device, limits)]
+            with run.case(f"{layer.name}, batch {batch}"):
+                run.add(measure(layer, batch, arguments.device, limits))
             progress.advance(task)
-    command.write(records, path := arguments.out / "conv_layers.jsonl")
-    print_report(console, records)
-    console.print(f"wrote {path}", highlight=False)
+    print_report(run.console, run.records)
+    if not has_resnet:
+        run.console.print("[yellow]left out: ResNet-50: torchvision is not installed[/yellow]", highlight=False)
+    run.end()
 
 
 if __name__ == "__main__":

@@ -145,15 +145,15 @@ def largest_error(provider: Provider, direction: Direction, inputs: Inputs) -> f
     return worst
 
 
-def count_launches(call: Call) -> int:
-    """Kernels, copies and fills that one call launches."""
+def count_launches(call: Call) -> int | None:
+    """Kernels, copies and fills that one call launches; None if the profiler sees none, as each call launches some."""
     from torch.profiler import ProfilerActivity, profile
 
     torch.cuda.synchronize()
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
         call()
         torch.cuda.synchronize()
-    return sum(event.device_type == torch.autograd.DeviceType.CUDA for event in profiler.events())
+    return sum(event.device_type == torch.autograd.DeviceType.CUDA for event in profiler.events()) or None
 
 
 def peak_bytes(call: Call, cuda: bool) -> int:
@@ -188,10 +188,14 @@ def cache_bytes(device: str) -> int:
 
 def copy_rate(device: str) -> float:
     """Bytes per second, read and written, of copying a buffer larger than any cache."""
-    source = torch.ones((1 << 29 if device == "cuda" else 1 << 27) // 4, device=device)
-    target = torch.zeros_like(source)
-    timer, _ = wall_timer([lambda: target.copy_(source)], device == "cuda")
-    return 2 * source.nbytes / quantiles([timer() for _ in range(MIN_ROUNDS)])[1]
+    cuda = device == "cuda"
+    stream = torch.cuda.Stream() if cuda else None
+    with torch.cuda.stream(stream):
+        source = torch.rand((1 << 29 if cuda else 1 << 27) // 4, device=device)
+        target = torch.zeros_like(source)
+        calls = [lambda: target.copy_(source)]
+        timer, _ = wall_timer(calls, False) if stream is None else graph_timer(calls, 10, stream)
+        return 2 * source.nbytes / quantiles([timer() for _ in range(MIN_ROUNDS)])[1]
 
 
 def measure(

@@ -1,6 +1,6 @@
-"""The convolutions of real networks, as JSON files in benchmarks/layers/ that are generated from the models.
+"""python -m benchmarks.layers: the convolutions of real networks, as JSON files that are generated from the models.
 
-python -m benchmarks.layers regenerates them (needs torchvision)
+They lie in benchmarks/layers/; needs torchvision.
 """
 
 import collections

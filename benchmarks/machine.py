@@ -6,13 +6,15 @@ import pathlib
 import platform
 import subprocess
 import time
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 
-from weightalign_cuda.ops import library
+from weightalign_cuda.ops import backend, library
 
 ROOT = pathlib.Path(__file__).parent.parent
+SIMULATED = "Simulated device"  # how the name of a device begins that runs CUDA programs on the CPU
 
 
 def _times() -> tuple[float, float, float] | None:
@@ -55,7 +57,9 @@ def cpu_name() -> str:
 
 def git_revision() -> str | None:
     revision = output_of("git", "rev-parse", "--short=12", "HEAD")
-    return revision and revision + ("-dirty" if output_of("git", "status", "--porcelain") else "")
+    # The results of this very run are not a change.
+    changes = output_of("git", "status", "--porcelain", "--", ".", ":!benchmarks/results")
+    return revision and revision + ("-dirty" if changes else "")
 
 
 def triton_version() -> str | None:
@@ -69,10 +73,12 @@ def triton_version() -> str | None:
 def facts(device: str) -> dict[str, Any]:
     """Fields for every record of a run on `device`."""
     cuda = device == "cuda"
+    gpu = torch.cuda.get_device_name() if cuda else None
     driver = output_of("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") if cuda else None
     return {
-        "device": device,
-        "gpu": torch.cuda.get_device_name() if cuda else None,
+        "device": "simulated" if gpu and gpu.startswith(SIMULATED) else device,
+        "gpu": gpu,
+        "backend": backend.choose(device),
         "cpu": cpu_name(),
         "cpu_kernels": library.cpu_kernels(),
         "threads": torch.get_num_threads(),
@@ -83,6 +89,18 @@ def facts(device: str) -> dict[str, Any]:
         "git": git_revision(),
         "time": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     }
+
+
+def is_simulated(facts: dict[str, Any]) -> bool:
+    """Of facts, or of a record, which holds them."""
+    return bool(facts["device"] == "simulated")
+
+
+def refuse_simulated(records: Iterable[dict[str, Any]]) -> None:
+    """For what shows times: ValueError if they were not taken on hardware."""
+    for record in records:
+        if is_simulated(record):
+            raise ValueError(f"{record['gpu']}: the times of a simulated device mean nothing")
 
 
 def label(facts: dict[str, Any]) -> str:

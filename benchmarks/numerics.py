@@ -29,6 +29,11 @@ sys.path[:0] = [str(machine.ROOT / "tests" / "simt"), str(machine.ROOT / "tests"
 import truth  # noqa: E402
 from truth import normal  # noqa: E402
 
+# How backends run that do not run as they are meant to.
+HOW = {} if ON_GPU else {"triton": "interpreted"}
+if ON_GPU and machine.is_simulated(machine.facts("cuda")):
+    HOW = {"cuda": "simulated"}
+
 TABLE = pathlib.Path(__file__).with_name("results") / "numerics.md"
 SHAPE = (64, 64, 3, 3)
 F16, BF16 = torch.float16, torch.bfloat16
@@ -133,7 +138,7 @@ def columns() -> dict[str, Column]:
         found["cuda (emulated)"] = emulated(simt.Emulator(simt.load(simt.build(), "simt_check")))
     for name in ("cuda", "triton", "cpu", "reference"):
         if wa.backends()[name] == "available":
-            found["triton (interpreted)" if name == "triton" and not ON_GPU else name] = ours(name)
+            found[f"{name} ({HOW[name]})" if name in HOW else name] = ours(name)
     if "triton (interpreted)" in found:
         import triton_interpreter
 

@@ -50,10 +50,12 @@ def _records_of(
     for direction, rival in (("forward", "clone"), ("backward", "add")):
         ours, theirs = samples[direction, "ours"], samples[direction, rival]
         case = f"{'x'.join(map(str, shape))} ({where}), {threads} thread{'s' * (threads > 1)}"
-        results.append({
-            "suite": "op", "case": case, "provider": "ours", "direction": direction, "clock": "wall",
-            **setting.fields, "shape": list(shape), "batch": None, "n_layers": 1,
-            "bytes_min": math.prod(shape) * setting.dtype.itemsize * (2 if direction == "forward" else 3),
-            **spread(ours), "speedups": {rival: median_ratio(theirs, ours).to_json()},
-        })  # fmt: skip
+        speedups = {rival: median_ratio(theirs, ours).to_json()}
+        for provider, own in (("ours", ours), (rival, theirs)):
+            results.append({
+                "suite": "op", "case": case, "provider": provider, "direction": direction, "clock": "wall",
+                **setting.fields, "shape": list(shape), "batch": None, "n_layers": 1,
+                "bytes_min": math.prod(shape) * setting.dtype.itemsize * (2 if direction == "forward" else 3),
+                **spread(own), "speedups": speedups if provider == "ours" else {},
+            })  # fmt: skip
     return results

@@ -18,6 +18,7 @@ from torch import Tensor
 
 import weightalign_cuda as wa
 
+from .console import one_line
 from .layers import Shape
 
 Direction = Literal["forward", "backward", "both"]
@@ -218,5 +219,5 @@ def why_no_compile(setting: Setting) -> str | None:
     try:
         Provider("compile", compiled(setting)).call("both", inputs)()
     except Exception as failure:
-        return f"{type(failure).__name__}: {str(failure).strip().splitlines()[0] if str(failure).strip() else ''}"
+        return one_line(failure)
     return None

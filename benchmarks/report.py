@@ -1,14 +1,13 @@
 """Tables from records, and the plot of benchmarks.align."""
 
+import importlib.util
 import pathlib
 from collections.abc import Sequence
+from statistics import geometric_mean
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
-from . import machine
-from .stats import geometric_mean
+from . import console, machine
+from .console import Console
 
 RIVALS = ("eager", "timm", "compile", "multiply", "cast", "flat")
 PLOTTED = ("eager", "timm", "compile")
@@ -25,31 +24,25 @@ def present(records: Sequence[Record], among: Sequence[str] = RIVALS) -> list[st
     return [rival for rival in among if any(rival in r["speedups"] for r in records)]
 
 
-def ratio_text(speedup: dict[str, float]) -> str:
+def ratio_text(speedup: dict[str, Any]) -> str:
     """4.31x; red if ours is certainly slower, yellow if the interval contains 1."""
     text = f"{speedup['ratio']:.2f}x"
-    if speedup["high"] < 1:
-        return f"[red]{text}[/red]"
-    return f"[yellow]{text}[/yellow]" if speedup["low"] <= 1 else text
+    if speedup["low"] is None or speedup["low"] > 1:
+        return text
+    return f"[red]{text}[/red]" if speedup["high"] < 1 else f"[yellow]{text}[/yellow]"
 
 
 def table(
     title: str, first: str, rows: Sequence[tuple[str, Record]], among: Sequence[str] = RIVALS, unit: str = "us"
-) -> Table:
+) -> Any:
     """One line per record of ours: what it takes, and how many times that each rival takes."""
     rivals = present([record for _, record in rows], among)
-    result = Table(first, f"ours {unit}", *rivals, title=title, title_justify="left", box=None, padding=(0, 1, 0, 0))
-    result.columns[0].no_wrap = True
-    for column in result.columns[1:]:
-        column.justify = "right"
+    lines = []
     for name, record in rows:
         value, speedups = record["p50"] * UNITS[unit], record["speedups"]
-        result.add_row(
-            name,
-            f"{value:.1f}" if value < 1000 else f"{value:.0f}",
-            *(ratio_text(speedups[rival]) if rival in speedups else "" for rival in rivals),
-        )
-    return result
+        others = (ratio_text(speedups[rival]) if rival in speedups else "" for rival in rivals)
+        lines.append([name, f"{value:.1f}" if value < 1000 else f"{value:.0f}", *others])
+    return console.table(title, [first, f"ours {unit}", *rivals], lines)
 
 
 def summary_lines(records: Sequence[Record]) -> list[str]:
@@ -67,7 +60,7 @@ def summary_lines(records: Sequence[Record]) -> list[str]:
     return lines
 
 
-def print_report(console: Console, records: Sequence[Record], left_out: Sequence[str]) -> None:
+def print_report(screen: Console, records: Sequence[Record], left_out: Sequence[str]) -> None:
     """Everything, losses included, for each setting and clock."""
     kinds = dict.fromkeys((r["dtype"], r["out_dtype"], r["out_layout"], r["clock"]) for r in records)
     for dtype, out_dtype, layout, clock in kinds:
@@ -76,24 +69,38 @@ def print_report(console: Console, records: Sequence[Record], left_out: Sequence
         single = pick(some, suite="layer", provider="ours")
         if both := pick(single, direction="both"):
             rows = [(f"{'x'.join(map(str, r['shape']))}", r) for r in both]
-            console.print(table(f"One layer, forward + backward, {title}", "shape", rows))
-            console.print("\n".join(summary_lines(single)), highlight=False)
+            screen.print(table(f"One layer, forward + backward, {title}", "shape", rows))
+            screen.print("\n".join(summary_lines(single)), highlight=False)
         if whole := [r for r in pick(some, suite="network") if r["provider"].startswith("ours")]:
             name = {"ours": "", "ours per layer": ", per layer"}
             rows = [(f"{r['direction']}{name[r['provider']]}", r) for r in whole]
-            console.print(table(f"align_foreach, {whole[0]['case']}, {title}", "direction", rows))
+            screen.print(table(f"align_foreach, {whole[0]['case']}, {title}", "direction", rows))
     for suite, title in (("op", "The op alone"), ("host", "The host's part")):
         for r in [r for r in pick(records, suite=suite) if r["provider"].startswith("ours")]:
             times = ", ".join(f"{1 / ratio['ratio']:.2f} x {rival}" for rival, ratio in r["speedups"].items())
             what = f"{r['case']}, {r['direction']}" if suite == "op" else r["case"]
-            console.print(f"{title}: {what:56}{r['provider']:15}{r['p50'] * 1e6:9.1f} us  {times}", highlight=False)
+            screen.print(f"{title}: {what:56}{r['provider']:15}{r['p50'] * 1e6:9.1f} us  {times}", highlight=False)
     for line in left_out:
-        console.print(f"[yellow]left out: {line}[/yellow]", highlight=False)
-    console.print("Ratios: median time of the rival / of ours; yellow: the 95 % interval holds 1; red: ours is slower.")
+        screen.print(f"[yellow]left out: {line}[/yellow]", highlight=False)
+    screen.print("Ratios: median time of the rival / of ours; yellow: the 95 % interval holds 1; red: ours is slower.")
+
+
+def plots(records: Sequence[Record], folder: pathlib.Path) -> list[pathlib.Path]:
+    """A plot for each pair of dtypes, of CUDA by its primary clock; none of a simulated device."""
+    clock = "graph" if any(r["clock"] == "graph" for r in records) else "wall"
+    single = pick(records, suite="layer", provider="ours", direction="both", clock=clock)
+    if not single or machine.is_simulated(single[0]) or importlib.util.find_spec("matplotlib") is None:
+        return []
+    written = []
+    for dtype, out_dtype in dict.fromkeys((r["dtype"], r["out_dtype"]) for r in single):
+        written.append(folder / f"align-{single[0]['device']}-{dtype}-{out_dtype}.png")
+        plot(pick(single, dtype=dtype, out_dtype=out_dtype), written[-1])
+    return written
 
 
 def plot(records: Sequence[Record], path: pathlib.Path) -> None:
     """Horizontal bars: speedup of forward + backward for each shape against each rival."""
+    machine.refuse_simulated(records)
     import matplotlib
 
     matplotlib.use("Agg")
@@ -103,10 +110,11 @@ def plot(records: Sequence[Record], path: pathlib.Path) -> None:
     height = 0.8 / len(rivals)
     figure, axes = plt.subplots(figsize=(9, 0.42 * len(records) + 1.8), layout="constrained")
     for i, rival in enumerate(rivals):
-        ratios = [r["speedups"][rival] for r in records]
-        places = [row + (i - (len(rivals) - 1) / 2) * height for row in range(len(records))]
-        values = [r["ratio"] for r in ratios]
-        spread = [[max(r["ratio"] - r["low"], 0) for r in ratios], [max(r["high"] - r["ratio"], 0) for r in ratios]]
+        ratios = {row: r["speedups"][rival] for row, r in enumerate(records) if rival in r["speedups"]}
+        places = [row + (i - (len(rivals) - 1) / 2) * height for row in ratios]
+        values = [r["ratio"] for r in ratios.values()]
+        bounds = [(r["low"] or r["ratio"], r["ratio"], r["high"] or r["ratio"]) for r in ratios.values()]
+        spread = [[max(mid - low, 0) for low, mid, _ in bounds], [max(high - mid, 0) for _, mid, high in bounds]]
         label = f"{rival} (geometric mean {geometric_mean(values):.1f}x)"
         axes.barh(
             places,

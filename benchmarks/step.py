@@ -17,12 +17,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from rich.console import Console
 from torch import Tensor, nn
 
-import weightalign_cuda as wa
-
-from . import command, harness, machine, report
+from . import command, console, goals, harness, report
+from .console import Console
 from .harness import Limits, WrongResultError
 from .providers import Setting, short, why_no_compile
 from .stats import median_ratio, spread
@@ -166,66 +164,42 @@ def measure(case: Case, limits: Limits, with_compile: bool) -> list[Record]:
     return records
 
 
-def goals(record: Record) -> list[tuple[str, float]]:
-    """(rival, largest allowed ratio of ours to it) for a record of ours."""
-    if record["clock"] == "memory":
-        return [("plain", 1.05)] if record["out_dtype"] == "bfloat16" else []
-    if record["case"] != RESNET.name:
-        return [("timm", 1.0)]
-    if record["device"] == "cuda":
-        return [("plain", 1.02 if record["batch"] < 64 else 1.01)]
-    return [("plain", 1.05)] if record["batch"] == 1 else []
-
-
-def goal_lines(records: Sequence[Record]) -> list[str]:
-    """Each goal with its measurement, met or missed."""
-    lines = []
-    for record in records:
-        for rival, goal in goals(record) if record["provider"].startswith("ours") else []:
-            low, ratio, high = (1 / record["speedups"][rival][key] for key in ("high", "ratio", "low"))
-            what = f"{record['case']} batch {record['batch']}, {record['clock']}: {record['provider']} / {rival}"
-            verdict = "met" if ratio <= goal else "[red]missed[/red]"
-            verdict += ", within noise" if low <= goal < high else ""
-            lines.append(f"{what:62} {ratio:.3f} ({low:.3f} to {high:.3f}), goal {goal:.2f}: {verdict}")
-    return lines
-
-
-def print_report(console: Console, records: Sequence[Record], left_out: Sequence[str]) -> None:
+def print_report(screen: Console, records: Sequence[Record], left_out: Sequence[str]) -> None:
     """Times and memory, losses included, then the goals."""
     kinds = dict.fromkeys((r["clock"], r["out_dtype"]) for r in records)
     for clock, dtype in sorted(kinds):
         some = [r for r in report.pick(records, clock=clock, out_dtype=dtype) if r["provider"].startswith("ours")]
         rows = [(f"{r['case']}, {r['batch']}, {r['provider'].removeprefix('ours ')}", r) for r in some]
         what, unit = ("peak memory", "MB") if clock == "memory" else (f"{clock} time", "ms")
-        console.print(report.table(f"Training step, {dtype}, {what}", "network, batch, ours", rows, PROVIDERS, unit))
-    console.print("\n".join(goal_lines(records)), highlight=False, soft_wrap=True)
+        screen.print(report.table(f"Training step, {dtype}, {what}", "network, batch, ours", rows, PROVIDERS, unit))
+    screen.print("\n".join(goals.lines(records)), highlight=False, soft_wrap=True)
     for line in dict.fromkeys(left_out):
-        console.print(f"[yellow]left out: {line}[/yellow]", highlight=False)
-    console.print("Tables: median of the rival / of ours; yellow: the 95 % interval holds 1; red: ours takes more.")
+        screen.print(f"[yellow]left out: {line}[/yellow]", highlight=False)
+    screen.print("Tables: median of the rival / of ours; yellow: the 95 % interval holds 1; red: ours takes more.")
 
 
 def main() -> None:
     parser = command.parser(__doc__, 20.0, f"networks and batches such as '{RESNET.name} batch 1'")
     parser.add_argument("--size", type=int, default=224, help="height and width of the images")
+    parser.add_argument("--no-compile", action="store_true", help="without torch.compile, which takes long to compile")
     arguments = parser.parse_args()
     limits = Limits(arguments.rounds, arguments.seconds)
-    console, facts, records = Console(), machine.facts(arguments.device), []
+    run = command.Run(arguments.device, arguments.out / "step.jsonl")
     left_out = [f"{n.name}: {n.package} is not installed" for n in NETWORKS if not n.is_installed]
     possible = {case.name: case for case in cases(arguments.device, arguments.size)}
     chosen = command.chosen(possible, arguments.only) if possible else []
-    console.print(f"{machine.label(facts)}; backends: {wa.backends()}", highlight=False)
-    with command.progress(console) as progress:
+    with console.progress(run.console) as progress:
         task = progress.add_task("torch.compile, first try", total=sum(case.cost for case in chosen))
-        reasons = {case: why_no_compile(case.setting) for case in chosen if case.with_compile}
+        tried = [case for case in chosen if case.with_compile and not arguments.no_compile]
+        reasons = {case: why_no_compile(case.setting) for case in tried}
         left_out += [f"compile: {reason}" for case, reason in reasons.items() if reason]
         for case in chosen:
             progress.update(task, description=case.name)
-            found = measure(case, limits, with_compile=reasons.get(case, "not asked") is None)
-            records += [{**record, **facts} for record in found]
+            with run.case(case.name):
+                run.add(measure(case, limits, with_compile=reasons.get(case, "not asked") is None))
             progress.advance(task, case.cost)
-    command.write(records, path := arguments.out / "step.jsonl")
-    print_report(console, records, left_out)
-    console.print(f"wrote {path}", highlight=False)
+    print_report(run.console, run.records, left_out)
+    run.end()
 
 
 if __name__ == "__main__":

@@ -6,11 +6,11 @@ Each is between two comments, the first of which names it. A test checks that th
 import json
 import re
 from collections.abc import Sequence
+from statistics import geometric_mean
 from typing import Any
 
 from . import machine
 from .report import Record, pick
-from .stats import geometric_mean
 
 DOCUMENTS = (machine.ROOT / "README.md", machine.ROOT / "docs/pages/performance.md")
 RESULTS = machine.ROOT / "benchmarks/results"
@@ -45,7 +45,9 @@ def head(*cells: str) -> list[str]:
 
 
 def read(benchmark: str, file: str) -> list[Record]:
-    return [json.loads(line) for line in (RESULTS / f"{benchmark}-{file}").read_text().splitlines()]
+    records = [json.loads(line) for line in (RESULTS / f"{benchmark}-{file}").read_text().splitlines()]
+    machine.refuse_simulated(records)
+    return records
 
 
 def ratio(record: Record, rival: str) -> str:
@@ -88,7 +90,7 @@ def ratios_table(title: str, records: Sequence[Record]) -> list[str]:
 def of_align(file: str, about: str) -> list[str]:
     records = read("align", file)
     ours = [r for r in records if r["provider"].startswith("ours")]
-    facts: dict[str, Any] = records[0]
+    facts: dict[str, Any] = records[-1]  # which knows how busy the machine was during all of the run
     busy = facts.get("others_busy")
     noise = "" if busy is None else f"; other programs kept {busy} processors busy"
     title = f"{facts['cpu']}, {facts['threads']} cores, torch {facts['torch']}: {about}{noise}."

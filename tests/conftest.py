@@ -38,18 +38,20 @@ NEEDS = {
     "simt/test_launch_plan.py": ["numpy", "rich"],
     "test_accelerate.py": ["accelerate", "timm"],
     "test_abi_audit.py": ["torch_abi_audit"],
-    "test_benchmarks.py": ["matplotlib", "numpy", "rich", "torchvision"],
-    "test_conv_layers_benchmark.py": ["numpy", "rich", "torchvision"],
+    "test_benchmarks.py": ["matplotlib", "numpy", "scipy", "torchvision"],
+    "test_compare.py": ["numpy", "scipy"],
+    "test_conv_layers_benchmark.py": ["numpy", "torchvision"],
     "test_cpu_instruction_sets.py": ["hypothesis"],
     "test_exporters.py": ["onnx", "onnxruntime", "onnxscript"],
     "test_cubin.py": [] if shutil.which("cuobjdump") else ["triton"],  # Triton brings a cuobjdump
+    "test_gpu_report.py": ["matplotlib", "numpy"],
     "test_fx.py": ["timm", "torchvision"],
     "test_head_libraries.py": ["segmentation_models_pytorch", "torchvision", "transformers"],
     "test_layout.py": ["hypothesis"],
     "test_peft.py": ["peft"],
     "test_prepare.py": ["hypothesis"],
     "test_readme.py": ["peft", "timm", "torchvision"],
-    "test_step_benchmark.py": ["numpy", "rich", "timm", "torchvision"],
+    "test_step_benchmark.py": ["numpy", "timm", "torchvision"],
     "test_timm.py": ["timm", "torchvision"],
     "test_timm_models.py": ["timm", "torchvision"],
     "test_transformers.py": ["transformers"],
@@ -61,24 +63,11 @@ left_out = {
     for name, needed in NEEDS.items()
     if (absent := [package for package in needed if importlib.util.find_spec(package) is None])
 }
-# The suite on a simulated device leaves out what has nothing to do with devices, and what cannot be simulated.
-WITHOUT_DEVICE = [
-    "simt",
-    "test_abi_audit.py",
-    "test_architecture.py",
-    "test_cpu_instruction_sets.py",
-    "test_cpu_machine_code.py",
-    "test_cubin.py",
-    "test_native_library.py",
-    "test_package.py",
-    "test_torch_private.py",
-    "test_triton_compiled.py",
-]
 NOT_SIMULATED = {"test_compile_without_graph_breaks[cuda-inductor]": "its kernels are Triton's, compiled"}
 collect_ignore = [
     *left_out,
     *(["test_cuda.py"] if DEVICE == "cpu" else []),
-    *(WITHOUT_DEVICE if IS_SIMULATED else ["simcuda"]),
+    *(["simt"] if IS_SIMULATED else ["simcuda"]),
 ]
 ALL = os.environ.get("WEIGHTALIGN_TESTS") == "all"
 if left_out and ALL:
@@ -99,9 +88,15 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(config, items):
+    """Marks what runs on the device. On a simulated one, all else is left out: it runs where there is none."""
+    for item in items:
+        fixtures = {"device", "backend", "any_backend", "native", "ops"} & set(item.fixturenames)
+        if fixtures or item.path.name == "test_cuda.py" or item.path.parent.name == "simcuda":
+            item.add_marker("device")
     if IS_SIMULATED:
-        config.hook.pytest_deselected(items=[item for item in items if item.name in NOT_SIMULATED])
-        items[:] = [item for item in items if item.name not in NOT_SIMULATED]
+        out = [item for item in items if item.name in NOT_SIMULATED or not item.get_closest_marker("device")]
+        config.hook.pytest_deselected(items=out)
+        items[:] = [item for item in items if item not in set(out)]
 
 
 def pytest_terminal_summary(terminalreporter):
@@ -110,7 +105,7 @@ def pytest_terminal_summary(terminalreporter):
     if DEVICE == "cpu":
         terminalreporter.write_line("left out: tests/test_cuda.py, because torch sees no CUDA device")
     if IS_SIMULATED:
-        terminalreporter.write_line(f"left out: {', '.join(WITHOUT_DEVICE)}, which need no device")
+        terminalreporter.write_line("left out: tests that use no device")
         for name, reason in NOT_SIMULATED.items():
             terminalreporter.write_line(f"left out: {name}: {reason}")
     for name, absent in left_out.items():

@@ -4,6 +4,8 @@ import itertools
 import json
 import math
 import pathlib
+import re
+import subprocess
 import sys
 
 import numpy as np
@@ -12,7 +14,7 @@ import torch
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 
-from benchmarks import align, harness, layers, machine, providers, stats
+from benchmarks import align, command, harness, layers, machine, providers, stats
 
 SETTING = providers.Setting("cpu")
 QUICK = harness.Limits(rounds=10, seconds=0.1)
@@ -44,14 +46,15 @@ def test_quantiles():
     assert stats.quantiles([7.0]) == (7.0, 7.0, 7.0)
 
 
-def test_geometric_mean():
-    assert stats.geometric_mean([1, 10, 100]) == pytest.approx(10)
-    assert stats.geometric_mean([0.5, 2]) == pytest.approx(1)
-
-
 def test_median_ratio_of_constant_samples_has_no_width():
     found = stats.median_ratio([6.0] * 30, [2.0] * 30)
     assert (found.ratio, found.low, found.high) == (3.0, 3.0, 3.0)
+
+
+def test_ratio_without_interval(monkeypatch):
+    assert stats.median_ratio([6.0], [2.0]) == stats.Ratio(3.0, None, None)
+    monkeypatch.setattr(stats, "bootstrap", None)
+    assert stats.median_ratio([6.0, 6.5, 7.0], [2.0, 2.0, 2.0]) == stats.Ratio(3.25, None, None)
 
 
 def test_median_ratio_pairs_rounds():
@@ -133,7 +136,7 @@ def test_records(shapes):
     for record in map(json.loads, map(json.dumps, records)):
         assert record.keys() >= FIELDS
         assert 0 < record["p20"] <= record["p50"] <= record["p80"]
-        assert record["samples"] == 10
+        assert record["samples"] == len(record["rounds"]) == 10
         assert record["GB/s"] == pytest.approx(record["bytes_min"] / record["p50"] / 1e9)
         assert record["max_error"] < 2e-5
         assert record["shape"] == (list(shapes[0]) if len(shapes) == 1 else None)
@@ -168,4 +171,45 @@ def test_main_writes_records_and_plot(tmp_path, monkeypatch, capsys):
 
 def test_unknown_only_lists_the_cases():
     with pytest.raises(SystemExit, match="64x64x1x1"):
-        align.cases(layers.load("resnet50"), "no such case")
+        align.cases(layers.load("resnet50"), ["layer"], "no such case")
+
+
+def test_a_case_that_fails_leaves_the_others(tmp_path, capsys):
+    run = command.Run("cpu", tmp_path / "records.jsonl")
+    with run.case("first"):
+        raise harness.WrongResultError("0.1 off\nand more")
+    with run.case("second"):
+        run.add([{"case": "second"}])
+        assert json.loads((tmp_path / "records.jsonl").read_text())["case"] == "second"
+    with pytest.raises(SystemExit, match=r"failed: first: WrongResultError: 0\.1 off"):
+        run.end()
+    assert "failed: first" in capsys.readouterr().out
+
+
+def test_simulated_device_is_said_once(tmp_path, monkeypatch, capsys):
+    facts = {**machine.facts("cpu"), "device": "simulated"}
+    monkeypatch.setattr(machine, "facts", lambda device: facts)
+    run = command.Run("cpu", tmp_path / "records.jsonl")
+    run.end()
+    assert capsys.readouterr().out.count("its times mean nothing") == 1
+
+
+WITHOUT_RICH = """
+import sys
+sys.modules |= dict.fromkeys(("rich", "rich.console", "scipy", "scipy.stats", "matplotlib"))
+import runpy
+sys.argv = ["align", "--only", "64x64x1x1", "--suites", "layer", "--no-compile", "--rounds", "10", "--seconds", "0.1"]
+sys.argv += ["--device", "cpu", "--out", OUT]
+runpy.run_module("benchmarks.align", run_name="__main__")
+"""
+
+
+def test_without_rich_scipy_and_matplotlib(tmp_path):
+    code = WITHOUT_RICH.replace("OUT", repr(str(tmp_path)))
+    done = subprocess.run([sys.executable, "-c", code], cwd=machine.ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "[yellow]" not in done.stdout
+    assert re.search(r"^64x64x1x1 +\d", done.stdout, re.MULTILINE)
+    assert [path.name for path in tmp_path.iterdir()] == ["align.jsonl"]
+    first = json.loads((tmp_path / "align.jsonl").read_text().splitlines()[0])
+    assert first["speedups"]["eager"]["ratio"] > 0 and first["speedups"]["eager"]["low"] is None

@@ -12,7 +12,7 @@ import weightalign_cuda as wa
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 
-from benchmarks import harness, providers, step, step_models
+from benchmarks import goals, harness, providers, step, step_models
 
 QUICK = harness.Limits(rounds=10, seconds=0.1)
 CPU = providers.Setting("cpu")
@@ -60,7 +60,6 @@ def test_records_and_report(capsys):
     step.print_report(step.Console(), [{**r, "device": "cpu"} for r in records], ["a network: no package"])
     printed = capsys.readouterr().out
     assert "tiny, 2, per layer" in printed
-    assert "ours per layer / timm" in printed
     assert "left out: a network: no package" in printed
 
 
@@ -123,11 +122,11 @@ def test_peak_bytes_counts_live_tensors():
 
 def test_goals_are_compared_with_measurements():
     ratio = {"ratio": 0.9, "low": 0.8, "high": 1.0}
-    record = {"case": "resnet50", "batch": 1, "clock": "wall", "provider": "ours foreach", "device": "cpu"}
-    measured = [{**record, "speedups": {"plain": each}} for each in (ratio, {**ratio, "ratio": 1.0})]
-    missed, met = step.goal_lines(measured)
-    assert "1.111 (1.000 to 1.250), goal 1.05: [red]missed[/red], within noise" in missed
-    assert "1.000 (1.000 to 1.250), goal 1.05: met, within noise" in met
+    record = {"suite": "step", "case": "resnet50", "batch": 1, "clock": "wall", "device": "cpu"}
+    (line,) = goals.lines([{**record, "provider": "ours foreach", "speedups": {"plain": ratio}}])
+    assert line.endswith("1.111 (1.000 to 1.250); must 1.080: 0.031 missing, target 1.040: 0.071 missing")
+    (line,) = goals.lines([{**record, "provider": "ours foreach", "speedups": {"plain": {**ratio, "ratio": 0.95}}}])
+    assert line.endswith("must ✓ 1.080, target 1.040: 0.013 missing")
 
 
 def test_networks_of_missing_packages_are_named(tmp_path, monkeypatch, capsys):

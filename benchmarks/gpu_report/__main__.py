@@ -1,0 +1,41 @@
+"""Runs the steps and writes the report after each."""
+
+import argparse
+import pathlib
+import re
+import time
+
+import torch
+
+from .. import machine
+from ..console import Console
+from . import __doc__ as about
+from . import page
+from .running import run
+from .steps import steps
+
+
+def main() -> None:
+    every = {step.name: step for step in steps()}
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=pathlib.Path, default=machine.ROOT / "benchmarks/results", help="parent folder")
+    parser.add_argument("--minutes", type=float, default=9.5, help="for all of it (default: 9.5)")
+    parser.add_argument("--steps", nargs="+", choices=every, default=every, help="only these; others stay as they were")
+    arguments = parser.parse_args()
+    end = time.monotonic() + 60 * arguments.minutes
+    has_device = torch.cuda.is_available()
+    facts, console = machine.facts("cuda" if has_device else "cpu"), Console()
+    name = facts["gpu"] or "no GPU"
+    folder = arguments.out.absolute() / re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+    report = page.Report.of(folder, facts, is_new=len(arguments.steps) == len(every))
+    for step in (every[each] for each in every if each in arguments.steps):
+        console.print(f"{step.name}: {step.about}, within {step.limit:.0f} s", highlight=False)
+        report.outcomes[step.name] = outcome = run(step, folder / step.name, end - time.monotonic(), has_device)
+        console.print(f"  {outcome.state}, {outcome.seconds:.0f} s: {outcome.note}", highlight=False, soft_wrap=True)
+        report.write()
+    console.print(f"wrote {folder / 'report.md'}: {report.summary}", highlight=False, soft_wrap=True)
+    raise SystemExit(report.is_bad)
+
+
+if __name__ == "__main__":
+    main()
