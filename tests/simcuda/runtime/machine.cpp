@@ -55,9 +55,13 @@ CUstream_st* stream_of(cudaStream_t stream) {
 }
 
 static void run_first(Queue& queue) {
+    if (!queue.front().can_run()) {  // it waits, and keeps its place meanwhile: nothing behind it may run
+        auto awaited = queue.front().awaited;
+        return reach(*awaited, queue.front().ticket);
+    }
     Item item = std::move(queue.front());
     queue.pop_front();
-    if (!item.work) return reach(*item.awaited, item.ticket);
+    if (!item.work) return;
     ++machine().running;
     item.work();
     --machine().running;
