@@ -21,6 +21,7 @@ class Tensor:
     address: int
     size: int
     array: NDArray[np.generic] | None
+    is_streamed: bool  # each value is read or written once; not so gains and statistics, whose sectors blocks share
 
     @property
     def end(self) -> int:
@@ -36,16 +37,16 @@ class GlobalMemory:
         self.tensors: list[Tensor] = []
         self._next = FIRST_ADDRESS
 
-    def add(self, name: str, array: NDArray[np.generic]) -> Tensor:
-        """Puts an array into memory; kernels read and write the array itself."""
-        return self._place(name, array.nbytes, np.ascontiguousarray(array).reshape(-1))
+    def add(self, name: str, array: NDArray[np.generic], is_streamed: bool = True) -> Tensor:
+        """Puts a contiguous array into memory; kernels read and write the array itself."""
+        return self._place(name, array.nbytes, array.reshape(-1).view(), is_streamed)
 
     def reserve(self, name: str, size: int) -> Tensor:
         """Addresses as if a tensor were there."""
-        return self._place(name, size, None)
+        return self._place(name, size, None, True)
 
-    def _place(self, name: str, size: int, array: NDArray[np.generic] | None) -> Tensor:
-        tensor = Tensor(name, self._next, size, array)
+    def _place(self, name: str, size: int, array: NDArray[np.generic] | None, is_streamed: bool) -> Tensor:
+        tensor = Tensor(name, self._next, size, array, is_streamed)
         self.tensors.append(tensor)
         self._next += -(-(size + GAP) // ALIGNMENT) * ALIGNMENT
         return tensor

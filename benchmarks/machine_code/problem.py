@@ -39,8 +39,8 @@ class Problem:
         filters = int(self.first[-1])
         self.statistics = np.full((filters, 2), np.nan, np.float32)
         self.grad_gain = np.full(filters, np.nan, np.float32)
-        self.statistics_at = self.memory.add("statistics", self.statistics).address
-        self.grad_gain_at = self.memory.add("grad_gain", self.grad_gain).address
+        self.statistics_at = self.memory.add("statistics", self.statistics, is_streamed=False).address
+        self.grad_gain_at = self.memory.add("grad_gain", self.grad_gain, is_streamed=False).address
         self.arrays: dict[int, dict[str, NDArray[np.generic]]] = {}
         chosen = set(real)
         self.placed = [self._place(i, i in chosen) for i in range(len(layers))]
@@ -66,7 +66,7 @@ class Problem:
             addresses |= {n: self.memory.reserve(f"{n} {i}", size * itemsizes[n]).address for n in names}
         gain = random.uniform(0.5, 1.5, layer.filters).astype(np.float32)
         self.arrays.setdefault(i, {})["gain"] = gain
-        addresses["gain"] = self.memory.add(f"gain {i}", gain).address
+        addresses["gain"] = self.memory.add(f"gain {i}", gain, is_streamed=False).address
         return Placed(**addresses, filters=layer.filters, n=layer.n, columns=layer.columns, eps=EPS, scale=SCALE)
 
     def _set_statistics(self, i: int, weight: NDArray[np.float32]) -> None:
