@@ -199,7 +199,7 @@ public:
             auto [now, scheduler] = events_.top();
             events_.pop();
             Scheduler& s = schedulers_[scheduler];
-            if (now > s.event + kSame) continue;  // an earlier one has been put in its place
+            if (now != s.event) continue;  // an earlier one has taken its place
             s.event = kNever;
             if (size_t warp = chosen(s, now); warp != SIZE_MAX) issue(scheduler, warp, now);
             schedule(scheduler);

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from .interpreter import Executed
 from .memory import GlobalMemory
-from .sass import Instruction
+from .sass import NO_SCOREBOARD, Instruction
 from .step import UnknownInstruction
 
 # As in chip_model.cpp.
@@ -90,8 +90,8 @@ class Trace:
         control = [instruction.stall, instruction.sets_when_written, instruction.sets_when_read, instruction.waits_for]
         control[0] = max(1, control[0])
         passes, latency, constant, first = 1, 0, 0, len(self._segments)
-        if not active.any():  # it is issued, and nothing more
-            return PIPES.index("alu"), control[0], 7, 7, control[3], 1, 0, 0, first, 0
+        if not active.any() and pipe not in ("alu", "fma"):  # it is issued, and nothing more
+            return PIPES.index("alu"), control[0], NO_SCOREBOARD, NO_SCOREBOARD, control[3], 1, 0, 0, first, 0
         if pipe == "jump" and executed.jumps is not None and not executed.jumps[warp].any():
             pipe = "alu"
         elif pipe in ("constant", "uniform_constant"):
