@@ -10,5 +10,6 @@ model of the chip takes to run it.
     trace       what the block's instructions ask of the chip
     chip        a model of the chip, driven by such traces
     flat        a flat cast and a flat add, to calibrate it
-    predict     a whole model's launches: instructions, bytes, time
+    predict     a list of layers on sm_90, from executed blocks
+    report      all figures of a library for ResNet-50
 """
