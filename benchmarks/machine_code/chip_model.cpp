@@ -22,10 +22,10 @@ namespace {
 // Times are cycles of the SMs' clock, unless they say otherwise.
 constexpr int kSms = 132, kSchedulers = 4, kChannels = 96, kScoreboards = 6;
 constexpr double kL2GbPerSecond = 6000;
-constexpr double kDramNanoseconds = 600;       // from L1 to DRAM and back, without queues
-constexpr double kBeforeNanoseconds = 700;     // from the start of the launch to the first block
-constexpr double kAfterNanoseconds = 400;      // from the last instruction to the end of the launch
-constexpr double kBlockStart = 300;            // from the end of a block to the first instruction of the next one
+constexpr double kDramNanoseconds = 600;    // from L1 to DRAM and back, without queues
+constexpr double kBeforeNanoseconds = 700;  // from the start of the launch to the first block
+constexpr double kAfterNanoseconds = 400;   // from the last instruction to the end of the launch
+constexpr double kBlockStart = 300;         // from the end of a block to the first instruction of the next one
 constexpr double kWarpStart = 2, kBlocksPerCycle = 8;
 constexpr double kL1 = 38, kL2 = 150, kOperandsRead = 10, kFmaLatency = 5;
 constexpr double kShared = 28, kShuffle = 24, kSharedOperandsRead = 8, kBarrier = 22, kJump = 7, kSystemRegister = 25;
@@ -38,8 +38,20 @@ constexpr size_t kSharingBlocks = 16;  // neighbouring blocks that use the same 
 
 // As in trace.py.
 enum Pipe : uint8_t {
-    kAlu, kFma, kSpecial, kConstantLoad, kUniformConstantLoad, kLoad, kStore, kCachedLoad, kCachedStore, kSharedAccess,
-    kShuffleOp, kBarrierOp, kJumpOp, kSystemRegisterOp
+    kAlu,
+    kFma,
+    kSpecial,
+    kConstantLoad,
+    kUniformConstantLoad,
+    kLoad,
+    kStore,
+    kCachedLoad,
+    kCachedStore,
+    kSharedAccess,
+    kShuffleOp,
+    kBarrierOp,
+    kJumpOp,
+    kSystemRegisterOp
 };  // clang-format off: one table
 struct Record {
     Pipe pipe;

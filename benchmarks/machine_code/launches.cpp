@@ -3,7 +3,8 @@
 //
 // In:  direction, addresses of statistics and gain gradients; for each layer the addresses of weight, gradient, result
 //      and gain, the number of filters and of values in each, the columns if transposed (AlignTask), eps and scale.
-// Out: for each launch the kernel's address, blocks, threads, dynamic shared memory, parameters in hexadecimal; then the
+// Out: for each launch the kernel's address, blocks, threads, dynamic shared memory, parameters in hexadecimal; then
+// the
 //      layer of each block, as `layer*blocks`.
 #include "simt.h"  // stands in for nvcc
 

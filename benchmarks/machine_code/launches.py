@@ -70,7 +70,5 @@ def launches(
     for line in found.splitlines():
         kernel, _, threads, shared_bytes, parameters, *runs = line.split()
         blocks = [int(layer) for layer, count in (run.split("*") for run in runs) for _ in range(int(count))]
-        result.append(
-            Launch(names[int(kernel)], int(threads), int(shared_bytes), bytes.fromhex(parameters), blocks)
-        )
+        result.append(Launch(names[int(kernel)], int(threads), int(shared_bytes), bytes.fromhex(parameters), blocks))
     return result

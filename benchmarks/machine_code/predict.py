@@ -47,6 +47,11 @@ class ExecutedLaunch:
         """Of all its warps."""
         return sum(self.kinds[kind].trace.instructions for kind in self.blocks)
 
+    @property
+    def bytes_moved(self) -> int:
+        """That its blocks read and write."""
+        return sum(self.kinds[kind].trace.bytes_moved for kind in self.blocks)
+
     def on(self, where: chip.Chip) -> chip.Run:
         return chip.run(where, [kind.trace for kind in self.kinds], self.blocks, self.blocks_per_sm)
 
@@ -57,7 +62,7 @@ class Library:
     def __init__(self, path: pathlib.Path) -> None:
         self.path, self.tree = path, source_tree(path)
         self.resources = cubin.resources(path, ARCHITECTURE)
-        self._listings = cubin.machine_code(path, ARCHITECTURE)
+        self.listings = cubin.machine_code(path, ARCHITECTURE)
 
     def kernel(self, launch: Launch) -> Kernel:
         if launch.kernel not in self.resources:
@@ -70,7 +75,7 @@ class Library:
             )
         sizes = struct.pack("<6I", launch.threads, 1, 1, len(launch.layers), 1, 1)
         constants = sizes.ljust(PARAMETERS_AT, b"\0") + launch.parameters
-        code = sass.instructions(self._listings[launch.kernel])
+        code = sass.instructions(self.listings[launch.kernel])
         return Kernel(code, constants, launch.threads, resources.shared + launch.shared_bytes)
 
     def execute(self, layers: Sequence[Layer], direction: Direction) -> list[ExecutedLaunch]:
@@ -81,9 +86,7 @@ class Library:
         found = launches(self.tree, problem.placed, direction, problem.statistics_at, problem.grad_gain_at)
         return [self._execute(launch, problem, representative) for launch in found]
 
-    def _execute(
-        self, launch: Launch, problem: Problem, representative: dict[tuple[int, int], int]
-    ) -> ExecutedLaunch:
+    def _execute(self, launch: Launch, problem: Problem, representative: dict[tuple[int, int], int]) -> ExecutedLaunch:
         kernel, resources = self.kernel(launch), self.resources[launch.kernel]
         numbers: dict[tuple[int, int], int] = {}
         kinds: list[Kind] = []

@@ -110,7 +110,11 @@ class Problem:
         expected = factor * (grad - grad.mean(1, keepdims=True) - x * dot[:, None] / 2)
         of_float = rounding(layer.n)
         errors = np.abs(arrays["out"][filters].view(np.float32) - expected)
-        bound = of_float * np.abs(factor) * (np.abs(grad).max(1, keepdims=True) + np.abs(x) * (np.abs(grad * x).sum(1))[:, None])
+        bound = (
+            of_float
+            * np.abs(factor)
+            * (np.abs(grad).max(1, keepdims=True) + np.abs(x) * (np.abs(grad * x).sum(1))[:, None])
+        )
         of_gain = np.abs(self.grad_gain[self.first[i] + filters] - SCALE * dot)
         gain_bound = of_float * SCALE * np.abs(grad * x).sum(1)
         return float(max((errors / bound).max(), (of_gain / gain_bound).max()))

@@ -79,11 +79,13 @@ def _predicted(executed: dict[Direction, list[ExecutedLaunch]]) -> Report:
     with ThreadPoolExecutor() as pool:  # of programs that run beside Python
         runs = pool.map(lambda job: [launch.on(job[0]) for launch in executed[job[1]]], jobs)
     predicted: dict[str, dict[str, float]] = {where.name: {} for where in chip.CHIPS}
-    over_floor = {}
     for (where, direction), launches in zip(jobs, runs, strict=True):
         floor = case.bytes_min(direction, SETTING)
         microseconds = sum(run.microseconds for run in launches)
         predicted[where.name][f"{direction}_us"] = microseconds
         predicted[where.name][f"{direction}_copy_fraction"] = floor / microseconds / 1e3 / where.copy_rate
-        over_floor[direction] = sum(run.bytes for run in launches) / floor
+    over_floor = {
+        direction: sum(launch.bytes_moved for launch in launches) / case.bytes_min(direction, SETTING)
+        for direction, launches in executed.items()
+    }
     return {"predicted": predicted, "bytes_over_floor": over_floor}

@@ -14,7 +14,7 @@ BYTES = 16  # of an instruction
 NO_SCOREBOARD = 7
 
 INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(.*?)\s*;\s*/\* 0x[0-9a-f]{16} \*/\s+/\* 0x([0-9a-f]{16}) \*/")
-REGISTER = re.compile(r"(-?)(~?)(\|?)(U?R)(\d+|Z)\|?(?:\.(H0_H0|H1_H1))?(?:\.reuse)?")
+REGISTER = re.compile(r"(-?)(~?)(\|?)(U?R)(\d+|Z)\|?(?:\.reuse)?(?:\.(H0_H0|H1_H1))?")
 PREDICATE = re.compile(r"(!?)(U?P)(\d|T)")
 ADDRESS = re.compile(r"(c\[0x0\]|desc\[UR\d+\])?\[([^\]]+)\]")
 TERM = re.compile(r"(U?R)(\d+|Z)(?:\.(64|X(?:\d+)))?")

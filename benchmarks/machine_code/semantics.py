@@ -11,9 +11,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from .memory import Words
 from .sass import Address, Name, Number, Predicate
 from .step import Reals, Step, low_word
-from .memory import Words
 
 COMPARISONS = {
     "EQ": operator.eq, "NE": operator.ne, "LT": operator.lt, "LE": operator.le, "GT": operator.gt, "GE": operator.ge,
@@ -263,9 +263,7 @@ def _compare(s: Step) -> None:
     _write_comparison(s, result)
 
 
-@instruction(
-    "FSETP", "EQ NE LT LE GT GE EQU NEU LTU LEU GTU GEU AND OR FTZ"
-)
+@instruction("FSETP", "EQ NE LT LE GT GE EQU NEU LTU LEU GTU GEU AND OR FTZ")
 def _compare_reals(s: Step) -> None:
     """With U at the end of the comparison, NaN compares as true."""
     a, b = s.reals(2), s.reals(3)

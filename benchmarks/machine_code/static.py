@@ -31,18 +31,21 @@ def short_name(kernel: str) -> str:
     return re.sub(r"\(.*", "", re.sub(r"(\w+|\(anonymous namespace\))::", "", kernel)).removeprefix("void ")
 
 
-def _of(path: pathlib.Path, architecture: int) -> list[Figures]:
+def of_architecture(path: pathlib.Path, architecture: int) -> list[Figures]:
+    """Of all kernels for one architecture of the library."""
     listings = cubin.machine_code(path, architecture)
     found = []
     for kernel, resources in cubin.resources(path, architecture).items():
         opcodes = INSTRUCTION.findall(listings[kernel])
         spills = {name: opcodes.count(opcode) for opcode, name in LOCAL_ACCESSES.items()}
         sizes = {k: v for k, v in dataclasses.asdict(resources).items() if k != "local"}
-        found.append(Figures(architecture, short_name(kernel), **sizes, **spills, code_bytes=INSTRUCTION_BYTES * len(opcodes)))
+        found.append(
+            Figures(architecture, short_name(kernel), **sizes, **spills, code_bytes=INSTRUCTION_BYTES * len(opcodes))
+        )
     return found
 
 
 def figures(path: pathlib.Path) -> list[Figures]:
     """Of all kernels for all architectures of the library."""
     with ThreadPoolExecutor(2) as pool:
-        return [f for of_one in pool.map(lambda a: _of(path, a), cubin.architectures(path)) for f in of_one]
+        return [f for of_one in pool.map(lambda a: of_architecture(path, a), cubin.architectures(path)) for f in of_one]

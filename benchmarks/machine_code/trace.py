@@ -78,6 +78,7 @@ class Trace:
         found = [[self._record(e, w) for e in executed if e.present[w].any()] for w in range(warps)]
         self.warps: list[NDArray[np.void]] = [np.array(records, RECORD) for records in found]
         self.segments = np.array(self._segments, SEGMENT)
+        self.bytes_moved = _bytes_moved(executed)
 
     @property
     def instructions(self) -> int:
@@ -126,6 +127,15 @@ class Trace:
         return pipe, passes
 
 
+def _bytes_moved(executed: Sequence[Executed]) -> int:
+    """Bytes that the block reads from global memory, each counted once, and that it writes."""
+    addresses: dict[tuple[str, int], list[NDArray[np.int64]]] = {}
+    for e in executed:
+        if pipe_of(e.instruction) in ("load", "store") and e.addresses is not None:
+            addresses.setdefault((pipe_of(e.instruction), e.width), []).append(e.addresses[e.active].astype(np.int64))
+    return sum(width * len(np.unique(np.concatenate(found))) for (_, width), found in addresses.items())
+
+
 def _bank_passes(addresses: NDArray[np.int64], width: int) -> int:
     """Wavefronts of an access to shared memory: 64- and 128-bit accesses go by halves and quarters of the warp, each as
     often as its busiest bank has words to give."""
@@ -139,5 +149,3 @@ def _bank_passes(addresses: NDArray[np.int64], width: int) -> int:
         distinct = np.unique(part[:, None] + np.arange(words))
         passes += int(np.bincount(distinct % BANKS).max())
     return passes
-
-
