@@ -6,7 +6,10 @@ model of the chip takes to run it.
     sass        the machine code's instructions
     launches    the launches that the project's own host code makes for a list of layers
     problem     the layers' tensors at the addresses of those launches, and what must come out
-    interpreter, step, semantics, memory   one block of a launch, executed
+    interpreter one block of a launch, executed, with
+    memory        the GPU's global memory,
+    step          the operands of an instruction, and
+    semantics     what it computes: meanings, integers, reals
     trace       what the block's instructions ask of the chip
     chip        a model of the chip, driven by such traces
     flat        a flat cast and a flat add, to calibrate it

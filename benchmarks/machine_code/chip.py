@@ -46,7 +46,7 @@ def blocks_per_sm(resources: Resources, threads: int, dynamic_shared: int) -> in
 def run(chip: Chip, kinds: Sequence[Trace], launch: Sequence[int], blocks: int) -> Run:
     """Runs a launch whose block i has the trace `kinds[launch[i]]`, `blocks` of them on an SM at a time."""
     source = HERE / "chip_model.cpp"
-    program = compiled("", ["g++", "-std=c++17", "-O2", source], [source])
+    program = compiled("", ["g++", "-std=c++17", "-O2", source], [source, *HERE.glob("chip_*.h")])
     with tempfile.NamedTemporaryFile() as file:
         for array in _flattened(kinds, launch):
             file.write(np.uint64(len(array)).tobytes() + array.tobytes())

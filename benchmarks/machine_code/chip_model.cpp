@@ -11,96 +11,30 @@
 #include <cstdio>
 #include <cstdlib>
 #include <deque>
-#include <fstream>
+#include <functional>
 #include <iostream>
 #include <queue>
 #include <unordered_map>
+#include <utility>
 #include <vector>
+
+#include "chip_memory.h"
+#include "chip_traces.h"
 
 namespace {
 
 // Times are cycles of the SMs' clock, unless they say otherwise.
-constexpr int kSms = 132, kSchedulers = 4, kChannels = 96, kScoreboards = 6;
-constexpr double kL2GbPerSecond = 6000;
-constexpr double kDramNanoseconds = 600;    // from L1 to DRAM and back, without queues
+constexpr int kSms = 132, kSchedulers = 4, kScoreboards = 6;
 constexpr double kBeforeNanoseconds = 700;  // from the start of the launch to the first block
 constexpr double kAfterNanoseconds = 400;   // from the last instruction to the end of the launch
 constexpr double kBlockStart = 300;         // from the end of a block to the first instruction of the next one
 constexpr double kWarpStart = 2, kBlocksPerCycle = 8;
-constexpr double kL1 = 38, kL2 = 150, kOperandsRead = 10, kFmaLatency = 5;
+constexpr double kL1 = 38, kOperandsRead = 10, kFmaLatency = 5;
 constexpr double kShared = 28, kShuffle = 24, kSharedOperandsRead = 8, kBarrier = 22, kJump = 7, kSystemRegister = 25;
 constexpr double kConstant = 38, kConstantMissesL1 = 75, kConstantMissesL15 = 260;
 constexpr int kConstantL1 = 2048, kConstantL1Line = 64, kConstantL15 = 32768, kConstantL15Line = 256;  // bytes
 constexpr double kAluPass = 2, kSpecialPass = 8;  // cycles that a warp occupies a pipe of 16 and of 4 lanes
 constexpr double kNever = 1e300, kSame = 1e-9;
-constexpr uint64_t kOddConstant = 0x9E3779B97F4A7C15ull, kMixer = 0xD6E8FEB86659FD93ull;
-constexpr size_t kSharingBlocks = 16;  // neighbouring blocks that use the same sectors of gains and statistics
-
-// As in trace.py.
-enum Pipe : uint8_t {
-    kAlu,
-    kFma,
-    kSpecial,
-    kConstantLoad,
-    kUniformConstantLoad,
-    kLoad,
-    kStore,
-    kCachedLoad,
-    kCachedStore,
-    kSharedAccess,
-    kShuffleOp,
-    kBarrierOp,
-    kJumpOp,
-    kSystemRegisterOp
-};  // clang-format off: one table
-struct Record {
-    Pipe pipe;
-    uint8_t stall, sets_when_written, sets_when_read, waits_for, passes;
-    uint16_t latency;
-    uint32_t constant, first_segment, segments;
-};
-struct Segment {
-    uint64_t address;
-    uint32_t sectors, bytes;
-};
-struct Span {
-    uint32_t begin, end;
-};
-static_assert(sizeof(Record) == 20 && sizeof(Segment) == 16);
-
-struct Traces {
-    std::vector<Record> records;
-    std::vector<Segment> segments;
-    std::vector<Span> warps;   // records of each
-    std::vector<Span> kinds;   // of blocks: warps of each
-    std::vector<uint32_t> launch;  // the kind of each block
-
-    explicit Traces(const char* path) {
-        std::ifstream file(path, std::ios::binary);
-        read(file, records), read(file, segments), read(file, warps), read(file, kinds), read(file, launch);
-        if (!file) std::cerr << path << ": cannot be read\n", exit(1);
-    }
-
-private:
-    template <class T>
-    static void read(std::ifstream& file, std::vector<T>& to) {
-        uint64_t count = 0;
-        file.read(reinterpret_cast<char*>(&count), sizeof count);
-        if (file) to.resize(count);
-        file.read(reinterpret_cast<char*>(to.data()), std::streamsize(count * sizeof(T)));
-    }
-};
-
-// A server that takes one request after another.
-struct Server {
-    double free = 0;
-    // Occupies it for `cycles`, as soon as it is free; returns when that begins.
-    double take(double now, double cycles) {
-        double begin = std::max(now, free);
-        free = begin + cycles;
-        return begin;
-    }
-};
 
 class Cache {  // fully associative, least recently used; says only what hits
 public:
@@ -127,53 +61,10 @@ private:
     uint64_t now_ = 0;
 };
 
-// L2 and DRAM.
-class Memory {
-public:
-    Memory(double ghz, double gb_per_second)
-        : dram_latency_(kDramNanoseconds * ghz),
-          per_byte_(kChannels * ghz / gb_per_second),
-          per_l2_byte_(kChannels * ghz / kL2GbPerSecond) {}
-
-    // When a segment of a block has come from memory; `salt`: of the block, whose addresses its trace does not know.
-    double load(const Segment& segment, uint64_t salt, double now) { return move(segment, salt, now) + dram_latency_; }
-    void store(const Segment& segment, uint64_t salt, double now) { move(segment, salt, now); }
-
-    // A sector of what neighbouring blocks share: DRAM gives 64 bytes once.
-    double load_cached(uint64_t sector, size_t block, double now) {
-        uint64_t key = (sector / 2) << 16 ^ (block / kSharingBlocks);
-        if (auto found = cached_.find(key); found != cached_.end()) return std::max(now + kL2, found->second);
-        Server& dram = dram_[(key * kOddConstant >> 40) % kChannels];
-        dram.take(now, 64 * per_byte_);
-        bytes_ += 64;
-        return cached_[key] = dram.free + dram_latency_;
-    }
-    double bytes() const { return bytes_; }
-    double idle_from() const {
-        double last = 0;
-        for (const Server& each : dram_) last = std::max(last, each.free);
-        return last;
-    }
-
-private:
-    double move(const Segment& segment, uint64_t salt, double now) {
-        uint64_t hash = (segment.address ^ salt) * kMixer;
-        hash = (hash ^ hash >> 32) * kMixer;
-        size_t channel = (hash >> 33) % kChannels;
-        l2_[channel].take(now, 32 * segment.sectors * per_l2_byte_);
-        dram_[channel].take(l2_[channel].free, segment.bytes * per_byte_);
-        bytes_ += segment.bytes;
-        return dram_[channel].free;
-    }
-    double dram_latency_, per_byte_, per_l2_byte_, bytes_ = 0;
-    Server l2_[kChannels], dram_[kChannels];
-    std::unordered_map<uint64_t, double> cached_;
-};
-
 struct Block {
     size_t index;
     int live, at_barrier = 0;
-    std::vector<size_t> warps;
+    std::vector<size_t> warps = {};
     uint64_t salt() const { return (index + 1) * kOddConstant; }
 };
 struct Warp {

@@ -1,5 +1,5 @@
-"""A flat cast and a flat add in the chip's model. On the chip they run at the copy rate, but for a launch's start and end:
-so must they here."""
+"""A flat cast and a flat add in the chip's model. On the chip they run at the copy rate, but for the start and end of a
+launch: so must they here."""
 
 import shutil
 import struct

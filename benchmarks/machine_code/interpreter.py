@@ -6,13 +6,15 @@ out with it, and at the block's barrier (BAR) for all; waiting lanes go on when 
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from .integers import WIDTHS
 from .memory import Addresses, BadAccess, GlobalMemory, units
-from .sass import BYTES, Address, Instruction, Name, Number, Register
-from .semantics import WIDTHS, execute
+from .sass import BYTES, Address, Instruction, Name, Register
+from .semantics import execute
 from .step import Lanes, Registers, Step
 
 NOT_WAITING, BLOCK_BARRIER = -1, 16  # convergence barriers are 0 to 15
@@ -29,7 +31,7 @@ class Executed:
     instruction: Instruction
     present: Lanes  # the lanes that were at it; `active`: those whose guard held
     active: Lanes
-    addresses: Addresses | NDArray[np.int64] | None = None  # of lanes that access memory, else of no meaning
+    addresses: NDArray[np.integer[Any]] | None = None  # of lanes that access memory, else of no meaning
     width: int = 0  # of that access, in bytes
     jumps: Lanes | None = None  # where it is a jump: the lanes that took it
 
@@ -87,7 +89,7 @@ class Block:
             addresses, width = ACCESSES[instruction.opcode](self, step)
             return Executed(instruction, present, active, addresses, width)
         if instruction.opcode in ("LDC", "ULDC"):
-            at = step.constant_at(step.operand(1, Address))  # type: ignore[arg-type]
+            at = step.constant_at(step.operand(1, Address))
             execute(step)
             return Executed(instruction, present, active, np.broadcast_to(at, active.shape))
         if instruction.opcode in ("S2R", "S2UR"):
@@ -118,7 +120,7 @@ class Block:
             "SR_CTAID.X": np.full((1, 1), self.index),
             "SR_CgaCtaId": np.zeros((1, 1), np.int64),  # no clusters
         }
-        name: Name = step.operand(1, Name)  # type: ignore[assignment]
+        name = step.operand(1, Name)
         if name.text not in values:
             raise step.unknown()
         step.write(0, values[name.text])
@@ -128,8 +130,7 @@ class Block:
 
 
 def _target(step: Step) -> int:
-    target: Number = step.operand(len(step.instruction.operands) - 1, Number)  # type: ignore[assignment]
-    return int(target.value) // BYTES
+    return step.number(len(step.instruction.operands) - 1) // BYTES
 
 
 def _check_modifiers(step: Step, known: str) -> None:
@@ -150,7 +151,7 @@ def _call(block: Block, step: Step) -> None:
 
 def _return(block: Block, step: Step) -> None:
     _check_modifiers(step, "REL NODEC")
-    register: Register = step.operand(0, Register)  # type: ignore[assignment]
+    register = step.operand(0, Register)
     block.next[step.active] = block.registers.words["R"][register.index][step.active] // BYTES
 
 
@@ -160,7 +161,7 @@ def _exit(block: Block, step: Step) -> None:
 
 
 def _barrier_number(step: Step) -> int:
-    name: Name = step.operand(0, Name)  # type: ignore[assignment]
+    name = step.operand(0, Name)
     return int(name.text.removeprefix("B"))
 
 
@@ -217,7 +218,7 @@ def _store_global(block: Block, step: Step) -> tuple[Addresses, int]:
 
 def _stored(block: Block, step: Step, width: int) -> list[NDArray[np.uint32]]:
     """The registers of operand 1."""
-    register: Register = step.operand(1, Register)  # type: ignore[assignment]
+    register = step.operand(1, Register)
     words = block.registers.words[register.file]
     is_zero = register.index == 255
     return [words[register.index + (0 if is_zero else k)] for k in range(max(1, width // 4))]

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from .launches import Direction, Placed
 from .memory import GlobalMemory
-from .semantics import bfloat16_bits
+from .reals import bfloat16_bits
 
 EPS, SCALE = 1e-6, 1.3
 POISON = 0xFF  # each byte of a result, which is then NaN, until a kernel writes it

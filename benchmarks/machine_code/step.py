@@ -6,15 +6,17 @@ arithmetic.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .memory import Addresses, Words
-from .sass import TRUE, ZERO, Address, Instruction, Name, Number, Predicate, Register
+from .sass import TRUE, ZERO, Address, Instruction, Number, Operand, Predicate, Register
 
 Lanes = NDArray[np.bool_]
-Reals = NDArray[np.float32]
+Reals = NDArray[np.floating[Any]]
+Kind = TypeVar("Kind", bound=Operand)
 
 
 class UnknownInstruction(Exception):  # noqa: N818
@@ -55,12 +57,17 @@ class Step:
     def has(self, modifier: str) -> bool:
         return modifier in self.instruction.modifiers
 
-    def operand(self, i: int, kind: type) -> Register | Predicate | Number | Address | Name:
+    def operand(self, i: int, kind: type[Kind]) -> Kind:
         """Operand i, which must be of this kind."""
         operands = self.instruction.operands
-        if i >= len(operands) or not isinstance(operands[i], kind):
+        operand = operands[i] if i < len(operands) else None
+        if not isinstance(operand, kind):
             raise self.unknown()
-        return operands[i]
+        return operand
+
+    def number(self, i: int) -> int:
+        """Operand i, an immediate integer."""
+        return int(self.operand(i, Number).value)
 
     # Reading
 
@@ -103,11 +110,10 @@ class Step:
 
     def pair(self, i: int) -> NDArray[np.uint64]:
         """Operand i as 64 bits in two registers."""
-        register = self.operand(i, Register)
-        return pair_of(self.registers, register)  # type: ignore[arg-type]
+        return pair_of(self.registers, self.operand(i, Register))
 
     def truth(self, i: int) -> NDArray[np.bool_]:
-        return self.registers.truth(self.operand(i, Predicate))  # type: ignore[arg-type]
+        return self.registers.truth(self.operand(i, Predicate))
 
     def predicates(self, first: int) -> int:
         """How many operands from `first` on are predicates."""
@@ -136,7 +142,7 @@ class Step:
 
     def memory_at(self, i: int) -> Addresses:
         """The addresses in operand i, of global or of shared memory."""
-        address: Address = self.operand(i, Address)  # type: ignore[assignment]
+        address = self.operand(i, Address)
         at = np.full(self.active.shape, address.offset % 2**64, np.uint64)
         for term in address.terms:
             words = self.registers.words[term.register.file][term.register.index].astype(np.uint64)
@@ -147,12 +153,12 @@ class Step:
 
     def write(self, i: int, bits: Words | NDArray[np.integer], part: int = 0) -> None:
         """Writes operand i, or the register that is `part` after it, in the lanes that are active."""
-        register: Register = self.operand(i, Register)  # type: ignore[assignment]
+        register = self.operand(i, Register)
         if register.index != ZERO[register.file]:
             target = self.registers.words[register.file][register.index + part]
             self._put(target, np.asarray(bits).astype(np.uint32, copy=False))
 
-    def write_reals(self, i: int, value: Reals) -> None:
+    def write_reals(self, i: int, value: NDArray[Any]) -> None:
         self.write(i, value.astype(np.float32, copy=False).view(np.uint32))
 
     def write_pair(self, i: int, value: NDArray[np.uint64]) -> None:
@@ -164,7 +170,7 @@ class Step:
             self.write(i, word, part)
 
     def write_truth(self, i: int, value: NDArray[np.bool_]) -> None:
-        predicate: Predicate = self.operand(i, Predicate)  # type: ignore[assignment]
+        predicate = self.operand(i, Predicate)
         if predicate.index != TRUE:
             self._put(self.registers.truths[predicate.file][predicate.index], value)
 

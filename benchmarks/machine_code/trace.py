@@ -32,8 +32,8 @@ RECORD = np.dtype(
         ("segments", "u4"),
     ]
 )
-# A piece of 256 bytes of global memory, which goes to one channel: how many of its sectors of 32 bytes are moved, and how
-# many bytes go to or from DRAM. Of what is cached, a piece is one sector.
+# A piece of 256 bytes of global memory, which goes to one channel: how many of its sectors of 32 bytes are moved, and
+# how many bytes go to or from DRAM. Of what is cached, a piece is one sector.
 SEGMENT = np.dtype([("address", "u8"), ("sectors", "u4"), ("bytes", "u4")])
 SECTOR, LINE, SEGMENT_BYTES, BANKS = 32, 128, 256, 32
 
@@ -96,15 +96,15 @@ class Trace:
         if pipe == "jump" and executed.jumps is not None and not executed.jumps[warp].any():
             pipe = "alu"
         elif pipe in ("constant", "uniform_constant"):
-            constant = int(executed.addresses[warp][active][0])  # type: ignore[index]
+            constant = int(executed.addresses[warp][active][0])
         elif pipe == "special":
             latency = SPECIAL_LATENCY.get(instruction.opcode, 22)
         elif pipe == "fma" and instruction.opcode in HALF_RATE:
             passes = 2
         elif pipe == "shared":
-            passes = _bank_passes(executed.addresses[warp][active], executed.width)  # type: ignore[index]
+            passes = _bank_passes(executed.addresses[warp][active], executed.width)
         elif pipe in ("load", "store"):
-            addresses = executed.addresses[warp][active].astype(np.int64)  # type: ignore[index]
+            addresses = executed.addresses[warp][active].astype(np.int64)
             pipe, passes = self._access(pipe, addresses, executed.width, warp)
         return PIPES.index(pipe), *control, passes, latency, constant, first, len(self._segments) - first
 
