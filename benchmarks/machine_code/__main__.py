@@ -52,6 +52,8 @@ def prediction_table(reports: Sequence[Report], flat_fractions: dict[str, dict[s
         shares = (side_by_side([f"{p[f'{d}_copy_fraction']:.1%}" for p in predicted]) for d in DIRECTIONS)
         table.add_row(f"{name}: us", *times)
         table.add_row(f"{name}: of the copy rate", *shares)
+        slots = (side_by_side([f"{p[f'{d}_issue_slots_used']:.0%}" for p in predicted]) for d in DIRECTIONS)
+        table.add_row(f"{name}: issue slots used", *slots)
         if flat_fractions:
             cells = (f"{flat_fractions[name][f'{d}_copy_fraction']:.1%}" for d in DIRECTIONS)
             table.add_row(f"{name}: flat cast, flat add", *cells)

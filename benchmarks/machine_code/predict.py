@@ -80,26 +80,29 @@ class Library:
 
     def execute(self, layers: Sequence[Layer], direction: Direction) -> list[ExecutedLaunch]:
         """The launches for the layers, with one block of each kind of layer executed."""
-        kinds = {layer: [i for i, other in enumerate(layers) if _kind(other) == _kind(layer)] for layer in layers}
-        representative = {_kind(layer): alike[len(alike) // 2] for layer, alike in kinds.items()}
-        problem = Problem(layers, direction, representative.values())
+        alike: dict[tuple[int, int], list[int]] = {}
+        for i, layer in enumerate(layers):
+            alike.setdefault(_kind(layer), []).append(i)
+        representatives = {kind: members[len(members) // 2] for kind, members in alike.items()}
+        problem = Problem(layers, direction, representatives.values())
         found = launches(self.tree, problem.placed, direction, problem.statistics_at, problem.grad_gain_at)
-        return [self._execute(launch, problem, representative) for launch in found]
+        kinds: dict[tuple[int, int], Kind] = {}
+        for launch in found:
+            kernel = self.kernel(launch)
+            here = set(launch.layers)
+            kinds |= {k: _execute_block(kernel, launch, problem, i) for k, i in representatives.items() if i in here}
+        return [self._executed(launch, layers, kinds) for launch in found]
 
-    def _execute(self, launch: Launch, problem: Problem, representative: dict[tuple[int, int], int]) -> ExecutedLaunch:
-        kernel, resources = self.kernel(launch), self.resources[launch.kernel]
-        numbers: dict[tuple[int, int], int] = {}
-        kinds: list[Kind] = []
-        for layer in launch.layers:
-            kind = _kind(problem.layers[layer])
-            if kind not in numbers:
-                numbers[kind] = len(kinds)
-                kinds.append(_execute_block(kernel, launch, problem, representative[kind]))
-        blocks = [numbers[_kind(problem.layers[layer])] for layer in launch.layers]
-        return ExecutedLaunch(kinds, blocks, chip.blocks_per_sm(resources, launch.threads, launch.shared_bytes))
+    def _executed(self, launch: Launch, layers: Sequence[Layer], kinds: dict[tuple[int, int], Kind]) -> ExecutedLaunch:
+        blocks = [_kind(layers[i]) for i in launch.layers]
+        used = list(dict.fromkeys(blocks))
+        numbers = {kind: number for number, kind in enumerate(used)}
+        on_an_sm = chip.blocks_per_sm(self.resources[launch.kernel], launch.threads, launch.shared_bytes)
+        return ExecutedLaunch([kinds[kind] for kind in used], [numbers[kind] for kind in blocks], on_an_sm)
 
 
 def _kind(layer: Layer) -> tuple[int, int]:
+    """Layers that agree in this have blocks that do the same, but for those at their ends."""
     return layer.n, layer.columns
 
 

@@ -84,6 +84,8 @@ def _predicted(executed: dict[Direction, list[ExecutedLaunch]]) -> Report:
         microseconds = sum(run.microseconds for run in launches)
         predicted[where.name][f"{direction}_us"] = microseconds
         predicted[where.name][f"{direction}_copy_fraction"] = floor / microseconds / 1e3 / where.copy_rate
+        slots = sum(run.issue_slots_used * run.microseconds for run in launches) / microseconds
+        predicted[where.name][f"{direction}_issue_slots_used"] = slots
     over_floor = {
         direction: sum(launch.bytes_moved for launch in launches) / case.bytes_min(direction, SETTING)
         for direction, launches in executed.items()
