@@ -8,6 +8,7 @@ g++ and CUDA's headers; with nvcc, the model also runs a flat cast and a flat ad
 import argparse
 import json
 import pathlib
+import sys
 from collections.abc import Sequence
 
 from rich.console import Console
@@ -69,7 +70,7 @@ def main() -> None:
     parser.add_argument("--static", action="store_true", help="only what needs no run")
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("out/machine-code.json"))
     options = parser.parse_args()
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else 132)  # in a file, wide enough for all columns
     libraries = options.libraries or [native_library.PATH]
     reports = [(static_report if options.static else full_report)(path.resolve()) for path in libraries]
     console.print(static_table(reports))
