@@ -21,8 +21,8 @@ pytestmark = pytest.mark.skipif(
     predict.ARCHITECTURE not in library.architectures, reason="the library has no kernels for sm_90"
 )
 both_directions = pytest.mark.parametrize("direction", ["forward", "backward"])
-# A few layers come in a small table, more than 16 in a large one.
-FEW = [Layer(70, 64), Layer(40, 147), Layer(3, 4608)]
+# A few layers come in a small table, more than 16 in a large one; filters of 9000 values are read in parts.
+FEW = [Layer(70, 64), Layer(40, 147), Layer(3, 4608), Layer(2, 9000)]
 MANY = [Layer(9, 576), Layer(9, 1152, columns=9), *[Layer(3, 8)] * 16]
 RESNET50 = 23_454_912  # values
 

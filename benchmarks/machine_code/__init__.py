@@ -9,7 +9,7 @@ model of the chip takes to run it.
     interpreter one block of a launch, executed, with
     memory        the GPU's global memory,
     step          the operands of an instruction, and
-    semantics     what it computes: meanings, integers, reals
+    semantics     what it computes: meanings, integers, reals, doubles
     trace       what the block's instructions ask of the chip
     chip        a model of the chip, driven by such traces
     flat        a flat cast and a flat add, to calibrate it

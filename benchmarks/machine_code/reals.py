@@ -18,10 +18,16 @@ REALS = Meanings()
 
 @REALS.instruction("FSETP", "EQ NE LT LE GT GE EQU NEU LTU LEU GTU GEU AND OR FTZ")
 def _compare_reals(s: Step) -> None:
-    """With U at the end of the comparison, NaN compares as true."""
-    a, b = s.reals(2), s.reals(3)
+    compare(s, s.reals(2), s.reals(3))
+
+
+def compare(s: Step, a: Reals, b: Reals) -> None:
+    """With U at the end of the comparison, NaN compares as true; NAN is true of NaN alone."""
     comparison = s.instruction.modifiers[0]
     unordered = np.isnan(a) | np.isnan(b)
+    if comparison == "NAN":
+        write_comparison(s, unordered)
+        return
     result = COMPARISONS[comparison[:2]](a, b)
     write_comparison(s, result | unordered if comparison.endswith("U") else result & ~unordered)
 
@@ -62,9 +68,13 @@ MUFU: dict[str, Callable[[Reals], Reals]] = {
 }
 
 
-@REALS.instruction("MUFU", " ".join(MUFU))
+@REALS.instruction("MUFU", " ".join([*MUFU, "RCP64H"]))
 def _special_function(s: Step) -> None:
-    """Correctly rounded; the machine's are within a unit."""
+    """Correctly rounded; the machine's are within a unit. RCP64H is of the upper halves of doubles."""
+    if s.has("RCP64H"):
+        double = (s.bits(1).astype(np.uint64) << np.uint64(32)).view(np.float64)
+        s.write(0, ((1 / double).view(np.uint64) >> np.uint64(32)).astype(np.uint32))
+        return
     s.write_reals(0, MUFU[s.instruction.modifiers[0]](s.reals(1).astype(np.float64)))
 
 
@@ -80,7 +90,7 @@ def _needs_slow_division(s: Step) -> None:
 # Conversions
 
 
-@REALS.instruction("I2FP I2F", "F32 U32 S32")
+@REALS.instruction("I2FP", "F32 U32 S32")
 def _to_real(s: Step) -> None:
     s.write_reals(0, s.bits(1) if s.has("U32") else s.signed(1))
 
@@ -88,13 +98,6 @@ def _to_real(s: Step) -> None:
 @REALS.instruction("F2I", "FTZ U32 TRUNC NTZ")
 def _to_integer(s: Step) -> None:
     s.write(0, np.trunc(s.reals(1)).astype(np.int64))
-
-
-@REALS.instruction("F2F", "F32 F64")
-def _double_to_real(s: Step) -> None:
-    if s.instruction.modifiers != ("F32", "F64"):
-        raise s.unknown()
-    s.write_reals(0, s.pair(1).view(np.float64))
 
 
 def bfloat16_bits(x: Reals) -> Words:

@@ -1,11 +1,12 @@
 """What each instruction of sm_90 computes. Uniform instructions (UIADD3, ...) compute what those of the same name
 without U do; control flow, barriers and memory are the interpreter's."""
 
+from .doubles import DOUBLES
 from .integers import INTEGERS
 from .reals import REALS
 from .step import Step
 
-SEMANTICS = INTEGERS | REALS
+SEMANTICS = INTEGERS | REALS | DOUBLES
 
 
 def execute(step: Step) -> None:

@@ -112,6 +112,16 @@ class Step:
         """Operand i as 64 bits in two registers."""
         return pair_of(self.registers, self.operand(i, Register))
 
+    def doubles(self, i: int) -> NDArray[np.float64]:
+        """Operand i as a double."""
+        operand = self.instruction.operands[i]
+        if isinstance(operand, Number) and isinstance(operand.value, float):
+            return np.full((1, 1), operand.value)
+        register = self.operand(i, Register)
+        value = pair_of(self.registers, Register(register.file, register.index)).view(np.float64)
+        value = np.abs(value) if register.absolute else value
+        return -value if register.negated else value
+
     def truth(self, i: int) -> NDArray[np.bool_]:
         return self.registers.truth(self.operand(i, Predicate))
 
@@ -164,6 +174,9 @@ class Step:
     def write_pair(self, i: int, value: NDArray[np.uint64]) -> None:
         self.write(i, low_word(value))
         self.write(i, low_word(value >> np.uint64(32)), part=1)
+
+    def write_doubles(self, i: int, value: NDArray[Any]) -> None:
+        self.write_pair(i, value.astype(np.float64, copy=False).view(np.uint64))
 
     def write_all(self, i: int, words: Sequence[Words]) -> None:
         for part, word in enumerate(words):

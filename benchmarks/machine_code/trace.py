@@ -43,7 +43,7 @@ ALU = (
 )
 PIPE_OF = {
     **dict.fromkeys(ALU.split(), "alu"),
-    **dict.fromkeys(("FADD", "FMUL", "FFMA", "HADD2", "HFMA2", "IMAD"), "fma"),
+    **dict.fromkeys(("FADD", "FMUL", "FFMA", "HADD2", "HFMA2", "IMAD", "DADD", "DMUL", "DFMA", "DSETP"), "fma"),
     **dict.fromkeys(("MUFU", "F2F", "I2F", "F2I", "FCHK"), "special"),
     **dict.fromkeys(("S2R", "S2UR"), "system_register"),
     **dict.fromkeys(("LDS", "STS"), "shared"),
@@ -56,7 +56,7 @@ PIPE_OF = {
     "BAR": "barrier",
 }
 SPECIAL_LATENCY = {"F2F": 30}  # cycles; of the others 22
-HALF_RATE = {"IMAD"}  # a warp takes two passes through its pipe
+HALF_RATE = {"IMAD", "DADD", "DMUL", "DFMA", "DSETP"}  # a warp takes two passes through its pipe
 
 
 def pipe_of(instruction: Instruction) -> str:
