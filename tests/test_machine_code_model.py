@@ -60,6 +60,15 @@ def test_wrong_arithmetic_is_noticed(direction, opcode, monkeypatch):
     assert not launch.kinds[0].error <= 1
 
 
+@both_directions
+def test_second_read_is_counted(direction):
+    """A filter that does not fit in a block is read twice: 10 instead of 6 bytes a value, 16 instead of 10."""
+    once, twice = {"forward": (6, 10), "backward": (10, 16)}[direction]
+    (launch,) = built().execute([Layer(1, 9000), Layer(1, 8192)], direction)
+    for kind, per_value in zip(launch.kinds, (twice, once), strict=True):
+        assert 0 < kind.trace.bytes_moved - per_value * kind.layer.n < 100, kind.layer  # the rest is of the filter
+
+
 def test_unknown_instruction_is_named(monkeypatch):
     monkeypatch.delitem(semantics.SEMANTICS, "FFMA")
     with pytest.raises(UnknownInstruction, match=r"FFMA R\d+, .* at 0x"):

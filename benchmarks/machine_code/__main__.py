@@ -28,7 +28,10 @@ def side_by_side(values: Sequence[str]) -> str:
 
 
 def static_table(reports: Sequence[Report]) -> Table:
-    table = Table("sm", "kernel", *(name.replace("_", " ") for name in STATIC), title="Kernels; sizes in bytes")
+    table = Table("sm", title="Kernels; sizes in bytes")
+    table.add_column("kernel", no_wrap=True)
+    for name in STATIC:
+        table.add_column(name.replace("_", " "))
     found = [{(f["architecture"], f["kernel"]): f for f in report["static"]} for report in reports]
     for key in dict.fromkeys(key for figures in found for key in figures):
         cells = (side_by_side([str(f[key][name]) if key in f else "-" for f in found]) for name in STATIC)

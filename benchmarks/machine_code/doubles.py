@@ -1,4 +1,4 @@
-"""Instructions on doubles, in which filters that a block reads in parts are merged, and conversions from and to them."""
+"""Instructions on doubles, which merge the parts of long filters, and conversions from and to them."""
 
 import numpy as np
 

@@ -4,6 +4,7 @@ launches.cpp is compiled against the headers of the library's source tree, so th
 written down twice: a change of either is followed, or does not compile.
 """
 
+import functools
 import pathlib
 import re
 import subprocess
@@ -46,6 +47,7 @@ def source_tree(library: pathlib.Path) -> pathlib.Path:
     return tree if (tree / "csrc/cuda/align_launch.cuh").exists() else ROOT
 
 
+@functools.cache
 def _program(tree: pathlib.Path) -> pathlib.Path:
     """Functions of the emulator that kernels call are left undefined: no kernel is run."""
     source, emulation = HERE / "launches.cpp", tree / "tests" / "simt"

@@ -4,6 +4,7 @@ An instruction has 16 bytes, of which bits 105 to 121 are for the scheduler: how
 scoreboards it sets (one when its result is there, one when its operands have been read), and which it waits for.
 """
 
+import functools
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -132,6 +133,7 @@ def _operands(text: str) -> Iterator[Operand]:
             yield operand(part)
 
 
+@functools.cache
 def instructions(listing: str) -> list[Instruction]:
     """The instructions of one kernel, in order."""
     found = []

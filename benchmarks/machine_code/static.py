@@ -27,8 +27,12 @@ class Figures:
 
 
 def short_name(kernel: str) -> str:
-    """Without namespaces, result and parameters."""
-    return re.sub(r"\(.*", "", re.sub(r"(\w+|\(anonymous namespace\))::", "", kernel)).removeprefix("void ")
+    """Without namespaces, result and parameters: `align_forward<float, LargeTable>`."""
+    return (
+        re.sub(r"\(.*", "", re.sub(r"(\w+|\(anonymous namespace\))::", "", kernel))
+        .removeprefix("void ")
+        .replace("_kernel<", "<")
+    )
 
 
 def of_architecture(path: pathlib.Path, architecture: int) -> list[Figures]:

@@ -128,12 +128,9 @@ class Trace:
 
 
 def _bytes_moved(executed: Sequence[Executed]) -> int:
-    """Bytes that the block reads from global memory, each counted once, and that it writes."""
-    addresses: dict[tuple[str, int], list[NDArray[np.int64]]] = {}
-    for e in executed:
-        if pipe_of(e.instruction) in ("load", "store") and e.addresses is not None:
-            addresses.setdefault((pipe_of(e.instruction), e.width), []).append(e.addresses[e.active].astype(np.int64))
-    return sum(width * len(np.unique(np.concatenate(found))) for (_, width), found in addresses.items())
+    """Bytes that the block reads from global memory and writes: once each where lanes access the same."""
+    accesses = [e for e in executed if e.addresses is not None and pipe_of(e.instruction) in ("load", "store")]
+    return sum(e.width * len(np.unique(e.addresses[e.active])) for e in accesses)
 
 
 def _bank_passes(addresses: NDArray[np.int64], width: int) -> int:
