@@ -92,6 +92,25 @@ def test_every_instruction_is_parsed():
         assert names <= known, name
 
 
+def test_scheduling_is_decoded():
+    listing = """
+        /*0000*/  @P1 STG.E.128 desc[UR6][R8.64+-0x10], R16 ;  /* 0x0000001008001986 */
+                                                              /* 0x0001e2000c101d06 */
+        /*0010*/      FFMA R40, -R52.reuse, |R53|, 1 ;         /* 0x3f80000034287423 */
+                                                              /* 0x004fc80000000135 */
+    """
+    store, multiply = sass.instructions(listing)
+    assert (store.stall, store.sets_when_written, store.sets_when_read, store.waits_for) == (1, 7, 0, 0)
+    assert (multiply.stall, multiply.sets_when_written, multiply.sets_when_read, multiply.waits_for) == (4, 7, 7, 0b100)
+    assert store.guard == sass.Predicate("P", 1) and store.modifiers == ("E", "128")
+    assert store.operands[0] == sass.Address(False, (sass.Term(sass.Register("R", 8), is_pair=True),), -16)
+    assert multiply.operands[1:] == (
+        sass.Register("R", 52, negated=True),
+        sass.Register("R", 53, absolute=True),
+        sass.Number(1.0),
+    )
+
+
 def test_no_spills():
     figures = static.of_architecture(native_library.PATH, predict.ARCHITECTURE)
     assert len(figures) == len(built().resources)
