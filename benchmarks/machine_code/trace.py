@@ -1,6 +1,6 @@
 """What the instructions that a warp has executed ask of the chip: the pipe of each, and the memory it moves.
 
-The records are chip_model.cpp's input.
+The records are the input of chip_model.cpp, which reads them by chip_traces.h.
 """
 
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ from .memory import GlobalMemory
 from .sass import NO_SCOREBOARD, Instruction
 from .step import UnknownInstruction
 
-# As in chip_model.cpp.
+# In the order of `Pipe` in chip_traces.h.
 PIPES = (
     "alu", "fma", "special", "constant", "uniform_constant", "load", "store", "cached_load", "cached_store", "shared",
     "shuffle", "barrier", "jump", "system_register",
