@@ -1,4 +1,4 @@
-# make bench | bench-layers | bench-step | test | fuzz | demo | gpu-report | lint | docs: each first creates .venv.
+# make bench | bench-layers | bench-step | test | static | fuzz | demo | gpu-report | lint | docs: each first creates .venv.
 #
 #   TORCH=torch==2.13.0   the torch to install
 #   PY=python3            an existing environment instead of .venv: nothing is downloaded, missing rivals are skipped
@@ -27,7 +27,7 @@ CPP := $(shell git ls-files -co --exclude-standard '*.cpp' '*.h' '*.cu' '*.cuh')
 
 SEED ?= $(shell od -An -N4 -tu4 /dev/urandom | tr -d ' ')
 
-.PHONY: bench bench-layers bench-step test fuzz demo gpu-report lint docs format clean
+.PHONY: bench bench-layers bench-step test static fuzz demo gpu-report lint docs format clean
 
 bench: $(INSTALLED)
 	$(PY) -m benchmarks.align
@@ -40,6 +40,10 @@ bench-step: $(INSTALLED)
 
 test: $(INSTALLED)
 	$(PYTEST)
+
+# Registers, spills and sizes of the compiled CUDA kernels, for every architecture in the library.
+static: $(INSTALLED)
+	$(PY) -m benchmarks.machine_code --static
 
 # The Hypothesis tests on thousands of random examples. `make fuzz SEED=...` repeats a run, the blob that a failure
 # prints (for @reproduce_failure) a single example.

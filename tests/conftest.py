@@ -48,6 +48,7 @@ NEEDS = {
     "test_fx.py": ["timm", "torchvision"],
     "test_head_libraries.py": ["segmentation_models_pytorch", "torchvision", "transformers"],
     "test_layout.py": ["hypothesis"],
+    "test_machine_code_model.py": ["numpy"] if shutil.which("cuobjdump") else ["numpy", "triton"],
     "test_peft.py": ["peft"],
     "test_prepare.py": ["hypothesis"],
     "test_readme.py": ["peft", "timm", "torchvision"],

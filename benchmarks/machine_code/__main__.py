@@ -1,0 +1,89 @@
+"""python -m benchmarks.machine_code: the compiled CUDA kernels judged without a GPU.
+
+Registers, spills and sizes of each kernel; instructions a value; and the time of ResNet-50's launch, float32 to
+bfloat16, on an H200 and an H100 by a model of the chip. Several libraries are compared side by side. Needs cuobjdump,
+g++ and CUDA's headers; with nvcc, the model also runs a flat cast and a flat add, which on a GPU reach the copy rate.
+"""
+
+import argparse
+import json
+import pathlib
+import sys
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.table import Table
+
+from weightalign_cuda.ops import native_library
+
+from . import chip, flat
+from .report import DIRECTIONS, Report, flat_report, full_report, static_report
+
+STATIC = ("registers", "stack", "shared", "constant", "spill_loads", "spill_stores", "code_bytes")
+
+
+def side_by_side(values: Sequence[str]) -> str:
+    """One text if the libraries agree."""
+    return values[0] if len(set(values)) == 1 else " | ".join(values)
+
+
+def static_table(reports: Sequence[Report]) -> Table:
+    table = Table("sm", title="Kernels; sizes in bytes")
+    table.add_column("kernel", no_wrap=True)
+    for name in STATIC:
+        table.add_column(name.replace("_", " "))
+    found = [{(f["architecture"], f["kernel"]): f for f in report["static"]} for report in reports]
+    for key in dict.fromkeys(key for figures in found for key in figures):
+        cells = (side_by_side([str(f[key][name]) if key in f else "-" for f in found]) for name in STATIC)
+        table.add_row(str(key[0]), key[1], *cells)
+    return table
+
+
+def instructions_table(reports: Sequence[Report]) -> Table:
+    table = Table("n", *DIRECTIONS, title="Instructions of threads a value, sm_90, float32 to bfloat16")
+    found = [{row["n"]: row for row in report["instructions_per_value"]} for report in reports]
+    for n in found[0]:
+        cells = (side_by_side([f"{rows[n][direction]:.1f}" for rows in found]) for direction in DIRECTIONS)
+        table.add_row("ResNet-50" if n is None else str(n), *cells)
+    return table
+
+
+def prediction_table(reports: Sequence[Report], flat_fractions: dict[str, dict[str, float]] | None) -> Table:
+    table = Table("", *DIRECTIONS, title="ResNet-50 in the model of the chip")
+    for name in (where.name for where in chip.CHIPS):
+        predicted = [report["predicted"][name] for report in reports]
+        times = (side_by_side([f"{p[f'{d}_us']:.1f}" for p in predicted]) for d in DIRECTIONS)
+        shares = (side_by_side([f"{p[f'{d}_copy_fraction']:.1%}" for p in predicted]) for d in DIRECTIONS)
+        table.add_row(f"{name}: us", *times)
+        table.add_row(f"{name}: of the copy rate", *shares)
+        slots = (side_by_side([f"{p[f'{d}_issue_slots_used']:.0%}" for p in predicted]) for d in DIRECTIONS)
+        table.add_row(f"{name}: issue slots used", *slots)
+        if flat_fractions:
+            cells = (f"{flat_fractions[name][f'{d}_copy_fraction']:.1%}" for d in DIRECTIONS)
+            table.add_row(f"{name}: flat cast, flat add", *cells)
+    over = (side_by_side([f"{r['bytes_over_floor'][d]:.3f}" for r in reports]) for d in DIRECTIONS)
+    table.add_row("bytes over the floor", *over)
+    table.add_row("launches", *(side_by_side([str(r["launches"][d]) for r in reports]) for d in DIRECTIONS))
+    return table
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("libraries", nargs="*", type=pathlib.Path, help="default: the package's own")
+    parser.add_argument("--static", action="store_true", help="only what needs no run")
+    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("out/machine-code.json"))
+    options = parser.parse_args()
+    console = Console(width=None if sys.stdout.isatty() else 132)  # in a file, wide enough for all columns
+    libraries = options.libraries or [native_library.PATH]
+    reports = [(static_report if options.static else full_report)(path.resolve()) for path in libraries]
+    console.print(static_table(reports))
+    if not options.static:
+        flat_fractions = flat_report() if flat.has_compiler() else None
+        reports = [report | {"flat": flat_fractions} for report in reports]
+        console.print(instructions_table(reports), prediction_table(reports, flat_fractions))
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    options.out.write_text(json.dumps(reports[0] if len(reports) == 1 else reports, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

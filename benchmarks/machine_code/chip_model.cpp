@@ -1,0 +1,278 @@
+// A model in time of an H100 or H200, driven by traces of a launch's blocks (trace.py).
+//
+// An SM has four schedulers that issue an instruction a cycle, of the warp that was last or else of the oldest that is
+// ready: its stall counts, scoreboards and barriers decide, as they stand in the machine code. Pipes, the constant
+// caches and the load/store unit are servers with a rate; L2 and DRAM are queues, one for each channel. Not modelled:
+// the instruction cache, DRAM's turnaround between reads and writes, clocks that vary.
+//
+//     chip_model TRACES GHZ GB_PER_SECOND BLOCKS_PER_SM    prints a JSON object
+#include <algorithm>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <deque>
+#include <functional>
+#include <iostream>
+#include <queue>
+#include <unordered_map>
+#include <utility>
+#include <vector>
+
+#include "chip_memory.h"
+#include "chip_traces.h"
+
+namespace {
+
+// Times are cycles of the SMs' clock, unless they say otherwise.
+constexpr int kSms = 132, kSchedulers = 4, kScoreboards = 6;
+constexpr double kBeforeNanoseconds = 700;  // from the start of the launch to the first block
+constexpr double kAfterNanoseconds = 400;   // from the last instruction to the end of the launch
+constexpr double kBlockStart = 300;         // from the end of a block to the first instruction of the next one
+constexpr double kWarpStart = 2, kBlocksPerCycle = 8;
+constexpr double kL1 = 38, kOperandsRead = 10, kFmaLatency = 5;
+constexpr double kShared = 28, kShuffle = 24, kSharedOperandsRead = 8, kBarrier = 22, kJump = 7, kSystemRegister = 25;
+constexpr double kConstant = 38, kConstantMissesL1 = 75, kConstantMissesL15 = 260;
+constexpr int kConstantL1 = 2048, kConstantL1Line = 64, kConstantL15 = 32768, kConstantL15Line = 256;  // bytes
+constexpr double kAluPass = 2, kSpecialPass = 8;  // cycles that a warp occupies a pipe of 16 and of 4 lanes
+constexpr double kNever = 1e300, kSame = 1e-9;
+
+class Cache {  // fully associative, least recently used; says only what hits
+public:
+    Cache(int bytes, int line) : line_(line), capacity_(size_t(bytes / line)) {}
+    bool hits(uint32_t address) {
+        ++now_;
+        for (Line& line : lines_)
+            if (line.tag == address / line_) return line.used = now_, true;
+        if (lines_.size() < capacity_) lines_.push_back({address / line_, now_});
+        else
+            *std::min_element(lines_.begin(), lines_.end(), [](auto& a, auto& b) { return a.used < b.used; }) = {
+                address / line_, now_};
+        return false;
+    }
+
+private:
+    struct Line {
+        uint32_t tag;
+        uint64_t used;
+    };
+    uint32_t line_;
+    size_t capacity_;
+    std::vector<Line> lines_;
+    uint64_t now_ = 0;
+};
+
+struct Block {
+    size_t index;
+    int live, at_barrier = 0;
+    std::vector<size_t> warps = {};
+    uint64_t salt() const { return (index + 1) * kOddConstant; }
+};
+struct Warp {
+    Span records;
+    size_t block;
+    int scheduler;
+    double ready;
+    double scoreboards[kScoreboards] = {};
+    double last_load = 0;  // when the last of its streamed data comes
+    bool waits = false;    // at the block's barrier
+};
+struct Sm {
+    Server load_store;
+    Cache constants{kConstantL1, kConstantL1Line}, more_constants{kConstantL15, kConstantL15Line};
+    std::unordered_map<uint64_t, double> cached;  // sectors by block, and when they come
+};
+struct Scheduler {
+    std::vector<size_t> warps;  // oldest first
+    size_t last = SIZE_MAX;
+    double free = 0, event = kNever;
+    Server alu, fma, special;
+};
+
+class Chip {
+public:
+    Chip(const Traces& traces, double ghz, double gb_per_second, int blocks_per_sm)
+        : traces_(traces), ghz_(ghz), memory_(ghz, gb_per_second), sms_(kSms), schedulers_(kSms * kSchedulers) {
+        for (int i = 0; i < blocks_per_sm; ++i)
+            for (int sm = 0; sm < kSms; ++sm)
+                start_block(sm, kBeforeNanoseconds * ghz + (double(i) * kSms + sm) / kBlocksPerCycle);
+    }
+
+    void run() {
+        while (!events_.empty()) {
+            auto [now, scheduler] = events_.top();
+            events_.pop();
+            Scheduler& s = schedulers_[scheduler];
+            if (now != s.event) continue;  // an earlier one has taken its place
+            s.event = kNever;
+            if (size_t warp = chosen(s, now); warp != SIZE_MAX) issue(scheduler, warp, now);
+            schedule(scheduler);
+        }
+        double end = std::max(last_issue_ + kAfterNanoseconds * ghz_, memory_.idle_from());
+        std::printf("{\"microseconds\": %.4f, \"bytes\": %.0f, \"instructions\": %zu, \"issue_slots_used\": %.4f}\n",
+                    end / ghz_ / 1e3, memory_.bytes(), instructions_,
+                    double(instructions_) / double(schedulers_.size()) / end);
+    }
+
+private:
+    using Event = std::pair<double, size_t>;
+
+    void start_block(size_t sm, double now) {
+        if (started_ == traces_.launch.size()) return;
+        Span kind = traces_.kinds[traces_.launch[started_]];
+        blocks_.push_back({started_++, int(kind.end - kind.begin)});
+        for (uint32_t i = 0; i < kind.end - kind.begin; ++i) {
+            int scheduler = int(sm * kSchedulers + i % kSchedulers);
+            blocks_.back().warps.push_back(warps_.size());
+            schedulers_[scheduler].warps.push_back(warps_.size());
+            warps_.push_back({traces_.warps[kind.begin + i], blocks_.size() - 1, scheduler, now + i * kWarpStart});
+        }
+        for (size_t i = 0; i < kSchedulers; ++i) schedule(sm * kSchedulers + i);
+    }
+
+    // Puts the scheduler's next issue among the events.
+    void schedule(size_t scheduler) {
+        Scheduler& s = schedulers_[scheduler];
+        double next = kNever;
+        for (size_t w : s.warps)
+            if (!warps_[w].waits) next = std::min(next, warps_[w].ready);
+        if (next == kNever) return;
+        next = std::max(next, s.free);
+        if (next < s.event - kSame) events_.push({s.event = next, scheduler});
+    }
+
+    size_t chosen(const Scheduler& s, double now) const {
+        auto is_ready = [&](size_t w) { return !warps_[w].waits && warps_[w].ready <= now + kSame; };
+        size_t oldest = SIZE_MAX;
+        for (size_t w : s.warps) {
+            if (!is_ready(w)) continue;
+            if (w == s.last) return w;
+            if (oldest == SIZE_MAX) oldest = w;
+        }
+        return oldest;
+    }
+
+    // When an instruction's operands have been read, its result is written, and the warp may issue the next one.
+    struct Outcome {
+        double read, written, next;
+    };
+
+    void issue(size_t scheduler, size_t index, double now) {
+        Warp& warp = warps_[index];
+        Block& block = blocks_[warp.block];
+        const Record& record = traces_.records[warp.records.begin++];
+        Outcome outcome = execute(record, scheduler, warp, block, now);
+        if (record.sets_when_written < kScoreboards) raise(warp.scoreboards[record.sets_when_written], outcome.written);
+        if (record.sets_when_read < kScoreboards) raise(warp.scoreboards[record.sets_when_read], outcome.read);
+        schedulers_[scheduler].free = now + 1;
+        schedulers_[scheduler].last = index;
+        ++instructions_;
+        last_issue_ = std::max(last_issue_, now);
+        if (record.pipe == kBarrierOp) arrive(warp, block, now);
+        else if (warp.records.begin < warp.records.end) warp.ready = ready_from(warp, outcome.next);
+        if (warp.records.begin == warp.records.end) finish(index, scheduler / kSchedulers, now);
+    }
+
+    static void raise(double& value, double to) { value = std::max(value, to); }
+
+    // From `time` on, or as soon as the scoreboards of the warp's next instruction allow.
+    double ready_from(const Warp& warp, double time) const {
+        if (warp.records.begin == warp.records.end) return time;
+        for (int i = 0; i < kScoreboards; ++i)
+            if (traces_.records[warp.records.begin].waits_for >> i & 1) raise(time, warp.scoreboards[i]);
+        return time;
+    }
+
+    void arrive(Warp& warp, Block& block, double now) {
+        warp.waits = true;
+        if (++block.at_barrier < block.live) return;
+        block.at_barrier = 0;
+        for (size_t w : block.warps) {
+            if (!warps_[w].waits) continue;
+            warps_[w].waits = false;
+            warps_[w].ready = ready_from(warps_[w], now + kBarrier);
+            schedule(warps_[w].scheduler);
+        }
+    }
+
+    void finish(size_t index, size_t sm, double now) {
+        auto& list = schedulers_[warps_[index].scheduler].warps;
+        list.erase(std::find(list.begin(), list.end(), index));
+        if (--blocks_[warps_[index].block].live == 0) start_block(sm, now + kBlockStart);
+    }
+
+    Outcome execute(const Record& r, size_t scheduler, Warp& warp, const Block& block, double now) {
+        Scheduler& s = schedulers_[scheduler];
+        Sm& sm = sms_[scheduler / kSchedulers];
+        const double next = now + r.stall;
+        switch (r.pipe) {
+            case kAlu: return {now, now, std::max(next, s.alu.take(now, kAluPass) + 1)};
+            case kFma: {
+                double begin = s.fma.take(now, r.passes);
+                return {now, begin + kFmaLatency, std::max(next, begin + 1)};
+            }
+            case kSpecial: {
+                double begin = s.special.take(now, kSpecialPass);
+                return {begin + kSpecialPass, begin + r.latency, next};
+            }
+            case kConstantLoad: return {now + kOperandsRead, now + kConstant + constant_miss(sm, r.constant), next};
+            case kUniformConstantLoad: return {now, now, next + constant_miss(sm, r.constant)};
+            case kSharedAccess: {
+                double end = sm.load_store.take(now, r.passes) + r.passes;
+                return {end + kSharedOperandsRead, end + kShared, next};
+            }
+            case kShuffleOp: {
+                double begin = sm.load_store.take(now, 1);
+                return {begin + kSharedOperandsRead, begin + kShuffle, next};
+            }
+            case kJumpOp: return {now, now, next + kJump};
+            case kSystemRegisterOp: return {now, now + kSystemRegister, next};
+            case kBarrierOp: return {now, now, next};
+            default: return access(r, sm, warp, block, now);
+        }
+    }
+
+    static double constant_miss(Sm& sm, uint32_t address) {
+        if (sm.constants.hits(address)) return 0;
+        return sm.more_constants.hits(address) ? kConstantMissesL1 : kConstantMissesL15;
+    }
+
+    // Global memory.
+    Outcome access(const Record& r, Sm& sm, Warp& warp, const Block& block, double now) {
+        const double begin = sm.load_store.take(now, r.passes);
+        double written = begin + kL1;
+        for (uint32_t i = r.first_segment; i < r.first_segment + r.segments; ++i) {
+            const Segment& segment = traces_.segments[i];
+            if (r.pipe == kLoad) raise(written, memory_.load(segment, block.salt(), begin));
+            else if (r.pipe == kStore) memory_.store(segment, block.salt(), begin);
+            else if (r.pipe == kCachedLoad) {
+                auto [found, is_new] = sm.cached.try_emplace(segment.address << 20 ^ block.index);
+                if (is_new) found->second = memory_.load_cached(segment.address, block.index, begin);
+                raise(written, found->second);
+            }
+        }
+        if (r.pipe == kLoad) {
+            if (r.segments == 0) raise(written, warp.last_load);  // the warp's sectors are on their way
+            raise(warp.last_load, written);
+        }
+        return {begin + r.passes + kOperandsRead, written, now + r.stall};
+    }
+
+    const Traces& traces_;
+    double ghz_;
+    Memory memory_;
+    std::vector<Sm> sms_;
+    std::vector<Scheduler> schedulers_;
+    std::deque<Warp> warps_;    // a deque: references stay valid
+    std::deque<Block> blocks_;  // all that have been started
+    std::priority_queue<Event, std::vector<Event>, std::greater<>> events_;
+    size_t started_ = 0, instructions_ = 0;
+    double last_issue_ = 0;
+};
+
+}  // namespace
+
+int main(int count, char** arguments) {
+    if (count != 5) return std::cerr << "chip_model TRACES GHZ GB_PER_SECOND BLOCKS_PER_SM\n", 2;
+    const Traces traces(arguments[1]);
+    Chip(traces, atof(arguments[2]), atof(arguments[3]), atoi(arguments[4])).run();
+}

@@ -1,0 +1,93 @@
+"""All figures of a library, as they go into the JSON file: static ones, and those of ResNet-50's launches on sm_90."""
+
+import dataclasses
+import math
+import pathlib
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import torch
+
+from .. import harness, layers
+from ..providers import Setting
+from . import chip, flat, static
+from .launches import Direction
+from .predict import ExecutedLaunch, Library
+from .problem import Layer
+
+DIRECTIONS: tuple[Direction, ...] = ("forward", "backward")
+SETTING = Setting("cuda", torch.float32, torch.bfloat16)
+NETWORK = layers.load("resnet50")
+
+Report = dict[str, Any]
+
+
+class WrongResultError(AssertionError):
+    """A block has not computed what it must."""
+
+
+def static_report(path: pathlib.Path) -> Report:
+    return {"library": str(path), "static": [dataclasses.asdict(f) for f in static.figures(path)]}
+
+
+def full_report(path: pathlib.Path) -> Report:
+    library = Library(path)
+    network = [Layer(shape[0], math.prod(shape[1:])) for _, shape in NETWORK.layers]
+    executed = {direction: library.execute(network, direction) for direction in DIRECTIONS}
+    _check(executed)
+    return static_report(path) | {
+        "instructions_per_value": _instructions_per_value(executed),
+        "launches": {direction: len(launches) for direction, launches in executed.items()},
+        **_predicted(executed),
+    }
+
+
+def flat_report() -> dict[str, dict[str, float]]:
+    """The fractions of the copy rate that a flat cast and add reach, by chip."""
+    kernels = {direction: flat.Flat(direction) for direction in DIRECTIONS}
+    return {
+        where.name: {
+            f"{direction}_copy_fraction": kernel.copy_fraction(where, NETWORK.weights)
+            for direction, kernel in kernels.items()
+        }
+        for where in chip.CHIPS
+    }
+
+
+def _check(executed: dict[Direction, list[ExecutedLaunch]]) -> None:
+    for direction, launches in executed.items():
+        for kind in (kind for launch in launches for kind in launch.kinds):
+            if not kind.values or not kind.error <= 1:
+                raise WrongResultError(f"{direction}, {kind.layer}: {kind.error:.3g} times what rounding explains")
+
+
+def _instructions_per_value(executed: dict[Direction, list[ExecutedLaunch]]) -> list[dict[str, Any]]:
+    """For each length of filter, and for the whole network (n is None)."""
+    by_length: dict[int | None, dict[str, float]] = {}
+    for direction, launches in executed.items():
+        for kind in (kind for launch in launches for kind in launch.kinds):
+            by_length.setdefault(kind.layer.n, {})[direction] = kind.instructions_per_value
+        total = sum(launch.instructions for launch in launches)
+        by_length.setdefault(None, {})[direction] = 32 * total / NETWORK.weights
+    rows = sorted(by_length.items(), key=lambda row: row[0] or math.inf)
+    return [{"n": n, **instructions} for n, instructions in rows]
+
+
+def _predicted(executed: dict[Direction, list[ExecutedLaunch]]) -> Report:
+    case = harness.Case(NETWORK.name, tuple(shape for _, shape in NETWORK.layers))
+    jobs = [(where, direction) for where in chip.CHIPS for direction in DIRECTIONS]
+    with ThreadPoolExecutor() as pool:  # of programs that run beside Python
+        runs = pool.map(lambda job: [launch.on(job[0]) for launch in executed[job[1]]], jobs)
+    predicted: dict[str, dict[str, float]] = {where.name: {} for where in chip.CHIPS}
+    for (where, direction), launches in zip(jobs, runs, strict=True):
+        floor = case.bytes_min(direction, SETTING)
+        microseconds = sum(run.microseconds for run in launches)
+        predicted[where.name][f"{direction}_us"] = microseconds
+        predicted[where.name][f"{direction}_copy_fraction"] = floor / microseconds / 1e3 / where.copy_rate
+        slots = sum(run.issue_slots_used * run.microseconds for run in launches) / microseconds
+        predicted[where.name][f"{direction}_issue_slots_used"] = slots
+    over_floor = {
+        direction: sum(launch.bytes_moved for launch in launches) / case.bytes_min(direction, SETTING)
+        for direction, launches in executed.items()
+    }
+    return {"predicted": predicted, "bytes_over_floor": over_floor}
