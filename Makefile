@@ -1,4 +1,4 @@
-# make bench | bench-layers | bench-step | test | static | fuzz | demo | gpu-report | lint | docs: each first creates .venv.
+# make bench | bench-layers | bench-step | test | simulated-gpu | static | fuzz | demo | gpu-report | lint | docs: each first creates .venv.
 #
 #   TORCH=torch==2.13.0   the torch to install
 #   PY=python3            an existing environment instead of .venv: nothing is downloaded, missing rivals are skipped
@@ -14,7 +14,9 @@ INSTALL = $(PY) -m pip install --no-build-isolation --no-deps -e .
 else
 PY := $(VENV)/bin/python
 # Two processes, whose OpenMP threads sleep while they wait: spinning would take CPU time from the other process.
-PYTEST = OMP_WAIT_POLICY=passive $(PY) -m pytest -n 2 --dist worksteal
+PASSIVE = OMP_WAIT_POLICY=passive
+PARALLEL = -n 2 --dist worksteal
+PYTEST = $(PASSIVE) $(PY) -m pytest $(PARALLEL)
 INSTALLED := $(VENV)/installed
 REPORTS := $(INSTALLED)
 # torch first, so that the library is built against it, not against a second one in pip's build environment.
@@ -27,7 +29,7 @@ CPP := $(shell git ls-files -co --exclude-standard '*.cpp' '*.h' '*.cu' '*.cuh')
 
 SEED ?= $(shell od -An -N4 -tu4 /dev/urandom | tr -d ' ')
 
-.PHONY: bench bench-layers bench-step test static fuzz demo gpu-report lint docs format clean
+.PHONY: bench bench-layers bench-step test simulated-gpu static fuzz demo gpu-report lint docs format clean
 
 bench: $(INSTALLED)
 	$(PY) -m benchmarks.align
@@ -40,6 +42,15 @@ bench-step: $(INSTALLED)
 
 test: $(INSTALLED)
 	$(PYTEST)
+
+# Without a GPU: what runs on CUDA devices, on simulated ones (tests/simcuda). All of it on two; some of it on a single
+# one, and where the host cannot access device memory.
+SIMULATED = $(PASSIVE) $(PY) tests/simcuda/simcuda.py
+simulated-gpu: $(INSTALLED)
+	$(SIMULATED) --devices 2 python -m pytest $(PARALLEL)
+	$(SIMULATED) --devices 1 python -m pytest $(PARALLEL) tests/test_cuda.py tests/test_backend.py
+	$(SIMULATED) --devices 2 --strict python -X faulthandler -m pytest $(PARALLEL) $(STRICT)
+STRICT = tests/test_cuda.py tests/test_several_devices.py tests/test_align.py tests/test_prepare.py
 
 # Registers, spills and sizes of the compiled CUDA kernels, for every architecture in the library.
 static: $(INSTALLED)

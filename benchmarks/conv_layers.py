@@ -144,7 +144,8 @@ def check(layer: Layer, sets: Buffers) -> dict[str, float]:
         doubles = [t.detach().double().requires_grad_() for t in leaves]
         expected = exact(*doubles)
         expected += torch.autograd.grad(expected, doubles, [g.double() for g in grads])
-        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # its rounding would mask ours
+        cudnn = torch.backends.cudnn
+        with cudnn.flags(enabled=cudnn.enabled, allow_tf32=False):  # tf32's rounding would mask ours
             found = tuple(functions[name](*leaves))
             found += torch.autograd.grad(found, leaves, grads)
         errors[name] = 0.0

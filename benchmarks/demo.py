@@ -63,7 +63,7 @@ def network(variant: str) -> nn.Sequential:
     return nn.Sequential(unit(1, 16, 3, 1, variant), nn.ReLU(), *blocks, *head)
 
 
-def data() -> tuple[Images, Images, Images]:
+def data(device: str) -> tuple[Images, Images, Images]:
     """Training (60 %), validation (15 %) and test (25 %) images: a fixed stratified split."""
     pixels, labels = load_digits(return_X_y=True)
     train_x, test_x, train_y, test_y = train_test_split(
@@ -74,7 +74,8 @@ def data() -> tuple[Images, Images, Images]:
     )
 
     def images(x: Tensor, y: Tensor) -> Images:
-        return (torch.tensor(x, dtype=torch.float32).view(-1, 1, 8, 8) - 8) / 8, torch.tensor(y)
+        pixels = torch.tensor(x, dtype=torch.float32, device=device)
+        return (pixels.view(-1, 1, 8, 8) - 8) / 8, torch.tensor(y, device=device)
 
     return images(train_x, train_y), images(valid_x, valid_y), images(test_x, test_y)
 
@@ -83,11 +84,11 @@ def train(
     variant: str, rate: float, steps: int, images: Images, advance: Callable[[], None]
 ) -> tuple[nn.Module, list[float]]:
     """The trained network and its loss at each step; stops at a non-finite loss."""
-    model = network(variant)
+    x, y = images
+    model = network(variant).to(x.device)
     optimizer = torch.optim.SGD(model.parameters(), rate, momentum=0.9, weight_decay=5e-4, foreach=True)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     order = torch.Generator().manual_seed(SEED)
-    x, y = images
     losses: list[float] = []
     queue = torch.empty(0, dtype=torch.long)
     for _ in range(steps):
@@ -140,11 +141,12 @@ def plot(curves: dict[str, list[float]], path: pathlib.Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("out"), help="folder (default: out)")
     parser.add_argument("--steps", type=int, default=1617, help="of each run (default: 3 epochs)")
     arguments = parser.parse_args()
     console = Console()
-    training, validation, test = data()
+    training, validation, test = data(arguments.device)
     torch.set_num_threads(1)  # 8x8 images: more threads only wait for each other
     curves, lines = {}, []
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()

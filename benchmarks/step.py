@@ -114,7 +114,7 @@ def trainings(case: Case, with_compile: bool) -> dict[str, Training]:
 def check(entrants: dict[str, Training]) -> dict[str, float | None]:
     """Relative difference of the first loss from timm's; None for plain, which computes another function.
     WrongResultError if that or the second loss exceeds the tolerance."""
-    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+    with torch.backends.cudnn.flags(enabled=torch.backends.cudnn.enabled, allow_tf32=False):
         losses = {name: torch.stack([entrant.step() for _ in range(2)]) for name, entrant in entrants.items()}
     errors: dict[str, float | None] = {}
     for name, found in losses.items():

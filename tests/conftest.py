@@ -64,11 +64,17 @@ left_out = {
     for name, needed in NEEDS.items()
     if (absent := [package for package in needed if importlib.util.find_spec(package) is None])
 }
-NOT_SIMULATED = {"test_compile_without_graph_breaks[cuda-inductor]": "its kernels are Triton's, compiled"}
+NOT_SIMULATED = {
+    "test_compile_without_graph_breaks": "inductor's kernels are Triton's, compiled",
+    "test_data_parallel": "broadcasts by NCCL",
+}
+HAS_TWO = torch.cuda.is_available() and torch.cuda.device_count() > 1
 collect_ignore = [
     *left_out,
     *(["test_cuda.py"] if DEVICE == "cpu" else []),
-    *(["simt"] if IS_SIMULATED else ["simcuda"]),
+    *([] if HAS_TWO else ["test_several_devices.py"]),
+    *([] if IS_SIMULATED and HAS_TWO else ["simcuda"]),
+    *(["simt"] if IS_SIMULATED else []),
 ]
 ALL = os.environ.get("WEIGHTALIGN_TESTS") == "all"
 if left_out and ALL:
@@ -92,10 +98,11 @@ def pytest_collection_modifyitems(config, items):
     """Marks what runs on the device. On a simulated one, all else is left out: it runs where there is none."""
     for item in items:
         fixtures = {"device", "backend", "any_backend", "native", "ops"} & set(item.fixturenames)
-        if fixtures or item.path.name == "test_cuda.py" or item.path.parent.name == "simcuda":
+        is_about = item.path.name in ("test_cuda.py", "test_several_devices.py") or item.path.parent.name == "simcuda"
+        if fixtures or is_about:
             item.add_marker("device")
     if IS_SIMULATED:
-        out = [item for item in items if item.name in NOT_SIMULATED or not item.get_closest_marker("device")]
+        out = [item for item in items if item.originalname in NOT_SIMULATED or not item.get_closest_marker("device")]
         config.hook.pytest_deselected(items=out)
         items[:] = [item for item in items if item not in set(out)]
 
@@ -104,7 +111,9 @@ def pytest_terminal_summary(terminalreporter):
     if terminalreporter.config.option.markexpr == "not slow":
         terminalreporter.write_line("left out: slow tests, which -m slow or WEIGHTALIGN_TESTS=all runs")
     if DEVICE == "cpu":
-        terminalreporter.write_line("left out: tests/test_cuda.py, because torch sees no CUDA device")
+        terminalreporter.write_line("left out: tests/test_cuda.py, because torch sees no CUDA device: make simulated-gpu")
+    elif not HAS_TWO:
+        terminalreporter.write_line("left out: tests/test_several_devices.py, because there is one CUDA device")
     if IS_SIMULATED:
         terminalreporter.write_line("left out: tests that use no device")
         for name, reason in NOT_SIMULATED.items():

@@ -99,7 +99,7 @@ def test_second_launch_of_a_call_fails(runtime):
 def test_an_earlier_kernel_failed(runtime):
     """As a device reports it: for whatever is launched next."""
     runtime.simcuda_fail_launch(0, ILLEGAL_ADDRESS)
-    with pytest.raises(RuntimeError, match="illegal memory access.*may be an earlier kernel.*CUDA_LAUNCH_BLOCKING"):
+    with pytest.raises(RuntimeError, match=r"illegal memory access.*may be an earlier kernel.*CUDA_LAUNCH_BLOCKING"):
         wa.align(normal(4, 9, device="cuda"))
 
 
@@ -107,8 +107,9 @@ def test_error_that_others_left_is_not_ours(runtime):
     weight = normal(4, 9, device="cuda")
     torch.cuda.synchronize()
     runtime.simcuda_leave_error(INVALID_CONFIGURATION)
+    options = [0.1], [1.5], weight.dtype, torch.preserve_format
     with torch.no_grad():
-        aligned = torch.ops.weightalign_cuda.align_forward([weight], [None], [0.1], [1.5], weight.dtype, torch.preserve_format)
+        aligned = torch.ops.weightalign_cuda.align_forward([weight], [None], *options)
     assert runtime.cudaGetLastError() == INVALID_CONFIGURATION  # still there for those whose it is
     torch.testing.assert_close(aligned[0][0].cpu(), wa.align(weight.cpu(), eps=0.1, scale=1.5))
 

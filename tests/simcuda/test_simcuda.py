@@ -1,4 +1,4 @@
-"""What the simulation does, and what it would find: python site/simcuda.py --devices 2 python -m pytest test_simcuda.py"""
+"""What the simulated devices do, as the real ones would."""
 
 import os
 import subprocess
@@ -8,13 +8,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-
-IS_EAGER = os.environ.get("SIMCUDA_NEVER") == "1"
-
-
-def test_two_devices_that_are_none():
-    assert torch.cuda.is_available() and torch.cuda.device_count() == 2
-    assert torch.cuda.get_device_capability() == (9, 0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64])
@@ -72,7 +65,7 @@ def test_a_stream_that_does_not_wait_sees_nothing():
         x.fill_(1)
     seen = x.tolist()  # of the current stream, which did not wait
     torch.cuda.current_stream().wait_stream(side)
-    assert (seen, x.tolist()) == ([1.0] * 4 if IS_EAGER else [0.0] * 4, [1.0] * 4)
+    assert (seen, x.tolist()) == ([0.0] * 4, [1.0] * 4)
 
 
 def test_graph():

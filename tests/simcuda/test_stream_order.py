@@ -27,6 +27,13 @@ def network():
     return nn.Sequential(*layers).cuda()
 
 
+def begin(seed):
+    """New memory is NaN; old memory might still hold the right numbers."""
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    simcuda.runtime().simcuda_seed(seed)
+
+
 def reuse_memory():
     """Overwrites what the current stream's allocator has been given back."""
     blocks = [torch.full((n,), 7.0, device="cuda") for n in (216, 576, 864, 4000, 8000) for _ in range(6)]
@@ -39,8 +46,7 @@ def frozen_outputs(seed):
     model, image = network().eval(), normal(2, 3, 8, 8, device="cuda")
     with torch.no_grad():
         expected = model(image)
-        torch.cuda.synchronize()
-        simcuda.runtime().simcuda_seed(seed)
+        begin(seed)
         side = torch.cuda.Stream()
         with wa.frozen(model):
             for layer in (model[0], model[2]):
@@ -58,23 +64,15 @@ def foreach_outputs(seed):
     """One forward's filters, aligned on the current stream when the first layer asks for them."""
     model, image = wa.convert(network(), foreach=True), normal(2, 3, 8, 8, device="cuda")
     side = torch.cuda.Stream()
-    first = model[0].forward
 
     def forward(image):
-        torch.cuda.synchronize()
         model[0].aligned_filters()
         with torch.cuda.stream(side):
-            return nn.Sequential(first_layer, *model[1:])(image)
+            return nn.Sequential.forward(model, image)
 
-    class Layer(nn.Module):
-        def forward(self, image):
-            return first(image)
-
-    first_layer = Layer()
     with torch.no_grad():
         expected = model(image)
-        torch.cuda.synchronize()
-        simcuda.runtime().simcuda_seed(seed)
+        begin(seed)
         model.forward = forward
         output = model(image)
         gc.collect()

@@ -1,6 +1,5 @@
 """Rejects models whose layers never have all their parameters at once: they cannot be aligned together."""
 
-import functools
 from collections.abc import Sequence
 
 from torch import nn
@@ -25,6 +24,5 @@ def check_unsharded(modules: Sequence[nn.Module], what: str, instead: str) -> No
         raise RuntimeError(f"{what}, as {reason}; {instead}")
 
 
-@functools.cache
 def _reason(cls: type) -> str | None:
     return next((_REASONS[base.__name__] for base in cls.__mro__ if base.__name__ in _REASONS), None)

@@ -28,6 +28,7 @@ void simcuda_leave_error(int error) { last_error = cudaError_t(error); }
 void simcuda_seed(unsigned seed) {
     machine().settings.seed = seed;
     machine().random.seed(seed);
+    machine().favourite = nullptr;
 }
 
 long long simcuda_launches() { return machine().launches; }

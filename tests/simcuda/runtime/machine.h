@@ -3,9 +3,9 @@
 // A CUDA runtime without a GPU: as much of libcudart.so.13 as PyTorch calls. Device memory is host memory; streams are
 // queues of work on it. The hardware may run a stream's work at any time between its launch and the call that waits for
 // it, so the order of work in different streams is open wherever no event orders it. By default everything runs as late
-// as it may: when the host waits for its stream, or for another stream that waits for this one. With SIMCUDA_SEED, every
-// call lets a random number of works of random streams run. Both orders are legal, so that only a program that forgets
-// to wait, or gives memory away too early, sees a difference.
+// as it may: when the host waits for its stream, or for another stream that waits for this one. With SIMCUDA_SEED,
+// every call lets a random number of works of random streams run. Both orders are legal, so that only a program that
+// forgets to wait, or gives memory away too early, sees a difference.
 #pragma once
 #include <chrono>
 #include <cstdint>
@@ -24,18 +24,17 @@
 
 namespace simcuda {
 
-struct EventState {  // outlives the event in what was enqueued
-    uint64_t recorded = 0, done = 0;
-    struct Queue* queue = nullptr;   // of the last record
-    unsigned long long capture = 0;  // the graph of the last record
-    std::chrono::steady_clock::time_point when;
+struct Record {                      // of an event, in a stream or a capture; an event is recorded many times
+    struct Queue* queue = nullptr;
+    unsigned long long capture = 0;  // the graph's id
+    bool is_done = false;
+    std::chrono::steady_clock::time_point when = {};
 };
 
 struct Item {
-    Work work;                            // or, if empty:
-    std::shared_ptr<EventState> awaited;  // the stream waits for this event,
-    uint64_t ticket = 0;                  // as it was recorded by then
-    bool can_run() const { return work || awaited->done >= ticket; }
+    Work work;                        // or, if empty:
+    std::shared_ptr<Record> awaited;  // nothing behind it runs before this
+    bool can_run() const { return work || awaited->is_done; }
 };
 struct Queue : std::deque<Item> {};
 
@@ -80,6 +79,7 @@ struct Machine {
     std::vector<std::pair<std::string, Bind>> added;     // what add_kernel was given
     cudaError_t failed = cudaSuccess;  // of some work. Reported once, where a real device would report it forever
     std::mt19937 random;
+    Queue* favourite = nullptr;  // in a random order
     int running = 0;  // works that run now, one inside of another
     long long launches = 0, events = 0, graphs = 0;
     int initialised_by = 0;  // process
@@ -90,13 +90,13 @@ extern thread_local int current_device;
 extern thread_local cudaError_t last_error;
 extern thread_local cudaStreamCaptureMode capture_mode;
 
-bool is_forked();            // a CUDA context does not survive fork
-bool is_capture_forbidden(); // whether a capture forbids a call that waits or allocates; it then breaks
+bool is_forked();             // a CUDA context does not survive fork
+bool is_capture_forbidden();  // whether a capture forbids a call that waits or allocates; it then breaks
 
 CUstream_st* stream_of(cudaStream_t stream);
 void run_until(Queue& queue, const std::function<bool()>& until);
 void drain_all(int device = -1);
-void reach(EventState& state, uint64_t ticket);
+void reach(const Record& record);
 const Block* block_of(const void* address);
 cudaError_t take_failure();  // of work that ran: for calls that synchronise
 
@@ -126,7 +126,7 @@ struct CUstream_st {
 struct CUevent_st {
     int device;
     unsigned flags;
-    std::shared_ptr<simcuda::EventState> state = std::make_shared<simcuda::EventState>();
+    std::shared_ptr<simcuda::Record> record = {};
 };
 struct CUgraph_st {  // also what a capture writes to
     unsigned long long id;

@@ -65,9 +65,8 @@ cudaError_t cudaHostRegister(void* address, size_t bytes, unsigned) {
     });
 }
 cudaError_t cudaHostUnregister(void* address) {
-    return call([&] {
-        return machine().blocks.erase(static_cast<char*>(address)) ? cudaSuccess : cudaErrorInvalidValue;
-    });
+    return call(
+        [&] { return machine().blocks.erase(static_cast<char*>(address)) ? cudaSuccess : cudaErrorInvalidValue; });
 }
 cudaError_t cudaHostAlloc(void** address, size_t bytes, unsigned flags) {
     return call_outside_of_capture([&] {
@@ -111,10 +110,13 @@ cudaError_t cudaMemcpy(void* to, const void* from, size_t bytes, cudaMemcpyKind)
 }
 cudaError_t cudaMemsetAsync(void* to, int value, size_t bytes, cudaStream_t stream) {
     return call([&] {
-        enqueue(stream, [=] {
+        auto work = [=] {
             Access access(-1);
             std::memset(to, value, bytes);
-        });
+        };
+        // At once, where nothing comes before it.
+        if (is_idle(stream)) work();
+        else enqueue(stream, work);
         return cudaSuccess;
     });
 }

@@ -5,9 +5,9 @@
 
 using namespace simcuda;
 
-static CUgraph_st* capture_of(const EventState& event) {
+static CUgraph_st* capture_of(const Record& record) {
     for (CUgraph_st* graph : machine().captures)
-        if (graph->id == event.capture) return graph;
+        if (graph->id == record.capture) return graph;
     return nullptr;
 }
 
@@ -60,14 +60,15 @@ cudaError_t cudaEventRecordWithFlags(cudaEvent_t event, cudaStream_t handle, uns
     return call([&] {
         CUstream_st* stream = stream_of(handle);
         if (event->device != stream->device) return cudaErrorInvalidResourceHandle;
-        auto state = event->state;
         bool is_captured = stream->capture && !(flags & cudaEventRecordExternal);
-        state->capture = is_captured ? stream->capture->id : 0;
+        auto record = std::make_shared<Record>();
+        event->record = record;
+        record->queue = stream->queue;
+        record->capture = is_captured ? stream->capture->id : 0;
         if (is_captured) return cudaSuccess;
-        state->queue = stream->queue;
-        enqueue(handle, [state, ticket = ++state->recorded] {
-            state->done = std::max(state->done, ticket);
-            state->when = std::chrono::steady_clock::now();
+        enqueue(handle, [record] {
+            record->is_done = true;
+            record->when = std::chrono::steady_clock::now();
         });
         return cudaSuccess;
     });
@@ -78,37 +79,39 @@ cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream) {
 cudaError_t cudaStreamWaitEvent(cudaStream_t handle, cudaEvent_t event, unsigned) {
     return call([&] {
         CUstream_st* stream = stream_of(handle);
-        auto state = event->state;
-        if (CUgraph_st* graph = capture_of(*state)) {  // the stream takes part in that capture from now on
+        auto record = event->record;
+        if (!record || record->is_done) return cudaSuccess;
+        if (CUgraph_st* graph = capture_of(*record)) {  // the stream takes part in that capture from now on
             if (stream->capture && stream->capture != graph) return cudaErrorStreamCaptureIsolation;
             return stream->capture = graph, cudaSuccess;
         }
-        if (state->done >= state->recorded) return cudaSuccess;
         if (stream->capture) return stream->capture->is_broken = true, cudaErrorStreamCaptureIsolation;
-        return stream->queue->push_back({nullptr, state, state->recorded}), cudaSuccess;
+        return stream->queue->push_back({nullptr, record}), cudaSuccess;
     });
 }
 cudaError_t cudaEventSynchronize(cudaEvent_t event) {
     return call_outside_of_capture([&] {
-        if (capture_of(*event->state)) return cudaErrorCapturedEvent;
-        return reach(*event->state, event->state->recorded), take_failure();
+        auto record = event->record;
+        if (!record) return cudaSuccess;
+        if (capture_of(*record)) return cudaErrorCapturedEvent;
+        return reach(*record), take_failure();
     });
 }
 cudaError_t cudaEventQuery(cudaEvent_t event) {
     return call_outside_of_capture([&] {
-        EventState& state = *event->state;
-        if (capture_of(state)) return cudaErrorCapturedEvent;
-        if (state.done >= state.recorded) return take_failure();
-        return reach(state, state.recorded), cudaErrorNotReady;
+        auto record = event->record;
+        if (!record || record->is_done) return take_failure();
+        if (capture_of(*record)) return cudaErrorCapturedEvent;
+        return reach(*record), cudaErrorNotReady;
     });
 }
 cudaError_t cudaEventElapsedTime(float* milliseconds, cudaEvent_t begin, cudaEvent_t end) {
     return call([&] {
         for (cudaEvent_t event : {begin, end}) {
-            if (event->flags & cudaEventDisableTiming || !event->state->recorded) return cudaErrorInvalidResourceHandle;
-            if (event->state->done < event->state->recorded) return cudaErrorNotReady;
+            if (event->flags & cudaEventDisableTiming || !event->record) return cudaErrorInvalidResourceHandle;
+            if (!event->record->is_done) return cudaErrorNotReady;
         }
-        *milliseconds = std::chrono::duration<float, std::milli>(end->state->when - begin->state->when).count();
+        *milliseconds = std::chrono::duration<float, std::milli>(end->record->when - begin->record->when).count();
         return cudaSuccess;
     });
 }

@@ -144,9 +144,9 @@ private:
         return false;
     }
     bool has_meta() const {
-        for (DispatchKey key : {DispatchKey::Meta, DispatchKey::CompositeExplicitAutograd,
-                                DispatchKey::CompositeImplicitAutograd,
-                                DispatchKey::CompositeExplicitAutogradNonFunctional})
+        for (DispatchKey key :
+             {DispatchKey::Meta, DispatchKey::CompositeExplicitAutograd, DispatchKey::CompositeImplicitAutograd,
+              DispatchKey::CompositeExplicitAutogradNonFunctional})
             if (op_.hasKernelForDispatchKey(key)) return true;
         return false;
     }
@@ -224,13 +224,6 @@ private:
         return t;
     }
 
-    // NaN instead of old numbers, which may be the right ones. (With work to come in its stream, memory may be in use.)
-    void poison(const Tensor& place) const {
-        if (!is_idle(stream_) || place.numel() == 0) return;
-        Access access(device_->index());
-        std::memset(place.data_ptr(), 0xff, at::detail::computeStorageNbytes(place.sizes(), place.strides(), place.itemsize()));
-    }
-
     // Pushes result i: an argument, or new tensors like `shape`, which are returned as CPU tensors on their memory.
     std::vector<Tensor> push_result(size_t i, const IValue& shape) {
         std::vector<Tensor> places;
@@ -242,7 +235,6 @@ private:
             result._set_neg(t.is_neg());
             list.push_back(result);
             places.push_back(on_cpu(result));
-            poison(places.back());
         });
         if (shape.isTensorList()) stack_->push_back(list);
         else stack_->push_back(list.empty() ? shape : IValue(list.get(0)));

@@ -2,6 +2,10 @@
 // except those that launch nothing (allocation, views, item()). What autograd, autocast, the allocator, streams and
 // graphs do is PyTorch's own.
 #include <ATen/ops/copy_native.h>
+#include <ATen/ops/empty_native.h>
+#include <ATen/ops/empty_strided_native.h>
+#include <c10/cuda/CUDAGuard.h>
+#include <c10/cuda/CUDAStream.h>
 #include <torch/library.h>
 
 #include <memory>
@@ -46,6 +50,24 @@ Tensor& copy_(Tensor& self, const Tensor& source, bool non_blocking) {
     return self;
 }
 
+// New memory is NaN, as soon as its stream gets there: it may hold old numbers, which may be the right ones.
+Tensor poisoned(const Tensor& t) {
+    if (t.numel() == 0) return t;
+    c10::cuda::CUDAGuard guard(t.device());
+    cudaStream_t stream = c10::cuda::getCurrentCUDAStream();
+    if (simcuda::is_capturing(stream)) return t;
+    cudaMemsetAsync(t.storage().mutable_data(), 0xff, t.storage().nbytes(), stream);
+    return t;
+}
+Tensor empty(at::IntArrayRef size, std::optional<at::ScalarType> dtype, std::optional<at::Layout> layout,
+             std::optional<at::Device> device, std::optional<bool> pin, std::optional<at::MemoryFormat> format) {
+    return poisoned(at::native::empty_cuda(size, dtype, layout, device, pin, format));
+}
+Tensor empty_strided(at::IntArrayRef size, at::IntArrayRef stride, std::optional<at::ScalarType> dtype,
+                     std::optional<at::Layout> layout, std::optional<at::Device> device, std::optional<bool> pin) {
+    return poisoned(at::native::empty_strided_cuda(size, stride, dtype, layout, device, pin));
+}
+
 struct NoWarnings : c10::WarningHandler {  // PyTorch warns of each kernel that is replaced
     void process(const c10::Warning&) override {}
 };
@@ -61,10 +83,11 @@ struct NoWarnings : c10::WarningHandler {  // PyTorch warns of each kernel that 
         if (name.getNamespace() != "aten" || kKept.count(name.name)) continue;
         auto op = dispatcher.findSchema(name);
         if (!op || !op->hasComputedKernelForDispatchKey(c10::DispatchKey::CPU) || is_view(op->schema())) continue;
-        library.impl(c10::toString(name).c_str(),
-                     torch::CppFunction::makeFromBoxedFunction<&simcuda::launch_on_cpu>());
+        library.impl(c10::toString(name).c_str(), torch::CppFunction::makeFromBoxedFunction<&simcuda::launch_on_cpu>());
     }
     library.impl("copy_", TORCH_FN(copy_));
+    library.impl("empty.memory_format", TORCH_FN(empty));
+    library.impl("empty_strided", TORCH_FN(empty_strided));
     return true;
 }();
 

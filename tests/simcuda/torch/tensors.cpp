@@ -19,8 +19,6 @@ at::Tensor on_cpu(const at::Tensor& t) {
     return alike(t, t.storage().mutable_data(), c10::kCPU, c10::DispatchKey::CPU);
 }
 
-at::Tensor on_meta(const at::Tensor& t) {
-    return alike(t, nullptr, c10::kMeta, c10::DispatchKey::Meta);
-}
+at::Tensor on_meta(const at::Tensor& t) { return alike(t, nullptr, c10::kMeta, c10::DispatchKey::Meta); }
 
 }  // namespace simcuda
