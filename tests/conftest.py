@@ -34,6 +34,7 @@ if DEVICE == "cpu" and "triton" in ALL_BACKENDS:
     triton_interpreter.mend()
 
 NEEDS = {
+    "simcuda/test_commands.py": ["matplotlib", "numpy", "rich", "sklearn", "torchvision"],
     "simt": ["pybind11"],
     "simt/test_launch_plan.py": ["numpy", "rich"],
     "test_accelerate.py": ["accelerate", "timm"],
@@ -111,7 +112,9 @@ def pytest_terminal_summary(terminalreporter):
     if terminalreporter.config.option.markexpr == "not slow":
         terminalreporter.write_line("left out: slow tests, which -m slow or WEIGHTALIGN_TESTS=all runs")
     if DEVICE == "cpu":
-        terminalreporter.write_line("left out: tests/test_cuda.py, because torch sees no CUDA device: make simulated-gpu")
+        terminalreporter.write_line(
+            "left out: tests/test_cuda.py, because torch sees no CUDA device: make simulated-gpu"
+        )
     elif not HAS_TWO:
         terminalreporter.write_line("left out: tests/test_several_devices.py, because there is one CUDA device")
     if IS_SIMULATED:

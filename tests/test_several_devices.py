@@ -50,7 +50,7 @@ def test_gain_on_another_device(current, place):
 
 
 def test_input_on_another_device(current):
-    with pytest.raises(ValueError, match=f"input.*{FIRST}.*{SECOND}|input.*{SECOND}.*{FIRST}"):
+    with pytest.raises(ValueError, match=rf"input.*{FIRST}.*{SECOND}|input.*{SECOND}.*{FIRST}"):
         wa.conv2d(normal(2, 3, 8, 8).to(SECOND), normal(8, 3, 3, 3).to(FIRST))
 
 
@@ -59,12 +59,12 @@ def test_ops_refuse_several_devices(ops, current, place):
     """The registered ops themselves, which users may call."""
     first, other = normal(8, 3, 3, 3).to(FIRST), normal(8, 3, 3, 3).to(place)
     options = [0.1], [1.5], torch.float32, torch.preserve_format
-    with pytest.raises(RuntimeError, match="one device|device"):
+    with pytest.raises(RuntimeError, match="device"):
         ops.align_forward([first, other], [None, None], [0.1] * 2, [1.5] * 2, *options[2:])
-    with pytest.raises(RuntimeError, match="one device|device"):
+    with pytest.raises(RuntimeError, match="device"):
         ops.align_forward([first], [normal(8).to(place)], *options)
     aligned, statistics = ops.align_forward([first], [None], *options)
-    with pytest.raises(RuntimeError, match="statistics|device"):
+    with pytest.raises(RuntimeError, match=r"statistics|device"):
         ops.align_backward(aligned, [first], [None], statistics.to(place), [1.5])
 
 

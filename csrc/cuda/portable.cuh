@@ -24,8 +24,8 @@ __device__ T* dynamic_shared() {
 
 // Returns the launch's own error: cudaGetLastError would also return what an earlier call has left there.
 template <class... P, class... A>
-cudaError_t launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_bytes, [[maybe_unused]] cudaStream_t stream,
-            const A&... arguments) {
+cudaError_t launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_bytes,
+                   [[maybe_unused]] cudaStream_t stream, const A&... arguments) {
 #ifdef __CUDACC__
     cudaLaunchConfig_t config{};
     config.gridDim = grid, config.blockDim = block, config.dynamicSmemBytes = shared_bytes, config.stream = stream;

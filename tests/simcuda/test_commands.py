@@ -10,9 +10,6 @@ import test_readme
 import test_step_benchmark as step_tests
 import torch
 
-for package in ("matplotlib", "numpy", "rich", "sklearn", "torchvision"):
-    pytest.importorskip(package)
-
 from benchmarks import align, conv_layers, demo, harness, step
 
 

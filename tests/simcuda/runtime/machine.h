@@ -24,7 +24,7 @@
 
 namespace simcuda {
 
-struct Record {                      // of an event, in a stream or a capture; an event is recorded many times
+struct Record {  // of an event, in a stream or a capture; an event is recorded many times
     struct Queue* queue = nullptr;
     unsigned long long capture = 0;  // the graph's id
     bool is_done = false;
@@ -80,7 +80,7 @@ struct Machine {
     cudaError_t failed = cudaSuccess;  // of some work. Reported once, where a real device would report it forever
     std::mt19937 random;
     Queue* favourite = nullptr;  // in a random order
-    int running = 0;  // works that run now, one inside of another
+    int running = 0;             // works that run now, one inside of another
     long long launches = 0, events = 0, graphs = 0;
     int initialised_by = 0;  // process
 };
