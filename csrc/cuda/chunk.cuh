@@ -3,6 +3,8 @@
 #include "../common/align_task.h"
 #include "portable.cuh"
 
+#include <cstring>
+
 namespace wa::cuda {
 
 __device__ inline float to_float(__half x) { return __half2float(x); }
@@ -41,6 +43,17 @@ struct Chunk {
     __device__ void store(Stored* to) const {
 #pragma unroll
         for (int i = 0; i < kBytes / kAccess; ++i) reinterpret_cast<Part*>(to)[i] = parts[i];
+    }
+
+    // The packed values in the registers of x, until they are unpacked.
+    template <class Acc>
+    __device__ void put_into(Acc (&x)[kCount]) const {
+        static_assert(sizeof *this <= sizeof x);
+        memcpy(x, this, sizeof *this);
+    }
+    template <class Acc>
+    __device__ void take_from(const Acc (&x)[kCount]) {
+        memcpy(this, x, sizeof *this);
     }
 
     template <class Acc>

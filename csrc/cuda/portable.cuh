@@ -8,6 +8,7 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include <cmath>
 #include <cstdint>
 
 namespace wa::cuda {
@@ -24,8 +25,8 @@ __device__ T* dynamic_shared() {
 
 // Returns the launch's own error: cudaGetLastError would also return what an earlier call has left there.
 template <class... P, class... A>
-cudaError_t launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_bytes, [[maybe_unused]] cudaStream_t stream,
-            const A&... arguments) {
+cudaError_t launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_bytes,
+                   [[maybe_unused]] cudaStream_t stream, const A&... arguments) {
 #ifdef __CUDACC__
     cudaLaunchConfig_t config{};
     config.gridDim = grid, config.blockDim = block, config.dynamicSmemBytes = shared_bytes, config.stream = stream;
@@ -44,6 +45,23 @@ __device__ inline float approximate_reciprocal(float x) {
     return 1.0f / x;
 #endif
 }
+
+// 1 / x for a count, and 1 / sqrt(x), to within 1 unit in the last place: the hardware's approximation and one step of
+// Newton's. Correct rounding would take a slow path, with a call and its registers. At 0 and infinity there is no step.
+__device__ inline float reciprocal(float count) {
+    float y = approximate_reciprocal(count);
+    return fmaf(y, fmaf(-count, y, 1.0f), y);
+}
+__device__ inline double reciprocal(double count) { return 1 / count; }
+__device__ inline float reciprocal_root(float x) {
+#ifdef __CUDA_ARCH__
+    float y = rsqrtf(x), error = fmaf(-x * y, y, 1.0f);
+    return fabsf(error) < 1.0f ? fmaf(y / 2, error, y) : y;
+#else
+    return 1.0f / sqrtf(x);
+#endif
+}
+__device__ inline double reciprocal_root(double x) { return 1 / sqrt(x); }
 
 // The same number, hidden from the optimiser: what is derived from it is recomputed where it is used, instead of held
 // in registers from its first use to its last.
