@@ -41,9 +41,9 @@ struct GradientTiles {
         : w(team, size), g(team, size) {
         if (columns) g.load_transposed(task.grad, task.aligned_dtype, at, int(columns));
         else g.request(task.grad, task.aligned_dtype, at);
-        w.request(task.weight, task.weight_dtype, at);
-        if (!columns) g.unpack(task.aligned_dtype);
-        w.unpack(task.weight_dtype);
+        w.load(task.weight, task.weight_dtype, at, [&] {
+            if (!columns) g.unpack(task.aligned_dtype);
+        });
         w.template for_differences<RowTile::kLoad>(mean, [](Acc& x, Acc difference) { x = difference; });
     }
 
@@ -79,7 +79,8 @@ struct Backward {
     __device__ void on_chip(AlignWork work) const {
         __shared__ Acc slots[3 * kMaxWarps];
         const AlignTask& task = work.task();
-        const Acc gain = work.template load_gain<Acc>();
+        constexpr bool kEarlyGain = kChunk > 1;  // with the tiles, if their addresses leave it a register
+        Acc gain = kEarlyGain ? work.template load_gain<Acc>() : Acc(0);
         const auto [mean, rstd] = load_statistics(work);
         GradientTiles<Acc, AlignShape<Acc>::values(kChunk), kChunk> tiles(task, work.team, work.active() ? task.n : 0,
                                                                           work.row(), mean, task.transposed_columns);
@@ -87,6 +88,7 @@ struct Backward {
         tiles.sum(sums);
         team_sum(work.team, sums, slots);
         work = work.afresh();  // not held across the barrier
+        if (!kEarlyGain) gain = work.template load_gain<Acc>();
         Coefficients<Acc> coefficients(sums, reciprocal(Acc(work.task().n)), rstd);
         tiles.store_gradient(work.task(), work.row(), coefficients, finish(work, coefficients, rstd, gain));
     }

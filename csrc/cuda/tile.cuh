@@ -114,11 +114,17 @@ struct Tile {
         with_type<Acc>(static_cast<const void*>(nullptr), dtype,
                        [&](auto* typed) { unpack_as<std::remove_const_t<std::remove_pointer_t<decltype(typed)>>>(); });
     }
-    __device__ void load(const void* tensor, DType dtype, uint64_t at) {
+    // meanwhile() runs between the two.
+    template <class Meanwhile>
+    __device__ void load(const void* tensor, DType dtype, uint64_t at, const Meanwhile& meanwhile) {
         with_type<Acc>(tensor, dtype, [&](auto* typed) {
             request_as(typed + at);
+            meanwhile();
             unpack_as<std::remove_const_t<std::remove_pointer_t<decltype(typed)>>>();
         });
+    }
+    __device__ void load(const void* tensor, DType dtype, uint64_t at) {
+        load(tensor, dtype, at, [] {});
     }
     __device__ void store(void* tensor, DType dtype, uint64_t at) const {
         with_type<Acc>(tensor, dtype, [&](auto* typed) { store_as(typed + at); });
