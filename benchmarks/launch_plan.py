@@ -23,7 +23,7 @@ from .providers import Setting
 sys.path.insert(0, str(machine.ROOT / "tests" / "simt"))
 import emulator as simt
 
-SMS, BLOCKS_PER_SM = 132, 2  # of an H100 or H200; with 512 threads of 64 registers
+SMS, THREADS_PER_SM = 132, 1024  # of an H100 or H200; with 64 registers each
 SATURATING = 29 << 10  # bytes in flight on an SM that saturate an H200's memory
 SETTING = Setting("cpu", torch.float32, torch.bfloat16)
 # Bytes read and written per value, and per filter: gain, statistics, the gain's gradient.
@@ -55,12 +55,17 @@ class Plan:
         return sum(self.moved) / self.case.bytes_min(self.direction, SETTING)
 
     @property
+    def blocks_per_sm(self) -> int:
+        return THREADS_PER_SM // self.blocks[0].threads
+
+    @property
     def in_flight(self) -> float:
         """Bytes that an SM's blocks request before using the first of them, averaged over the bytes read."""
-        return BLOCKS_PER_SM * sum(b.read**2 for b in self.blocks) / sum(b.read for b in self.blocks)
+        return self.blocks_per_sm * sum(b.read**2 for b in self.blocks) / sum(b.read for b in self.blocks)
 
-    def tail(self, slots: int = SMS * BLOCKS_PER_SM) -> float:
+    def tail(self, slots: int | None = None) -> float:
         """Time of the launch / time if all slots were busy until its end."""
+        slots = slots or SMS * self.blocks_per_sm
         return makespan(self.moved, slots) / (sum(self.moved) / slots)
 
 
@@ -93,7 +98,7 @@ def launch_table(plans: Sequence[Plan]) -> Table:
     rows = {
         "blocks": lambda p: f"{len(p.blocks)}",
         "blocks an SM": lambda p: f"{len(p.blocks) / SMS:.1f}",
-        f"waves of {BLOCKS_PER_SM} an SM": lambda p: f"{len(p.blocks) / SMS / BLOCKS_PER_SM:.1f}",
+        "waves": lambda p: f"{len(p.blocks) / SMS / p.blocks_per_sm:.1f}",
         "values a block, min / median / max": lambda p: spread(p.values),
         "KB a block, min / median / max": lambda p: spread(p.moved, 1024),
         "bytes over the floor": lambda p: f"{p.over_floor:.3f}",
@@ -119,7 +124,7 @@ def length_table(emulator: simt.Emulator, network: layers.Network) -> Table:
         plans = [plan(emulator, case, direction) for direction in ("forward", "backward")]
         first = [p.blocks[0] for p in plans]
         loads = "; ".join(f"{b.read / 16 / b.threads:.1f}" for b in first)
-        flight = "; ".join(f"{BLOCKS_PER_SM * b.read / 1024:.1f}" for b in first)
+        flight = "; ".join(f"{p.blocks_per_sm * p.blocks[0].read / 1024:.1f}" for p in plans)
         table.add_row(str(n), f"{total / network.weights:.1%}", f"{plans[1].values[0]:.0f}", loads, flight)
     return table
 

@@ -21,8 +21,8 @@ pytestmark = pytest.mark.skipif(
     predict.ARCHITECTURE not in library.architectures, reason="the library has no kernels for sm_90"
 )
 both_directions = pytest.mark.parametrize("direction", ["forward", "backward"])
-# A few layers come in a small table, more than 16 in a large one; filters of 9000 values are read in parts.
-FEW = [Layer(70, 64), Layer(40, 147), Layer(3, 4608), Layer(2, 9000)]
+# A few layers come in a small table, more than 16 in a large one; filters of 11000 values are read in parts.
+FEW = [Layer(70, 64), Layer(40, 147), Layer(3, 4608), Layer(2, 11000)]
 MANY = [Layer(9, 576), Layer(9, 1152, columns=9), *[Layer(3, 8)] * 16]
 RESNET50 = 23_454_912  # values
 
@@ -64,7 +64,7 @@ def test_wrong_arithmetic_is_noticed(direction, opcode, monkeypatch):
 def test_second_read_is_counted(direction):
     """A filter that does not fit in a block is read twice: 10 instead of 6 bytes a value, 16 instead of 10."""
     once, twice = {"forward": (6, 10), "backward": (10, 16)}[direction]
-    (launch,) = built().execute([Layer(1, 9000), Layer(1, 8192)], direction)
+    (launch,) = built().execute([Layer(1, 11000), Layer(1, 8192)], direction)
     for kind, per_value in zip(launch.kinds, (twice, once), strict=True):
         assert 0 < kind.trace.bytes_moved - per_value * kind.layer.n < 100, kind.layer  # the rest is of the filter
 

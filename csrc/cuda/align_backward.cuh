@@ -1,11 +1,11 @@
 // Gradients of weights and gains, for all filters of a table of tensors.
 //
 // One block takes as many filters of one tensor as fit in its registers (AlignShape), each with a team of 8 threads up
-// to the whole block, about 16 values per thread of the weight and of the gradient. Both are read once, in 16-byte
+// to the whole block, up to 20 values per thread of the weight and of the gradient. Both are read once, in 16-byte
 // accesses where rows are aligned (a transposed gradient through shared memory), kept in registers for three sums that
 // are formed together, and the weight's gradient is written once; the gain's is one store, without atomics. Only a
-// filter longer than AlignShape::kOnChip is read a second time. For the reasons behind this shape see the forward,
-// whose blocks are the same.
+// filter longer than a block holds is read a second time. For the reasons behind this shape see the forward, whose
+// blocks are the same.
 #pragma once
 #include "align_work.cuh"
 #include "prepare.cuh"
@@ -14,35 +14,37 @@
 namespace wa::cuda {
 namespace {
 
-// The coefficients of a filter's gradients, from three sums over it: of w - mean, G and G (w - mean). `rest` is the
-// rounding error of the stored mean, subtracted as in the forward.
+// The coefficients of a filter's gradients, from three sums over it: of w - mean, G and G (w - mean). The rounding
+// error of the stored mean is subtracted as in the forward, but from the mean of G, as it would be from each w.
 template <class Acc>
 struct Coefficients {
-    Acc rest, g_mean, g_dot_x, along;
+    Acc g_mean, g_dot_x, along;
 
     template <class Sum>
-    __device__ Coefficients(const Sum (&sums)[3], uint32_t n, Acc rstd) {
-        Sum mean = sums[0] / Sum(n);
-        rest = Acc(mean);
-        g_mean = Acc(sums[1] / Sum(n));
-        g_dot_x = Acc(sums[2] - mean * sums[1]) * rstd;
+    __device__ Coefficients(const Sum (&sums)[3], Sum per_value, Acc rstd) {
+        const Sum rest = sums[0] * per_value;
+        g_dot_x = Acc(sums[2] - rest * sums[1]) * rstd;
         along = g_dot_x * rstd / 2;
+        g_mean = Acc(sums[1] * per_value - rest * Sum(along));
     }
-    __device__ Acc gradient(Acc w, Acc g, Acc factor) const { return ((g - g_mean) - (w - rest) * along) * factor; }
+    __device__ Acc gradient(Acc w, Acc g, Acc factor) const { return ((g - g_mean) - w * along) * factor; }
 };
 
-// A part of a filter: w - mean and G; values beyond the filter's end are 0 in both.
+// A part of a filter: w - mean and G; values beyond the filter's end are 0 in both. Both are requested before either is
+// unpacked, which waits for it.
 template <class Acc, int kValues, int kChunk>
 struct GradientTiles {
     using RowTile = Tile<Acc, kValues, kChunk>;
     RowTile w, g;
 
-    __device__ GradientTiles(const AlignTask& task, Team team, int size, int64_t at, Acc mean, uint32_t columns = 0)
+    __device__ GradientTiles(const AlignTask& task, Team team, int size, uint64_t at, Acc mean, uint32_t columns = 0)
         : w(team, size), g(team, size) {
         if (columns) g.load_transposed(task.grad, task.aligned_dtype, at, int(columns));
-        else g.load(task.grad, task.aligned_dtype, at);
-        w.load(task.weight, task.weight_dtype, at);
-        w.for_each([&](int, Acc& x) { x -= mean; });
+        else g.request(task.grad, task.aligned_dtype, at);
+        w.load(task.weight, task.weight_dtype, at, [&] {
+            if (!columns) g.unpack(task.aligned_dtype);
+        });
+        w.template for_differences<RowTile::kLoad>(mean, [](Acc& x, Acc difference) { x = difference; });
     }
 
     __device__ void sum(Acc (&sums)[3]) const {
@@ -57,7 +59,7 @@ struct GradientTiles {
             }
     }
 
-    __device__ void store_gradient(const AlignTask& task, int64_t at, const Coefficients<Acc>& coefficients,
+    __device__ void store_gradient(const AlignTask& task, uint64_t at, const Coefficients<Acc>& coefficients,
                                    Acc factor) {
 #pragma unroll
         for (int step = 0; step < RowTile::kSteps; ++step)
@@ -77,16 +79,18 @@ struct Backward {
     __device__ void on_chip(AlignWork work) const {
         __shared__ Acc slots[3 * kMaxWarps];
         const AlignTask& task = work.task();
-        Acc mean = work.active() ? statistics[2 * work.index()] : 0;
-        GradientTiles<Acc, AlignShape<Acc>::kValues, kChunk> tiles(task, work.team, work.active() ? task.n : 0,
-                                                                   work.row(), mean, task.transposed_columns);
+        constexpr bool kEarlyGain = kChunk > 1;  // with the tiles, if their addresses leave it a register
+        Acc gain = kEarlyGain ? work.template load_gain<Acc>() : Acc(0);
+        const auto [mean, rstd] = load_statistics(work);
+        GradientTiles<Acc, AlignShape<Acc>::values(kChunk), kChunk> tiles(task, work.team, work.active() ? task.n : 0,
+                                                                          work.row(), mean, task.transposed_columns);
         Acc sums[3];
         tiles.sum(sums);
         team_sum(work.team, sums, slots);
-        work = work.afresh();  // only the tiles stay in registers across the barrier
-        Acc rstd = work.active() ? statistics[2 * work.index() + 1] : 0;
-        Coefficients<Acc> coefficients(sums, task.n, rstd);
-        tiles.store_gradient(work.task(), work.row(), coefficients, finish(work, coefficients, rstd));
+        work = work.afresh();  // not held across the barrier
+        if (!kEarlyGain) gain = work.template load_gain<Acc>();
+        Coefficients<Acc> coefficients(sums, reciprocal(Acc(work.task().n)), rstd);
+        tiles.store_gradient(work.task(), work.row(), coefficients, finish(work, coefficients, rstd, gain));
     }
 
     // A longer filter, by the whole block: read in parts for the sums, added in order, and once more to write.
@@ -96,7 +100,7 @@ struct Backward {
         using Part = GradientTiles<Acc, 2 * kChunk, kChunk>;
         const AlignTask& task = work.task();
         const uint32_t capacity = Part::RowTile::capacity(work.team);
-        const Acc mean = statistics[2 * work.index()], rstd = statistics[2 * work.index() + 1];
+        const auto [mean, rstd] = load_statistics(work);
         double total[3] = {0, 0, 0};
         for (uint32_t begin = 0; begin < task.n; begin += capacity) {
             Acc sums[3];
@@ -105,19 +109,32 @@ struct Backward {
             for (int s = 0; s < 3; ++s) total[s] += sums[s];
             __syncthreads();  // team_sum reuses its shared memory
         }
-        Coefficients<Acc> coefficients(total, task.n, rstd);
-        Acc factor = finish(work, coefficients, rstd);
+        Coefficients<Acc> coefficients(total, 1.0 / task.n, rstd);
+        Acc factor = finish(work, coefficients, rstd, work.template load_gain<Acc>());
         for (uint32_t begin = 0; begin < task.n; begin += capacity)
             Part(task, work.team, min(task.n - begin, capacity), work.row() + begin, mean)
                 .store_gradient(task, work.row() + begin, coefficients, factor);
     }
 
+    struct Statistics {
+        Acc mean, rstd;
+    };
+    __device__ Statistics load_statistics(const AlignWork& work) const {
+        Acc mean_and_rstd[2] = {0, 0};
+        if (work.active()) {
+            Chunk<Acc, 2> both;
+            both.load(statistics + 2 * work.index());
+            both.unpack(mean_and_rstd);
+        }
+        return {mean_and_rstd[0], mean_and_rstd[1]};
+    }
+
     // Stores the gain's gradient and returns the factor of the weight's.
-    __device__ Acc finish(const AlignWork& work, const Coefficients<Acc>& coefficients, Acc rstd) const {
+    __device__ Acc finish(const AlignWork& work, const Coefficients<Acc>& coefficients, Acc rstd, Acc gain) const {
         if (!work.active()) return 0;
         Acc scale = Acc(work.task().scale);
         if (work.team.lane() == 0) grad_gain[work.index()] = scale * coefficients.g_dot_x;
-        return scale * work.template load_gain<Acc>() * rstd;
+        return scale * gain * rstd;
     }
 };
 

@@ -1,11 +1,13 @@
 // Aligned weights and their statistics, for all filters of a table of tensors.
 //
 // One block takes as many filters of one tensor as fit in its registers (AlignShape), each with a team of 8 threads up
-// to the whole block, about 16 values per thread. A filter is read once, in 16-byte accesses where its rows are
+// to the whole block, up to 20 values per thread. A filter is read once, in 16-byte accesses where its rows are
 // aligned, kept in registers for the mean and the centred squares, and written once, through shared memory only if
-// transposed; its statistics are one store. Only a filter longer than AlignShape::kOnChip is read a second time. Why
-// this shape: 16 floats per thread at 1024 threads per SM keep up to 64 KB in flight, twice what an H200 needs, and let
-// every path through the kernel fit in 64 registers; blocks of 32 KB keep the tail of the launch short.
+// transposed; its statistics are one store. Only a filter longer than a block holds is read a second time. Why this
+// shape: 16 or 20 floats per thread at 1024 threads per SM keep up to 80 KB in flight, more than twice what an H200
+// needs, and let every path through the kernel fit in 64 registers; blocks of 20 to 40 KB keep the tail of the launch
+// short. What is not a load, a sum or a store is as little as can be, for it is the issue of instructions that would
+// hold an H200's memory back: 26 a value, as the machine code shows (NOTES.md).
 #pragma once
 #include "align_work.cuh"
 #include "prepare.cuh"
@@ -21,21 +23,21 @@ struct Moments {
     Acc mean, rest, squares;
 };
 
-// per_value is 1 / count, computed before the tile is loaded because a division takes many registers. The pivot, one of
-// the values, makes the mean of a constant filter exact, and so its deviations exactly 0.
+// Leaves x - mean in the tile. The pivot, one of the values, makes the mean of a constant filter exact, and so its
+// deviations exactly 0.
 template <class Acc, int kValues, int kChunk>
-__device__ Moments<Acc> moments_of(Tile<Acc, kValues, kChunk>& tile, Acc per_value) {
+__device__ Moments<Acc> take_mean(Tile<Acc, kValues, kChunk>& tile, Acc per_value) {
     __shared__ Acc first_slots[kMaxWarps], sum_slots[kMaxWarps], moment_slots[2 * kMaxWarps];
     Acc pivot = team_first(tile.team, tile.x[0][0], first_slots);
     Acc sum[1] = {0}, residual[2] = {0, 0};
-    tile.for_each([&](int, Acc x) { sum[0] += x - pivot; });
+    tile.for_differences(pivot, [&](Acc, Acc difference) { sum[0] += difference; });
     team_sum(tile.team, sum, sum_slots);
     Moments<Acc> m;
     m.mean = pivot + sum[0] * per_value;
-    tile.for_each([&](int, Acc x) {
-        Acc r = x - m.mean;
-        residual[0] += r;
-        residual[1] += r * r;
+    tile.template for_differences<Tile<Acc, kValues, kChunk>::kSecondDifferences>(m.mean, [&](Acc& x, Acc difference) {
+        x = difference;
+        residual[0] += x;
+        residual[1] += x * x;
     });
     team_sum(tile.team, residual, moment_slots);
     m.rest = residual[0] * per_value;
@@ -61,13 +63,13 @@ struct Forward {
     template <int kChunk>
     __device__ void on_chip(AlignWork work) const {
         const AlignTask& task = work.task();
-        Tile<Acc, AlignShape<Acc>::kValues, kChunk> tile(work.team, work.active() ? task.n : 0);
-        const Acc per_value = Acc(1) / Acc(task.n);
+        Tile<Acc, AlignShape<Acc>::values(kChunk), kChunk> tile(work.team, work.active() ? task.n : 0);
+        const Acc per_value = reciprocal(Acc(task.n)), gain = work.template load_gain<Acc>();
         tile.load(task.weight, task.weight_dtype, work.row());
-        Moments<Acc> m = moments_of(tile, per_value);
-        Acc factor = finish(work, m);
-        tile.for_each([&](int, Acc& x) { x = (x - m.mean - m.rest) * factor; });
-        int64_t row = work.afresh().row();
+        const Moments<Acc> m = take_mean(tile, per_value);
+        const Acc factor = finish(work, m, gain), shift = -m.rest * factor;
+        tile.for_each([&](Acc& x) { x = x * factor + shift; });
+        uint64_t row = work.afresh().row();
         if (task.transposed_columns)
             tile.store_transposed(task.out, task.aligned_dtype, row, int(task.transposed_columns));
         else tile.store(task.out, task.aligned_dtype, row);
@@ -82,33 +84,33 @@ struct Forward {
         __shared__ Moments<Acc> all;
         for (uint32_t begin = 0; begin < task.n; begin += capacity) {
             Part part(work.team, min(task.n - begin, capacity));
-            const Acc per_value = Acc(1) / Acc(part.size);
+            const Acc per_value = reciprocal(Acc(part.size));
             part.load(task.weight, task.weight_dtype, work.row() + begin);
-            Moments<Acc> of_part = moments_of(part, per_value);
+            Moments<Acc> of_part = take_mean(part, per_value);
             if (work.team.lane() == 0) all = begin == 0 ? of_part : merged(all, begin, of_part, part.size);
-            __syncthreads();  // moments_of reuses its shared memory
+            __syncthreads();  // take_mean reuses its shared memory
         }
         const Moments<Acc> m = all;
-        Acc factor = finish(work, m);
+        const Acc factor = finish(work, m, work.template load_gain<Acc>()), shift = -m.rest * factor;
         for (uint32_t begin = 0; begin < task.n; begin += capacity) {
             Part part(work.team, min(task.n - begin, capacity));
             part.load(task.weight, task.weight_dtype, work.row() + begin);
-            part.for_each([&](int, Acc& x) { x = (x - m.mean - m.rest) * factor; });
+            part.for_each([&](Acc& x) { x = (x - m.mean) * factor + shift; });
             part.store(task.out, task.aligned_dtype, work.row() + begin);
         }
     }
 
     // Stores the statistics and returns the factor to scale the deviations by.
-    __device__ Acc finish(const AlignWork& work, Moments<Acc> m) const {
+    __device__ Acc finish(const AlignWork& work, Moments<Acc> m, Acc gain) const {
         if (!work.active()) return 0;
-        Acc rstd = Acc(1) / sqrt(m.squares / 2 + Acc(work.task().eps));
+        const Acc rstd = reciprocal_root(m.squares / 2 + Acc(work.task().eps));
         if (work.team.lane() == 0) {
             const Acc mean_and_rstd[2] = {m.mean + m.rest, rstd};
             Chunk<Acc, 2> both;
             both.pack(mean_and_rstd);
             both.store(statistics + 2 * work.index());
         }
-        return Acc(work.task().scale) * work.template load_gain<Acc>() * rstd;
+        return Acc(work.task().scale) * gain * rstd;
     }
 };
 

@@ -16,26 +16,41 @@ enum class Direction { kForward, kBackward };
 
 // Short filters get part of a warp, so that all its lanes work; longer ones as many lanes or warps as it takes to hold
 // them in registers, up to the whole block.
-inline int lanes_log2(uint32_t n, int values, int threads) {
-    int log2 = 3;
-    while ((values << log2) < int64_t(n) && (1 << log2) < threads) ++log2;
+template <class Acc>
+int lanes_log2(uint32_t n, int chunk) {
+    int log2 = Team::kFewestLog2;
+    while (AlignShape<Acc>::values(chunk) << log2 < int64_t(n) && 1 << log2 < AlignShape<Acc>::kThreads) ++log2;
     return log2;
 }
 
-// The widest accesses for which every row of every tensor of the task is aligned.
+// The widest accesses for which every row of every tensor of the task is aligned. Where one side has 16 bits and the
+// other 32, a packed chunk would be two accesses of the other, each to every other half of a sector; where it takes
+// more lanes than a vector, they would be half empty.
 template <class Acc>
 int chunk_of(const AlignTask& task) {
     auto is_16_bit = [](DType t) { return t == DType::kFloat16 || t == DType::kBFloat16; };
     auto address = reinterpret_cast<uintptr_t>(task.weight) | reinterpret_cast<uintptr_t>(task.out) |
                    reinterpret_cast<uintptr_t>(task.grad);
-    if (address % 16 != 0) return 1;
-    bool packs = is_16_bit(task.weight_dtype) || is_16_bit(task.aligned_dtype);
-    if (packs && task.n <= AlignShape<Acc>::kOnChip && task.n % kPackedChunk == 0) return kPackedChunk;
-    return task.n % kVectorChunk<Acc> == 0 ? kVectorChunk<Acc> : 1;
+    if (address % 16 != 0 || task.n % kVectorChunk<Acc> != 0) return 1;
+    bool packs = is_16_bit(task.weight_dtype) && is_16_bit(task.aligned_dtype) && task.n % kPackedChunk == 0;
+    bool fits = task.n <= AlignShape<Acc>::kOnChip &&
+                lanes_log2<Acc>(task.n, kPackedChunk) == lanes_log2<Acc>(task.n, kVectorChunk<Acc>);
+    return packs && fits ? kPackedChunk : kVectorChunk<Acc>;
+}
+
+// Blocks of half the threads, twice as many on an SM, if no filter needs more: when one of them waits for memory or at
+// a barrier, fewer threads wait. Tiles of an input are made for whole blocks.
+template <class Acc>
+int threads_of(const AlignList& list) {
+    constexpr int kHalf = AlignShape<Acc>::kThreads / 2;
+    bool suffices = !list.input && std::all_of(list.tasks, list.tasks + list.count, [](const AlignTask& task) {
+        return 1 << lanes_log2<Acc>(task.n, chunk_of<Acc>(task)) <= kHalf;
+    });
+    return suffices ? kHalf : AlignShape<Acc>::kThreads;
 }
 
 template <Direction kDirection, class Acc, class Table>
-cudaError_t launch_table(const Table& table, uint32_t blocks, size_t shared_bytes, cudaStream_t stream) {
+cudaError_t launch_table(const Table& table, uint32_t blocks, int threads, size_t shared_bytes, cudaStream_t stream) {
     void (*kernel)(Table) =
         kDirection == Direction::kForward ? align_forward_kernel<Acc, Table> : align_backward_kernel<Acc, Table>;
 #ifdef __CUDACC__
@@ -44,12 +59,13 @@ cudaError_t launch_table(const Table& table, uint32_t blocks, size_t shared_byte
         if (auto error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared_bytes)))
             return error;
 #endif
-    return launch(kernel, dim3(blocks), dim3(AlignShape<Acc>::kThreads), shared_bytes, stream, table);
+    return launch(kernel, dim3(blocks), dim3(threads), shared_bytes, stream, table);
 }
 
 template <Direction kDirection, class Acc, class Table>
 cudaError_t launch_list(const AlignList& list, const std::vector<uint32_t>& order, cudaStream_t stream) {
     using Shape = AlignShape<Acc>;
+    const int threads = threads_of<Acc>(list);
     auto table = std::make_unique<Table>();
     table->statistics = list.statistics;
     table->grad_gain = list.grad_gain;
@@ -63,16 +79,18 @@ cudaError_t launch_list(const AlignList& list, const std::vector<uint32_t>& orde
     cudaError_t error = cudaSuccess;  // the first one; what comes after it is not launched
     auto flush = [&] {
         table->blocks = uint32_t(blocks);
+        table->make_map();
         if (blocks + tiles && error == cudaSuccess)
-            error = launch_table<kDirection, Acc>(*table, uint32_t(blocks + tiles), shared_bytes, stream);
+            error = launch_table<kDirection, Acc>(*table, uint32_t(blocks + tiles), threads, shared_bytes, stream);
         table->count = 0, blocks = 0, tiles = 0, shared_bytes = 0;  // the first launch takes the input
     };
     for (uint32_t i : order) {
         const AlignTask& task = list.tasks[i];
-        int log2 = lanes_log2(task.n, Shape::kValues, Shape::kThreads);
-        uint32_t teams = Shape::kThreads >> log2, task_blocks = (task.filters + teams - 1) / teams;
+        int chunk = chunk_of<Acc>(task), log2 = lanes_log2<Acc>(task.n, chunk);
+        uint32_t teams = threads >> log2, task_blocks = (task.filters + teams - 1) / teams;
         if (table->count == Table::kCapacity || blocks + tiles + task_blocks > 0x7fffffff) flush();
-        table->entries[table->count++] = {task, uint32_t(blocks), uint8_t(log2), uint8_t(chunk_of<Acc>(task))};
+        bool is_on_chip = int64_t(task.n) <= Shape::values(chunk) << log2;
+        table->entries[table->count++] = {task, uint32_t(blocks), uint8_t(log2), uint8_t(chunk), is_on_chip};
         blocks += task_blocks;
         if (task.transposed_columns) {
             size_t pitch = (task.n / task.transposed_columns) | 1;

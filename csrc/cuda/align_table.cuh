@@ -6,13 +6,13 @@
 namespace wa::cuda {
 
 constexpr int kParameterBytes = 32764;  // the limit of CUDA 12.1 and later
-constexpr int kInputBytes = 512;        // reserved for a PrepareEntry
 
 struct AlignEntry {
     AlignTask task;
     uint32_t first_block;
     uint8_t lanes_log2;  // threads per filter
     uint8_t chunk;
+    bool is_on_chip;
 };
 
 // A convolution's input and its tiling (prepare.cuh).
@@ -26,36 +26,48 @@ struct PrepareEntry {
 };
 
 // Blocks first_block ... belong to the entry; each takes (threads in the block >> lanes_log2) of its filters.
-template <int kEntries>
+//
+// A block finds its entry by a coarse map: all blocks are divided into up to kStretches stretches of equal length, and
+// from the entry of a stretch's last block it is few steps back, mostly none. A search through the entries would be a
+// chain of some nine dependent reads before a block's first load.
+template <int kEntries, int kStretches>
 struct AlignTable {
     static constexpr int kCapacity = kEntries;
     void* statistics;
     void* grad_gain;
     uint32_t count;
     uint32_t blocks;  // of the entries; those after them prepare the input
+    uint32_t stretch_log2;
+    uint16_t last_entries[kStretches];
     AlignEntry entries[kEntries];
 
     __device__ int find(uint32_t block) const {
-        uint32_t low = 0, high = count;
-        while (high - low > 1) {
-            uint32_t middle = (low + high) / 2;
-            if (entries[middle].first_block <= block) low = middle;
-            else high = middle;
+        int entry = last_entries[block >> stretch_log2];
+        while (entries[entry].first_block > block) --entry;
+        return entry;
+    }
+
+    // When all entries are there.
+    void make_map() {
+        stretch_log2 = 0;
+        while (blocks > uint64_t(kStretches) << stretch_log2) ++stretch_log2;
+        for (uint32_t stretch = 0, entry = 0; uint64_t(stretch) << stretch_log2 < blocks; ++stretch) {
+            uint64_t end = uint64_t(stretch + 1) << stretch_log2;
+            while (entry + 1 < count && entries[entry + 1].first_block < end) ++entry;
+            last_entries[stretch] = uint16_t(entry);
         }
-        return int(low);
     }
 };
 
 // A launch copies its whole parameter block: a single layer need not pay for the table of a model, which in turn needs
 // no input.
-struct SmallTable : AlignTable<16> {
+struct SmallTable : AlignTable<16, 64> {
     static constexpr bool kTakesInput = true;
     PrepareEntry input;
 };
-struct LargeTable : AlignTable<(kParameterBytes - kInputBytes - 24) / int(sizeof(AlignEntry))> {
+struct LargeTable : AlignTable<400, 256> {
     static constexpr bool kTakesInput = false;
 };
-static_assert(LargeTable::kCapacity >= 400 && sizeof(LargeTable) + kInputBytes <= kParameterBytes);
-static_assert(sizeof(PrepareEntry) <= kInputBytes);
+static_assert(sizeof(SmallTable) <= 4096 && sizeof(LargeTable) <= kParameterBytes);
 
 }  // namespace wa::cuda

@@ -18,12 +18,13 @@ struct AlignWork {
 
     __device__ const AlignTask& task() const { return entries[entry].task; }
     __device__ bool active() const { return filter < task().filters; }
-    __device__ int64_t row() const { return int64_t(filter) * task().n; }  // where the filter begins in its tensors
+    __device__ uint64_t row() const { return uint64_t(filter) * task().n; }  // where the filter begins in its tensors
     __device__ int64_t index() const { return int64_t(task().first_filter) + filter; }  // among the list's filters
 
     template <class Acc>
     __device__ Acc load_gain() const {
         const AlignTask& task = this->task();
+        if (!active()) return 0;
         if (!task.gain) return 1;
         switch (task.gain_dtype) {
             case DType::kFloat32: return static_cast<const float*>(task.gain)[filter];
@@ -49,9 +50,8 @@ __device__ void align_block(const Table& table, const Ways& ways) {
     Team team{entry.lanes_log2};
     uint32_t filter = (blockIdx.x - entry.first_block) * (blockDim.x >> team.lanes_log2) + team.index();
     const AlignWork work{table.entries, index, team, filter};
-    const bool on_chip = entry.task.n <= AlignShape<Acc>::kOnChip;
     constexpr int kVector = kVectorChunk<Acc>;
-    if (!on_chip) {
+    if (!entry.is_on_chip) {
         if (entry.chunk == 1) ways.template in_parts<1>(work.afresh());
         else ways.template in_parts<kVector>(work.afresh());
     } else {

@@ -3,6 +3,8 @@
 #include "../common/align_task.h"
 #include "portable.cuh"
 
+#include <cstring>
+
 namespace wa::cuda {
 
 __device__ inline float to_float(__half x) { return __half2float(x); }
@@ -13,11 +15,21 @@ struct Pair;
 template <>
 struct Pair<__half> {
     using Type = __half2;
+    static __device__ float high(uint32_t word) {
+        uint16_t bits = uint16_t(word >> 16);
+        return to_float(*reinterpret_cast<const __half*>(&bits));
+    }
     static __device__ Type of(float low, float high) { return __floats2half2_rn(low, high); }
 };
 template <>
 struct Pair<__nv_bfloat16> {
     using Type = __nv_bfloat162;
+    static __device__ float high(uint32_t word) {  // in one instruction, where to_float would shift there and back
+        uint32_t bits = word & 0xffff0000u;
+        float x;
+        memcpy(&x, &bits, sizeof x);
+        return x;
+    }
     static __device__ Type of(float low, float high) { return __floats2bfloat162_rn(low, high); }
 };
 
@@ -43,6 +55,17 @@ struct Chunk {
         for (int i = 0; i < kBytes / kAccess; ++i) reinterpret_cast<Part*>(to)[i] = parts[i];
     }
 
+    // The packed values in the registers of x, until they are unpacked.
+    template <class Acc>
+    __device__ void put_into(Acc (&x)[kCount]) const {
+        static_assert(sizeof *this <= sizeof x);
+        memcpy(x, this, sizeof *this);
+    }
+    template <class Acc>
+    __device__ void take_from(const Acc (&x)[kCount]) {
+        memcpy(this, x, sizeof *this);
+    }
+
     template <class Acc>
     __device__ void unpack(Acc (&x)[kCount]) const {
 #pragma unroll
@@ -51,8 +74,8 @@ struct Chunk {
                 x[i] = parts[i / kPart].words[i % kPart];
             } else {
                 Word word = parts[i / 2 / kPart].words[i / 2 % kPart];
-                uint16_t bits = uint16_t(i % 2 ? word >> 16 : word);
-                x[i] = to_float(*reinterpret_cast<const Stored*>(&bits));
+                uint16_t low = uint16_t(word);
+                x[i] = i % 2 ? Pair<Stored>::high(word) : to_float(*reinterpret_cast<const Stored*>(&low));
             }
         }
     }

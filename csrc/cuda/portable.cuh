@@ -8,6 +8,7 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include <cmath>
 #include <cstdint>
 
 namespace wa::cuda {
@@ -44,6 +45,23 @@ __device__ inline float approximate_reciprocal(float x) {
     return 1.0f / x;
 #endif
 }
+
+// 1 / x for a count, and 1 / sqrt(x), to within 1 unit in the last place: the hardware's approximation and one step of
+// Newton's. Correct rounding would take a slow path, with a call and its registers. At 0 and infinity there is no step.
+__device__ inline float reciprocal(float count) {
+    float y = approximate_reciprocal(count);
+    return fmaf(y, fmaf(-count, y, 1.0f), y);
+}
+__device__ inline double reciprocal(double count) { return 1 / count; }
+__device__ inline float reciprocal_root(float x) {
+#ifdef __CUDA_ARCH__
+    float y = rsqrtf(x), error = fmaf(-x * y, y, 1.0f);
+    return fabsf(error) < 1.0f ? fmaf(y / 2, error, y) : y;
+#else
+    return 1.0f / sqrtf(x);
+#endif
+}
+__device__ inline double reciprocal_root(double x) { return 1 / sqrt(x); }
 
 // The same number, hidden from the optimiser: what is derived from it is recomputed where it is used, instead of held
 // in registers from its first use to its last.

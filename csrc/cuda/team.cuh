@@ -9,6 +9,7 @@ constexpr unsigned kAllLanes = 0xffffffffu;
 constexpr int kMaxWarps = 32;
 
 struct Team {
+    static constexpr int kFewestLog2 = 3, kFewest = 1 << kFewestLog2;
     int lanes_log2;
 
     __device__ int lanes() const { return 1 << lanes_log2; }
@@ -31,24 +32,32 @@ __device__ Acc team_first(Team team, Acc x, Acc* slots) {
     return slots[team.index()];
 }
 
-// Sums over the team, the same bits in every thread: a butterfly in each warp, then its warps in order. No atomics.
-// `slots` are kMaxWarps * kSums values of shared memory that nothing else uses since the last barrier.
+// Adds the sums of lanes that differ in bits below `lanes`, a power of two of at least kLeast and at most kMost.
+template <int kLeast, int kMost, int kSums, class Acc>
+__device__ void butterfly(Acc (&sums)[kSums], int lanes) {
+#pragma unroll
+    for (int flip = kMost / 2; flip > 0; flip /= 2)
+        if (flip < kLeast || flip < lanes)
+#pragma unroll
+            for (int s = 0; s < kSums; ++s) sums[s] += __shfl_xor_sync(kAllLanes, sums[s], flip);
+}
+
+// Sums over the team, the same bits in every thread: a butterfly in each warp; then, in each warp again, one of the
+// sums that the team's warps left in shared memory. No atomics. `slots` are kMaxWarps * kSums values of shared memory
+// that nothing else uses since the last barrier.
 template <int kSums, class Acc>
 __device__ void team_sum(Team team, Acc (&sums)[kSums], Acc* slots) {
-    for (int flip = min(team.lanes(), 32) / 2; flip > 0; flip /= 2)
-#pragma unroll
-        for (int s = 0; s < kSums; ++s) sums[s] += __shfl_xor_sync(kAllLanes, sums[s], flip);
+    butterfly<Team::kFewest, 32>(sums, team.lanes());
     if (team.in_one_warp()) return;
-    int warp = threadIdx.x / 32, warps = team.lanes() / 32, first = warp & -warps;
+    const int warp = threadIdx.x / 32, warps = team.lanes() / 32;
     if (threadIdx.x % 32 == 0)
 #pragma unroll
         for (int s = 0; s < kSums; ++s) slots[warp * kSums + s] = sums[s];
     __syncthreads();
+    const int mine = (warp & -warps) + (threadIdx.x & (warps - 1));
 #pragma unroll
-    for (int s = 0; s < kSums; ++s) sums[s] = 0;
-    for (int w = first; w < first + warps; ++w)
-#pragma unroll
-        for (int s = 0; s < kSums; ++s) sums[s] += slots[w * kSums + s];
+    for (int s = 0; s < kSums; ++s) sums[s] = slots[mine * kSums + s];
+    butterfly<2, kMaxWarps>(sums, warps);
 }
 
 }  // namespace

@@ -21,66 +21,118 @@ struct Tile {
     static __device__ int capacity(Team team) { return kValues << team.lanes_log2; }
 
     __device__ Tile(Team team, int size)
-        : team(team), size(size), steps((size / kChunk - team.lane() + team.lanes() - 1) >> team.lanes_log2) {}
+        : team(team),
+          size(size),
+          steps((int(unsigned(size) / kChunk) - team.lane() + team.lanes() - 1) >> team.lanes_log2) {}
 
-    __device__ int first() const { return team.lane() * kChunk; }
+    __device__ unsigned first() const { return unsigned(team.lane()) * kChunk; }
 
-    // Which chunks this thread holds, and their offsets from its first. Cheap to compute but expensive to keep: up to
-    // 16 comparisons and offsets, which would occupy registers from the load to the store.
+    // Which chunks this thread holds, and their distances. Cheap to compute but expensive to keep: up to 16 comparisons
+    // and offsets, which would occupy registers from the load to the store. ptxas, which sees through computed_again,
+    // still recognises a comparison that it has made before, and packs results into bits to keep them; so each pass
+    // over the tile compares other numbers.
+    enum Pass { kLoad, kFirstDifferences, kSecondDifferences, kStore };
     struct Reach {
-        int steps, lanes_log2;
-        __device__ Reach(const Tile& tile)
-            : steps(computed_again(tile.steps)), lanes_log2(computed_again(tile.team.lanes_log2)) {}
-        __device__ bool holds(int step) const { return step < steps; }
-        __device__ unsigned beyond_first(int step) const { return unsigned(step * kChunk) << lanes_log2; }
+        int steps, lanes_log2, pass;
+        __device__ Reach(const Tile& tile, Pass pass)
+            : steps(computed_again(tile.steps + pass)), lanes_log2(computed_again(tile.team.lanes_log2)), pass(pass) {}
+        __device__ bool holds(int step) const { return step + pass < steps; }
+        // From the memory of chunk `step` to that of the next one: one addition of bytes, where an index would first
+        // have to be scaled. But of 16 scalars ptxas would then compute all addresses at once, and spill.
+        template <class Stored>
+        __device__ Stored* next(Stored* first, Stored* chunk, int step) const {
+            if constexpr (kChunk == 1) return first + (unsigned(step + 1) << lanes_log2);
+            using Byte = std::conditional_t<std::is_const_v<Stored>, const char, char>;
+            const unsigned bytes = unsigned(kChunk * sizeof(Stored)) << lanes_log2;
+            return reinterpret_cast<Stored*>(reinterpret_cast<Byte*>(chunk) + unsigned(computed_again(int(bytes))));
+        }
     };
 
-    // each(position in the tile, value) for the values this thread holds
+    // each(value of the tile, value - subtrahend) for the values this thread holds, and each(0, 0) for the others
+    template <Pass kPass = kFirstDifferences, class Each>
+    __device__ void for_differences(Acc subtrahend, const Each& each) {
+        const Reach reach(*this, kPass);
+#pragma unroll
+        for (int step = 0; step < kSteps; ++step) {
+            const Acc here = reach.holds(step) ? subtrahend : Acc(0);
+#pragma unroll
+            for (int i = 0; i < kChunk; ++i) each(x[step][i], x[step][i] - here);
+        }
+    }
+
+    // each(value) for the values this thread holds and for others, which no store writes
     template <class Each>
     __device__ void for_each(const Each& each) {
-        const Reach reach(*this);
 #pragma unroll
         for (int step = 0; step < kSteps; ++step)
-            if (reach.holds(step))
 #pragma unroll
-                for (int i = 0; i < kChunk; ++i) each(first() + int(reach.beyond_first(step)) + i, x[step][i]);
+            for (int i = 0; i < kChunk; ++i) each(x[step][i]);
     }
 
     template <class Stored>
-    __device__ void load_as(const Stored* from) {
-        const Reach reach(*this);
+    __device__ void request_as(const Stored* from) {
+        const Reach reach(*this, kLoad);
         from += first();
-        Chunk<Stored, kChunk> chunks[kSteps] = {};
+        const Stored* at = from;
 #pragma unroll
-        for (int step = 0; step < kSteps; ++step)
-            if (reach.holds(step)) chunks[step].load(from + reach.beyond_first(step));
+        for (int step = 0; step < kSteps; at = reach.next(from, at, step++)) {
+            Chunk<Stored, kChunk> chunk = {};
+            if (reach.holds(step)) chunk.load(at);
+            chunk.put_into(x[step]);
+        }
+    }
+    template <class Stored>
+    __device__ void unpack_as() {
 #pragma unroll
-        for (int step = 0; step < kSteps; ++step) chunks[step].unpack(x[step]);
+        for (int step = 0; step < kSteps; ++step) {
+            Chunk<Stored, kChunk> chunk;
+            chunk.take_from(x[step]);
+            chunk.unpack(x[step]);
+        }
     }
 
     template <class Stored>
     __device__ void store_as(Stored* to) const {
-        const Reach reach(*this);
+        const Reach reach(*this, kStore);
         to += first();
+        Stored* at = to;
 #pragma unroll
-        for (int step = 0; step < kSteps; ++step) {
+        for (int step = 0; step < kSteps; at = reach.next(to, at, step++)) {
             Chunk<Stored, kChunk> chunk;
             chunk.pack(x[step]);
-            if (reach.holds(step)) chunk.store(to + reach.beyond_first(step));
+            if (reach.holds(step)) chunk.store(at);
         }
     }
 
-    // `at`: the offset of the tile's first value in the tensor. Loads set values that this thread does not hold to 0.
-    __device__ void load(const void* tensor, DType dtype, int64_t at) {
-        with_type<Acc>(tensor, dtype, [&](auto* typed) { load_as(typed + at); });
+    // `at`: the offset of the tile's first value in the tensor. A load is a request, which leaves the values packed,
+    // and their unpacking, which waits for them: between the two, other tiles make requests of their own. Values that
+    // this thread does not hold become 0.
+    __device__ void request(const void* tensor, DType dtype, uint64_t at) {
+        with_type<Acc>(tensor, dtype, [&](auto* typed) { request_as(typed + at); });
     }
-    __device__ void store(void* tensor, DType dtype, int64_t at) const {
+    __device__ void unpack(DType dtype) {
+        with_type<Acc>(static_cast<const void*>(nullptr), dtype,
+                       [&](auto* typed) { unpack_as<std::remove_const_t<std::remove_pointer_t<decltype(typed)>>>(); });
+    }
+    // meanwhile() runs between the two.
+    template <class Meanwhile>
+    __device__ void load(const void* tensor, DType dtype, uint64_t at, const Meanwhile& meanwhile) {
+        with_type<Acc>(tensor, dtype, [&](auto* typed) {
+            request_as(typed + at);
+            meanwhile();
+            unpack_as<std::remove_const_t<std::remove_pointer_t<decltype(typed)>>>();
+        });
+    }
+    __device__ void load(const void* tensor, DType dtype, uint64_t at) {
+        load(tensor, dtype, at, [] {});
+    }
+    __device__ void store(void* tensor, DType dtype, uint64_t at) const {
         with_type<Acc>(tensor, dtype, [&](auto* typed) { store_as(typed + at); });
     }
 
     // The same for a tile that is a whole filter, and a tensor with the transpose of each filter. It passes through the
     // team's part of shared memory, so that both sides are read and written in order.
-    __device__ void load_transposed(const void* tensor, DType dtype, int64_t at, int columns) {
+    __device__ void load_transposed(const void* tensor, DType dtype, uint64_t at, int columns) {
         const Staged staged(*this, columns);
         with_type<Acc>(tensor, dtype, [&](auto* typed) {
             for_each_chunk(typed + at, [&](int position, auto& chunk, auto* memory) {
@@ -91,16 +143,21 @@ struct Tile {
             });
         });
         team.sync();
-        const Reach reach(*this);
+        const Reach reach(*this, kLoad);
 #pragma unroll
         for (int step = 0; step < kSteps; ++step)
 #pragma unroll
             for (int i = 0; i < kChunk; ++i)
-                x[step][i] = reach.holds(step) ? staged.original(first() + int(reach.beyond_first(step)) + i) : Acc(0);
+                x[step][i] = reach.holds(step) ? staged.original(position(reach, step) + i) : Acc(0);
     }
-    __device__ void store_transposed(void* tensor, DType dtype, int64_t at, int columns) {
+    __device__ void store_transposed(void* tensor, DType dtype, uint64_t at, int columns) {
         const Staged staged(*this, columns);
-        for_each([&](int position, Acc value) { staged.original(position) = value; });
+        const Reach reach(*this, kStore);
+#pragma unroll
+        for (int step = 0; step < kSteps; ++step)
+            if (reach.holds(step))
+#pragma unroll
+                for (int i = 0; i < kChunk; ++i) staged.original(position(reach, step) + i) = x[step][i];
         team.sync();
         with_type<Acc>(tensor, dtype, [&](auto* typed) {
             for_each_chunk(typed + at, [&](int position, auto& chunk, auto* memory) {
@@ -113,6 +170,11 @@ struct Tile {
     }
 
 private:
+    // Of a chunk's first value in the tile.
+    __device__ int position(const Reach& reach, int step) const {
+        return int(first()) + (step * kChunk << reach.lanes_log2);
+    }
+
     // A filter in shared memory: a matrix stored by columns, padded to an odd length against bank conflicts.
     struct Staged {
         Acc* values;
@@ -145,7 +207,7 @@ private:
     template <class Stored, class Each>
     __device__ void for_each_chunk(Stored* memory, const Each& each) const {
 #pragma unroll 1
-        for (int position = first(); position < size; position += kChunk << team.lanes_log2) {
+        for (int position = int(first()); position < size; position += kChunk << team.lanes_log2) {
             Chunk<std::remove_const_t<Stored>, kChunk> chunk;
             each(position, chunk, memory + position);
         }

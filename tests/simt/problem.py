@@ -163,20 +163,35 @@ def check_backward(p: Problem, result: Backward) -> None:
         assert_within(result.grad_weights[i], expected, computed + stored)
 
 
+def values_a_thread(chunk: int) -> int:
+    """That a thread holds of a filter of floats, in chunks of so many."""
+    return 20 if chunk == 4 else 16
+
+
+def lanes(n: int, values: int) -> int:
+    """That hold a filter of n floats, so many values each."""
+    return next(lanes for lanes in (8 << i for i in range(7)) if values * lanes >= n or lanes == 512)
+
+
 def check_accesses(
     p: Problem, counts: dict[str, Counts], inputs: dict[str, list[Tensor]], outputs: dict[str, list[Tensor]]
 ) -> None:
     for i, weight in enumerate(p.weights):
-        n, on_chip = weight.shape[1], 4096 if weight.dtype == F64 else 8192
+        n, is_double = weight.shape[1], weight.dtype == F64
         tensors = [(name, ts[i]) for name, ts in (inputs | outputs).items()]
-        packs = any(t.dtype in (F16, BF16) for _, t in tensors)
-        vector = 2 if weight.dtype == F64 else 4
-        if any(t.data_ptr() % 16 for _, t in tensors):
+        vector = 2 if is_double else 4
+        if n % vector or any(t.data_ptr() % 16 for _, t in tensors):
             values = 1
-        elif packs and n <= on_chip and n % 8 == 0:
+        elif (
+            all(t.dtype in (F16, BF16) for _, t in tensors)
+            and n % 8 == 0
+            and n <= 8192
+            and lanes(n, 16) == lanes(n, 20)
+        ):
             values = 8
         else:
-            values = 1 if n % vector else vector
+            values = vector
+        on_chip = 4096 if is_double else 512 * values_a_thread(values)
         for name, t in tensors:
             kind, times = ("reads", 1 if n <= on_chip else 2) if name in inputs else ("writes", 1)
             width = min(16, values * t.element_size())

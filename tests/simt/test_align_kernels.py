@@ -24,14 +24,39 @@ def ids(value: object) -> str | None:
     return "-".join(map(str, map(name, value))) if isinstance(value, tuple) else None
 
 
-SIZES = (1, 2, 9, 27, 64, 147, 576, 1000, 1024, 1152, 4608, 8192, 9000, 20000)
+SIZES = (1, 2, 9, 27, 64, 147, 576, 1000, 1024, 1152, 4608, 8192, 11000, 20000)
 # The shortest filters of each access width, and lengths around those where more lanes or warps take a filter, or it is
 # read in parts.
-BOUNDARIES = (3, 4, 5, 6, 7, 8, 16, 65, 128, 129, 256, 512, 513, 1025, 2048, 2056, 4097, 8184, 8191, 8193, 8196, 8200)
+BOUNDARIES = (
+    3,
+    4,
+    5,
+    6,
+    7,
+    8,
+    16,
+    65,
+    128,
+    129,
+    160,
+    164,
+    256,
+    512,
+    513,
+    1025,
+    2048,
+    2056,
+    4097,
+    8184,
+    8191,
+    8193,
+    8196,
+)
+BOUNDARIES += (8200, 10240, 10244)
 SINGLE = [pair for pair in PAIRS if F64 not in pair]
 CASES = [
     *itertools.product(SIZES, [(F32, F32), (F32, BF16)]),
-    *itertools.product((9, 72, 147, 1152, 9000), [pair for pair in SINGLE if pair not in [(F32, F32), (F32, BF16)]]),
+    *itertools.product((9, 72, 147, 1152, 11000), [pair for pair in SINGLE if pair not in [(F32, F32), (F32, BF16)]]),
     *itertools.product(BOUNDARIES, [(F32, BF16), (F16, F16)]),
     *itertools.product((1, 2, 3, 9, 64, 147, 1000, 4096, 4608, 9001), [(F64, F64)]),
 ]
@@ -48,7 +73,7 @@ EVERYTHING = ("weight", "out", "grad", "grad_weight")
 
 @both_directions
 @pytest.mark.parametrize("misaligned", [("weight",), ("out", "grad"), ("grad_weight",), EVERYTHING], ids=" ".join)
-@pytest.mark.parametrize("n", [64, 1152, 9000])
+@pytest.mark.parametrize("n", [64, 1152, 11000])
 def test_misaligned_tensors(check: Emulator, direction: str, misaligned: tuple[str, ...], n: int) -> None:
     check_all(check, problem([Layer(some_filters(n), n, misaligned=misaligned)], F32, BF16), direction)
 

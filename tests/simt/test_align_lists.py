@@ -18,7 +18,7 @@ KINDS = (
     Layer(6, 1),
     Layer(9, 27, columns=9),
 )
-LONG = (Layer(1, 9000), Layer(2, 4608, columns=9), Layer(1, 8196, misaligned=("weight",)), Layer(1, 4096))
+LONG = (Layer(1, 11000), Layer(2, 4608, columns=9), Layer(1, 8196, misaligned=("weight",)), Layer(1, 4096))
 both_directions = pytest.mark.parametrize("direction", ["forward", "backward"])
 
 
