@@ -116,12 +116,13 @@ def test_a_missing_record_stream_is_seen(scenario, monkeypatch):
 
 def test_the_seed_decides_on_the_order():
     """A race of two streams without any wait."""
+    streams = torch.cuda.Stream(), torch.cuda.Stream()
 
     def winner(seed):
         x = torch.zeros(1, device="cuda")
         torch.cuda.synchronize()
         simcuda.runtime().simcuda_seed(seed)
-        for value, stream in enumerate((torch.cuda.Stream(), torch.cuda.Stream()), start=1):
+        for value, stream in enumerate(streams, start=1):
             with torch.cuda.stream(stream):
                 x.fill_(value)
         torch.cuda.synchronize()
