@@ -1,4 +1,5 @@
-# make bench | bench-layers | bench-step | test | simulated-gpu | static | fuzz | demo | gpu-report | lint | docs: each first creates .venv.
+# make bench | bench-layers | bench-step | test | simulated-gpu | static | fuzz | demo | gpu-report | lint | docs: each
+# first creates .venv.
 #
 #   TORCH=torch==2.13.0   the torch to install
 #   PY=python3            an existing environment instead of .venv: nothing is downloaded, missing rivals are skipped
@@ -43,14 +44,9 @@ bench-step: $(INSTALLED)
 test: $(INSTALLED)
 	$(PYTEST)
 
-# Without a GPU: what runs on CUDA devices, on simulated ones (tests/simcuda). All of it on two; some of it on a single
-# one, and where the host cannot access device memory.
-SIMULATED = $(PASSIVE) $(PY) tests/simcuda/simcuda.py
+# Without a GPU: what runs on CUDA devices, on two simulated ones (tests/simcuda).
 simulated-gpu: $(INSTALLED)
-	$(SIMULATED) --devices 2 python -m pytest $(PARALLEL)
-	$(SIMULATED) --devices 1 python -m pytest $(PARALLEL) tests/test_cuda.py tests/test_backend.py
-	$(SIMULATED) --devices 2 --strict python -X faulthandler -m pytest $(PARALLEL) $(STRICT)
-STRICT = tests/test_cuda.py tests/test_several_devices.py tests/test_align.py tests/test_prepare.py
+	$(PASSIVE) $(PY) tests/simcuda/simcuda.py --devices 2 python -m pytest $(PARALLEL)
 
 # Registers, spills and sizes of the compiled CUDA kernels, for every architecture in the library.
 static: $(INSTALLED)
