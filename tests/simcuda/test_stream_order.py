@@ -34,11 +34,13 @@ def begin(seed):
     simcuda.runtime().simcuda_seed(seed)
 
 
-def reuse_memory():
-    """Overwrites what the current stream's allocator has been given back."""
+def end(side):
+    """Overwrites the memory that the current stream's allocator has been given back, then lets the other stream end."""
+    gc.collect()
     blocks = [torch.full((n,), 7.0, device="cuda") for n in (216, 576, 864, 4000, 8000) for _ in range(6)]
     torch.cuda.current_stream().synchronize()
-    return blocks
+    side.synchronize()
+    del blocks
 
 
 def frozen_outputs(seed):
@@ -53,10 +55,7 @@ def frozen_outputs(seed):
                 layer.aligned_filters()
             with torch.cuda.stream(side):
                 output = model(image)
-        gc.collect()
-        blocks = reuse_memory()
-        side.synchronize()
-    del blocks
+        end(side)
     return output, expected
 
 
@@ -75,10 +74,7 @@ def foreach_outputs(seed):
         begin(seed)
         model.forward = forward
         output = model(image)
-        gc.collect()
-        blocks = reuse_memory()
-        side.synchronize()
-    del blocks
+        end(side)
     return output, expected
 
 
