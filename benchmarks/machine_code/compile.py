@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sysconfig
+import tempfile
 from collections.abc import Iterable, Sequence
 
 HERE = pathlib.Path(__file__).parent
@@ -21,11 +22,12 @@ def compiled(suffix: str, command: Sequence[str | pathlib.Path], sources: Iterab
     program = BUILD / f"{digest.hexdigest()[:16]}{suffix}"
     if not program.exists():
         BUILD.mkdir(parents=True, exist_ok=True)
-        unfinished = program.with_name(f"{program.name}.unfinished")
-        done = subprocess.run([*command, "-o", unfinished], capture_output=True, text=True)
-        if done.returncode:
-            raise RuntimeError(f"{' '.join(map(str, command))}\n{done.stderr}")
-        unfinished.rename(program)
+        with tempfile.TemporaryDirectory(dir=BUILD) as own:  # others may compile the same at the same time
+            unfinished = pathlib.Path(own, program.name)
+            done = subprocess.run([*command, "-o", unfinished], capture_output=True, text=True)
+            if done.returncode:
+                raise RuntimeError(f"{' '.join(map(str, command))}\n{done.stderr}")
+            unfinished.rename(program)
     return program
 
 
