@@ -14,6 +14,7 @@ COMMANDS = {
     "numerics": "numerics",
     "instructions": "instructions",
     "launch-plan": "launch_plan",
+    "machine-code": "machine_code",
     "compare": "compare",
     "goals": "goals",
     "gpu-report": "gpu_report",

@@ -178,10 +178,13 @@ def test_steps_are_commands_that_exist(monkeypatch, capsys):
 
 def test_prediction_beside_measurement(tmp_path):
     predicted = {"forward_us": 50.0, "backward_us": 80.5, "forward_copy_fraction": 0.94, "backward_copy_fraction": 0.9}
-    (tmp_path / "log.txt").write_text("building\n" + json.dumps({"kernels": [], "predicted": predicted}, indent=1))
-    lines = sections.predictions(tmp_path, [record("network", "forward", p50=60e-6, share=0.8)])
+    whole = {"static": [], "predicted": {"H200": dict.fromkeys(predicted, 0.5), "H100": predicted}}
+    (tmp_path / "machine-code.json").write_text(json.dumps(whole))
+    measured = [record("network", "forward", p50=60e-6, share=0.8)]
+    lines = sections.predictions(tmp_path, measured, "NVIDIA H100 80GB HBM3")
     assert lines[2:] == ["| forward | 50.0 | 60.0 | 94% | 80% |", "| backward | 80.5 |  | 90% |  |"]
-    assert sections.predictions(tmp_path / "not run", []) == []
+    assert sections.predictions(tmp_path, measured, "A GPU without a model") == []
+    assert sections.predictions(tmp_path / "not run", [], "NVIDIA H100 80GB HBM3") == []
 
 
 def test_metrics_of_ncu():

@@ -85,7 +85,9 @@ class Report:
         return {
             "Steps": self.step_lines(),
             "Goals": [*head("goal", "measured", *goals.LEVELS), *(row(*verdict.cells) for verdict in self.verdicts)],
-            "Prediction beside measurement": sections.predictions(self.folder / "static", ours.get("model", [])),
+            "Prediction beside measurement": sections.predictions(
+                self.folder / "static", ours.get("model", []), self.facts["gpu"] or ""
+            ),
             "All weights in one launch": sections.network([*ours.get("model", []), *ours.get("compile", [])]),
             "Each shape": [
                 *sections.shapes(ours.get("kernels", [])),

@@ -10,26 +10,24 @@ from ..report import Record, pick, present
 from ..tables import head, ratio, row, times
 
 KERNELS = ("forward", "backward")
+PREDICTED = "machine-code.json"  # of the step "static"
 
 
 def percent(value: float | None) -> str:
     return "" if value is None else f"{value:.0%}"
 
 
-def predicted(folder: pathlib.Path) -> dict[str, float]:
-    """What benchmarks.machine_code printed: JSON whose "predicted" has forward_us, backward_us, forward_copy_fraction
-    and backward_copy_fraction. Empty if it did not run."""
-    log = folder / "log.txt"
-    text = log.read_text() if log.exists() else ""
-    try:
-        return dict(json.loads(text[text.index("{") : text.rindex("}") + 1])["predicted"])
-    except (ValueError, KeyError):
-        return {}
+def predicted(folder: pathlib.Path, gpu: str) -> dict[str, float]:
+    """What benchmarks.machine_code predicts for this GPU: forward_us, forward_copy_fraction and those of the backward.
+    Empty if it did not run, or has no model of the chip."""
+    path = folder / PREDICTED
+    chips = json.loads(path.read_text())["predicted"] if path.exists() else {}
+    return next((found for chip, found in chips.items() if chip in gpu), {})
 
 
-def predictions(folder: pathlib.Path, ours: Sequence[Record]) -> list[str]:
+def predictions(folder: pathlib.Path, ours: Sequence[Record], gpu: str) -> list[str]:
     """For the whole model."""
-    if not (found := predicted(folder)):
+    if not (found := predicted(folder, gpu)):
         return []
     lines = head("all weights in one launch", "predicted us", "measured us", "predicted, of copy", "measured, of copy")
     for direction in KERNELS:

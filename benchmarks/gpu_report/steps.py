@@ -54,12 +54,12 @@ def tests() -> Step:
 def steps() -> list[Step]:
     """Together longer than the report may take: those at the end get what time is left."""
     own = (PYTHON, "-m", "benchmarks.gpu_report.build"), (PYTHON, "-m", "benchmarks.gpu_report.profile", "{out}")
-    code = "benchmarks.machine_code"
+    code = (PYTHON, "-m", "benchmarks.machine_code", "--out", "{out}/machine-code.json")
     network, layer, host = (("align", "--out-dtype", "bfloat16", "--suites", s) for s in ("network", "layer", "host"))
     resnet = ("step", "--only", "resnet50", "--no-compile", "--seconds", "3")
     return [
         Step("build", "the native library, for this GPU only", 180, own[0], on_device=False),
-        Step("static", "what the machine code predicts", 45, (PYTHON, "-m", code), modules=(code,), on_device=False),
+        Step("static", "what the machine code predicts", 75, code, modules=("rich",), on_device=False),
         benchmark("model", "all weights of ResNet-50 in one launch", 60, *network, "--no-compile", "--seconds", "0.5"),
         tests(),
         sanitizer("memcheck"),
