@@ -1,5 +1,6 @@
-"""python -m benchmarks.machine_code: the compiled CUDA kernels judged without a GPU: what stands in their machine code, what it computes, and how long a
-model of the chip takes to run it.
+"""python -m benchmarks.machine_code: the compiled CUDA kernels judged without a GPU.
+
+What stands in their machine code, what it computes, and how long a model of the chip takes to run it.
 
     cubin       what a library contains, by cuobjdump: resources, machine code
     static      figures of a kernel that need no run
