@@ -84,8 +84,7 @@ def load() -> None:
 def runtime() -> ctypes.CDLL:
     """In a process with simulated devices: the functions of runtime/control.cpp."""
     library = ctypes.CDLL("libcudart.so.13")
-    for name in ("launches", "events", "graphs", "pending"):
-        getattr(library, f"simcuda_{name}").restype = ctypes.c_longlong
+    library.simcuda_launches.restype = ctypes.c_longlong
     library.simcuda_leave_memory.argtypes = [ctypes.c_longlong]
     library.simcuda_fail_launch.argtypes = [ctypes.c_longlong, ctypes.c_int]
     return library

@@ -32,12 +32,5 @@ void simcuda_seed(unsigned seed) {
 }
 
 long long simcuda_launches() { return machine().launches; }
-long long simcuda_events() { return machine().events; }
-long long simcuda_graphs() { return machine().graphs; }
-long long simcuda_pending() {
-    long long items = 0;
-    for (CUstream_st* stream : machine().streams) items += (long long)stream->queue->size();
-    return items;
-}
 }
 #pragma GCC visibility pop

@@ -23,7 +23,6 @@ cudaError_t cudaStreamBeginCapture(cudaStream_t stream, cudaStreamCaptureMode mo
     return call([&] {
         static unsigned long long ids = 0;
         if (!stream || stream->capture) return cudaErrorStreamCaptureUnsupported;
-        ++machine().graphs;
         stream->capture = new CUgraph_st{++ids, mode, std::this_thread::get_id()};
         machine().captures.push_back(stream->capture);
         return cudaSuccess;
@@ -63,7 +62,7 @@ cudaError_t cudaThreadExchangeStreamCaptureMode(cudaStreamCaptureMode* mode) {
     return std::swap(*mode, capture_mode), cudaSuccess;
 }
 cudaError_t cudaGraphInstantiate(cudaGraphExec_t* executable, cudaGraph_t graph, unsigned long long) {
-    return call([&] { return ++machine().graphs, *executable = new CUgraphExec_st{graph->works}, cudaSuccess; });
+    return call([&] { return *executable = new CUgraphExec_st{graph->works}, cudaSuccess; });
 }
 cudaError_t cudaGraphInstantiateWithFlags(cudaGraphExec_t* executable, cudaGraph_t graph, unsigned long long flags) {
     return cudaGraphInstantiate(executable, graph, flags);
@@ -78,9 +77,9 @@ cudaError_t cudaGraphGetNodes(cudaGraph_t graph, cudaGraphNode_t*, size_t* n) {
     return *n = graph->works.size(), cudaSuccess;
 }
 cudaError_t cudaGraphDestroy(cudaGraph_t graph) {
-    return call([&] { return --machine().graphs, delete graph, cudaSuccess; });
+    return call([&] { return delete graph, cudaSuccess; });
 }
 cudaError_t cudaGraphExecDestroy(cudaGraphExec_t executable) {
-    return call([&] { return --machine().graphs, delete executable, cudaSuccess; });
+    return call([&] { return delete executable, cudaSuccess; });
 }
 }

@@ -81,7 +81,7 @@ struct Machine {
     std::mt19937 random;
     Queue* favourite = nullptr;  // in a random order
     int running = 0;             // works that run now, one inside of another
-    long long launches = 0, events = 0, graphs = 0;
+    long long launches = 0;
     int initialised_by = 0;  // process
 };
 Machine& machine();

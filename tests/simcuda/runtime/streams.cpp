@@ -50,11 +50,11 @@ cudaError_t cudaLaunchHostFunc(cudaStream_t stream, cudaHostFn_t function, void*
 }
 
 cudaError_t cudaEventCreateWithFlags(cudaEvent_t* e, unsigned flags) {
-    return call([&] { return ++machine().events, *e = new CUevent_st{current_device, flags}, cudaSuccess; });
+    return call([&] { return *e = new CUevent_st{current_device, flags}, cudaSuccess; });
 }
 cudaError_t cudaEventCreate(cudaEvent_t* event) { return cudaEventCreateWithFlags(event, 0); }
 cudaError_t cudaEventDestroy(cudaEvent_t event) {
-    return call([&] { return --machine().events, delete event, cudaSuccess; });
+    return call([&] { return delete event, cudaSuccess; });
 }
 cudaError_t cudaEventRecordWithFlags(cudaEvent_t event, cudaStream_t handle, unsigned flags) {
     return call([&] {

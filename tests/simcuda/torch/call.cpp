@@ -3,7 +3,6 @@
 // waits for the stream and runs at once.
 #include "call.h"
 
-#include <ATen/CPUGeneratorImpl.h>
 #include <ATen/Parallel.h>
 #include <ATen/PythonTorchFunctionTLS.h>
 #include <ATen/native/cuda/Resize.h>
@@ -250,6 +249,21 @@ private:
         TORCH_INTERNAL_ASSERT(false, op_.operator_name(), ": a result is an alias of no argument");
     }
 
+    // Copies new results to their places.
+    static void deliver(const c10::FunctionSchema& schema, const Stack& results, const Places& places) {
+        KernelsOnly only;
+        for (size_t i = 0; i < places.size(); ++i) {
+            auto place = places[i].begin();
+            each_new(schema, i, results[i], [&](const Tensor& t) {
+                // Some CPU kernels leave out what nobody reads, or return what nobody asked for.
+                if (place == places[i].end() || t.numel() == 0) return;
+                Tensor to = *place++;
+                TORCH_CHECK(to.sizes() == t.sizes(), "its Meta kernel says ", to.sizes(), ", not ", t.sizes());
+                at::native::copy_(to, t, false);
+            });
+        }
+    }
+
     void enqueue_with(Places places) {
         auto work = [op = op_, arguments = arguments_on_cpu(), places = std::move(places), seed = seed_,
                      device = device_->index()] {
@@ -257,17 +271,7 @@ private:
             Stack results = arguments;
             try {
                 run_kernel(op, results, seed);
-                KernelsOnly only;
-                for (size_t i = 0; i < places.size(); ++i) {
-                    auto place = places[i].begin();
-                    each_new(op.schema(), i, results[i], [&](const Tensor& t) {
-                        // Some CPU kernels leave out what nobody reads, or return what nobody asked for.
-                        if (place == places[i].end() || t.numel() == 0) return;
-                        Tensor to = *place++;
-                        TORCH_CHECK(to.sizes() == t.sizes(), "its Meta kernel says ", to.sizes(), ", not ", t.sizes());
-                        at::native::copy_(to, t, false);
-                    });
-                }
+                deliver(op.schema(), results, places);
             } catch (const c10::Error& error) {
                 fail((c10::toString(op.operator_name()) + ": " + error.what_without_backtrace()).c_str());
             } catch (const std::exception& error) {
@@ -284,15 +288,9 @@ private:
         run_kernel(op_, results, seed_);
         for (size_t i = 0; i < given.size(); ++i)
             if (schema_.arguments()[i].is_out()) follow(arguments_[i], given[i]);
-        for (size_t i = 0; i < results.size(); ++i) {
-            std::vector<Tensor> places = push_result(i, results[i]);
-            auto place = places.begin();
-            KernelsOnly only;
-            each_new(schema_, i, results[i], [&](const Tensor& t) {
-                Tensor to = *place++;
-                at::native::copy_(to, t, false);
-            });
-        }
+        Places places;
+        for (size_t i = 0; i < results.size(); ++i) places.push_back(push_result(i, results[i]));
+        deliver(schema_, results, places);
     }
 
     // An out= argument that the CPU kernel resized.
