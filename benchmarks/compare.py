@@ -18,7 +18,6 @@ device. Versions that differ are named, because the rivals differ with them.
 """
 
 import argparse
-import json
 import pathlib
 import sys
 from collections.abc import Sequence
@@ -29,7 +28,7 @@ import numpy as np
 
 from . import machine, stats
 from .console import Console
-from .report import UNITS, Record
+from .report import UNITS, Record, read
 
 MARGIN = 0.05
 CONFIDENCE = 0.99
@@ -126,10 +125,6 @@ def changes(a: Sequence[Record], b: Sequence[Record]) -> tuple[list[Change], lis
 def text_of(key: Key) -> str:
     usual = (None, "contiguous_format", "preserve_format")
     return ", ".join(str(part) for part in key if part not in usual)
-
-
-def read(path: pathlib.Path) -> list[Record]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def line(change: Change) -> str:

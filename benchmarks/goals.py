@@ -4,7 +4,6 @@ The only place that says what is wanted. Exits with 1 if a must is missed; what 
 """
 
 import argparse
-import json
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,8 +11,8 @@ from statistics import geometric_mean
 from typing import Any
 
 from . import machine
+from .report import Record, read
 
-Record = dict[str, Any]
 LEVELS = ("must", "target", "stretch")
 
 
@@ -214,7 +213,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("files", nargs="+", type=pathlib.Path, help="of records of one machine")
     files = parser.parse_args().files
-    records = [json.loads(line) for file in files for line in file.read_text().splitlines()]
+    records = [record for file in files for record in read(file)]
     print("\n".join(lines(records)))
     raise SystemExit(any(verdict.misses_must for verdict in judge(records)))
 

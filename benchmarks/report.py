@@ -1,6 +1,7 @@
 """Tables from records, and the plot of benchmarks.align."""
 
 import importlib.util
+import json
 import pathlib
 from collections.abc import Sequence
 from statistics import geometric_mean
@@ -13,6 +14,10 @@ RIVALS = ("eager", "timm", "compile", "multiply", "cast", "flat")
 PLOTTED = ("eager", "timm", "compile")
 UNITS = {"us": 1e6, "ms": 1e3, "MB": 1e-6}
 Record = dict[str, Any]
+
+
+def read(path: pathlib.Path) -> list[Record]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def pick(records: Sequence[Record], **fields: Any) -> list[Record]:

@@ -3,13 +3,12 @@
 Each is between two comments, the first of which names it. A test checks that they match the records.
 """
 
-import json
 import re
 from collections.abc import Sequence
 from statistics import geometric_mean
 from typing import Any
 
-from . import machine
+from . import machine, report
 from .report import Record, pick
 
 DOCUMENTS = (machine.ROOT / "README.md", machine.ROOT / "docs/pages/performance.md")
@@ -45,7 +44,7 @@ def head(*cells: str) -> list[str]:
 
 
 def read(benchmark: str, file: str) -> list[Record]:
-    records = [json.loads(line) for line in (RESULTS / f"{benchmark}-{file}").read_text().splitlines()]
+    records = report.read(RESULTS / f"{benchmark}-{file}")
     machine.refuse_simulated(records)
     return records
 

@@ -34,7 +34,7 @@ if DEVICE == "cpu" and "triton" in ALL_BACKENDS:
     triton_interpreter.mend()
 
 NEEDS = {
-    "simcuda/test_commands.py": ["matplotlib", "numpy", "rich", "sklearn", "torchvision"],
+    "simcuda/test_commands.py": ["matplotlib", "numpy", "rich", "sklearn", "timm", "torchvision"],
     "simt": ["pybind11"],
     "simt/test_launch_plan.py": ["numpy", "rich"],
     "test_accelerate.py": ["accelerate", "timm"],
