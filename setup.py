@@ -56,6 +56,7 @@ class CMakeBuild(build_ext):
             "cmake", "-S", ROOT, "-B", build, "-G", "Ninja", f"-DWA_TORCH={torch}", f"-DWA_CUDA={cuda}",
             f"-DCMAKE_MAKE_PROGRAM={shutil.which('ninja')}",  # the cached one is of an earlier build environment
             f"-DWA_CUDA_ARCHITECTURES={os.environ.get('WEIGHTALIGN_CUDA_ARCHS', '').replace(',', ';')}",
+            "-DWA_SIMULATED_GPU=OFF",  # the tests may have set it in this folder, and it needs nvcc
         ]  # fmt: skip
         subprocess.run(configure, check=True)
         subprocess.run(["cmake", "--build", build], check=True)
