@@ -13,8 +13,8 @@ from weightalign_cuda.ops import library, native_library
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 
-from benchmarks.machine_code import chip, flat, predict, sass, semantics, static
-from benchmarks.machine_code.problem import Layer
+from benchmarks.machine_code import chip, flat, input, predict, sass, semantics, static
+from benchmarks.machine_code.problem import Image, Layer
 from benchmarks.machine_code.step import UnknownInstruction
 
 pytestmark = pytest.mark.skipif(
@@ -40,6 +40,25 @@ def test_rounding_explains_every_error(direction, layers):
     for kind in launch.kinds:
         assert kind.values >= kind.layer.n
         assert kind.error <= 1, kind.layer
+
+
+INPUTS = [
+    Image(2, 72, 1, 196, to_channels_last=False),
+    Image(2, 72, 1, 196),
+    Image(2, 40, 9, 13, padding=1),
+    Image(2, 24, 30, 20, padding=2, from_channels_last=True),
+    Image(3, 3, 1, 1000),
+]
+
+
+@both_directions
+@pytest.mark.parametrize("image", INPUTS, ids=str)
+def test_tiles_of_an_input(direction, image):
+    launch = input.execute(built(), image if direction == "forward" else image.turned, direction)
+    assert len(launch.blocks) > 1
+    for kind in launch.kinds:
+        assert kind.values > 0
+        assert kind.error <= 1
 
 
 @pytest.mark.parametrize(

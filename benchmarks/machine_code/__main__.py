@@ -1,8 +1,9 @@
 """python -m benchmarks.machine_code: the compiled CUDA kernels judged without a GPU.
 
-Registers, spills and sizes of each kernel; instructions a value; and the time of ResNet-50's launch, float32 to
-bfloat16, on an H200 and an H100 by a model of the chip. Several libraries are compared side by side. Needs cuobjdump,
-g++ and CUDA's headers; with nvcc, the model also runs a flat cast and a flat add, which on a GPU reach the copy rate.
+Registers, spills and sizes of each kernel; instructions a value; and the time of ResNet-50's launch and of inputs,
+float32 to bfloat16, on an H200 and an H100 by a model of the chip. Several libraries are compared side by side. Needs
+cuobjdump, g++ and CUDA's headers; with nvcc, the model also runs a flat cast and a flat add, which on a GPU reach the
+copy rate.
 """
 
 import argparse
@@ -39,8 +40,8 @@ def static_table(reports: Sequence[Report]) -> Table:
     return table
 
 
-def instructions_table(reports: Sequence[Report]) -> Table:
-    table = Table("n", *DIRECTIONS, title="Instructions of threads a value, sm_90, float32 to bfloat16")
+def instructions_table(reports: Sequence[Report], layout: str) -> Table:
+    table = Table("n", *DIRECTIONS, title=f"Instructions of threads a value, sm_90, float32 to bfloat16, {layout}")
     found = [{row["n"]: row for row in report["instructions_per_value"]} for report in reports]
     for n in found[0]:
         cells = (side_by_side([f"{rows[n][direction]:.1f}" for rows in found]) for direction in DIRECTIONS)
@@ -48,8 +49,10 @@ def instructions_table(reports: Sequence[Report]) -> Table:
     return table
 
 
-def prediction_table(reports: Sequence[Report], flat_fractions: dict[str, dict[str, float]] | None) -> Table:
-    table = Table("", *DIRECTIONS, title="ResNet-50 in the model of the chip")
+def prediction_table(
+    reports: Sequence[Report], layout: str, flat_fractions: dict[str, dict[str, float]] | None
+) -> Table:
+    table = Table("", *DIRECTIONS, title=f"ResNet-50 in the model of the chip, {layout}")
     for name in (where.name for where in chip.CHIPS):
         predicted = [report["predicted"][name] for report in reports]
         times = (side_by_side([f"{p[f'{d}_us']:.1f}" for p in predicted]) for d in DIRECTIONS)
@@ -67,6 +70,18 @@ def prediction_table(reports: Sequence[Report], flat_fractions: dict[str, dict[s
     return table
 
 
+def inputs_table(reports: Sequence[Report]) -> Table:
+    table = Table("input", *DIRECTIONS, title="A convolution's input, float32 to bfloat16 in channels_last")
+    for rows in zip(*(report["inputs"] for report in reports), strict=True):
+        for figure, form in (
+            ("instructions_per_value", "{:.1f} instructions a value"),
+            *((f"copy_fraction_{where.name}", f"{where.name}: {{:.1%}} of the copy rate") for where in chip.CHIPS),
+        ):
+            cells = (side_by_side([form.format(row[f"{d}_{figure}"]) for row in rows]) for d in DIRECTIONS)
+            table.add_row(rows[0]["input"], *cells)
+    return table
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("libraries", nargs="*", type=pathlib.Path, help="default: the package's own")
@@ -80,7 +95,12 @@ def main() -> None:
     if not options.static:
         flat_fractions = flat_report() if flat.has_compiler() else None
         reports = [report | {"flat": flat_fractions} for report in reports]
-        console.print(instructions_table(reports), prediction_table(reports, flat_fractions))
+        for layout, found in (
+            ("one layout", reports),
+            ("contiguous to channels_last", [report["channels_last"] for report in reports]),
+        ):
+            console.print(instructions_table(found, layout), prediction_table(found, layout, flat_fractions))
+        console.print(inputs_table(reports))
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps(reports[0] if len(reports) == 1 else reports, indent=1) + "\n")
 

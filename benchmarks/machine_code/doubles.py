@@ -40,10 +40,13 @@ def _convert(s: Step) -> None:
         raise s.unknown()
 
 
-@DOUBLES.instruction("I2F", "F32 F64 U32 S32")
+@DOUBLES.instruction("I2F", "F32 F64 U32 S32 RP")
 def _from_integer(s: Step) -> None:
     value = s.bits(1) if s.has("U32") else s.signed(1)
     if s.has("F64"):
         s.write_doubles(0, value)
-    else:
-        s.write_reals(0, value)
+        return
+    real = value.astype(np.float32)
+    if s.has("RP"):  # rounded up
+        real = np.where(real < value.astype(np.float64), np.nextafter(real, np.float32(np.inf)), real)
+    s.write_reals(0, real)

@@ -4,6 +4,7 @@ launches.cpp is compiled against the headers of the library's source tree, so th
 written down twice: a change of either is followed, or does not compile.
 """
 
+import dataclasses
 import functools
 import pathlib
 import re
@@ -33,12 +34,30 @@ class Placed:
 
 
 @dataclass(frozen=True)
+class PlacedInput:
+    """A convolution's input: the addresses of both sides, and its task."""
+
+    source: int
+    result: int
+    batch: int
+    channels: int
+    height: int
+    width: int
+    padding: int
+    from_channels_last: bool
+    to_channels_last: bool
+
+
+INPUT = -1
+
+
+@dataclass(frozen=True)
 class Launch:
     kernel: str  # as cuobjdump names it
     threads: int
     shared_bytes: int
     parameters: bytes
-    layers: list[int]  # of each block, its position in the list of layers
+    layers: list[int]  # of each block, its position in the list of layers, or INPUT
 
 
 def source_tree(library: pathlib.Path) -> pathlib.Path:
@@ -61,10 +80,20 @@ def launches(
     tree: pathlib.Path, layers: Sequence[Placed], direction: Direction, statistics: int, grad_gain: int
 ) -> list[Launch]:
     """The launches for these layers, float32 to bfloat16. `statistics`, `grad_gain`: addresses."""
-    program = _program(tree)
-    lines = [f"{direction} {statistics} {grad_gain}"]
+    lines = [f"{direction} {statistics} {grad_gain} 0"]
     for p in layers:
         lines.append(f"{p.weight} {p.grad} {p.out} {p.gain} {p.filters} {p.n} {p.columns} {p.eps!r} {p.scale!r}")
+    return _run(_program(tree), lines)
+
+
+def input_launch(tree: pathlib.Path, image: PlacedInput, direction: Direction) -> Launch:
+    """The launch for an input alone, float32 to bfloat16 or, backward, back."""
+    fields = " ".join(str(int(value)) for value in dataclasses.astuple(image))
+    (launch,) = _run(_program(tree), [f"{direction} 0 0 1 {fields}"])
+    return launch
+
+
+def _run(program: pathlib.Path, lines: Sequence[str]) -> list[Launch]:
     found = subprocess.run([program], input="\n".join(lines), capture_output=True, text=True, check=True).stdout
     symbols = subprocess.run(["nm", "-C", program], capture_output=True, text=True, check=True).stdout
     names = {int(address, 16): name for address, name in re.findall(r"^([0-9a-f]+) \w (.+)$", symbols, re.M)}

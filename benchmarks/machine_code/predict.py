@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from . import chip, cubin, sass
 from .interpreter import Block, Kernel
 from .launches import Direction, Launch, launches, source_tree
-from .problem import Layer, Problem
+from .problem import Image, Layer, Problem
 from .trace import Trace
 
 ARCHITECTURE = 90
@@ -23,7 +23,7 @@ class LayoutError(Exception):
 class Kind:
     """Blocks that do the same, and one of them executed."""
 
-    layer: Layer
+    layer: Layer | Image
     values: int  # of the block
     trace: Trace
     error: float  # of its results, in units of what rounding explains: 1 or less is right

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,6 +21,44 @@ class Layer:
     filters: int
     n: int
     columns: int = 0
+
+
+@dataclass(frozen=True)
+class Image:
+    """A convolution's input. One without padding has a height of 1 and all positions as its width: so does the host."""
+
+    batch: int
+    channels: int
+    height: int
+    width: int
+    padding: int = 0
+    from_channels_last: bool = False
+    to_channels_last: bool = True
+
+    @property
+    def values(self) -> int:
+        return self.batch * self.channels * self.height * self.width
+
+    @property
+    def padded_values(self) -> int:
+        return self.batch * self.channels * (self.height + 2 * self.padding) * (self.width + 2 * self.padding)
+
+    @property
+    def turned(self) -> "Image":
+        """With the layouts of its backward."""
+        return replace(self, from_channels_last=self.to_channels_last, to_channels_last=self.from_channels_last)
+
+    @property
+    def bytes_min(self) -> int:
+        """What a pass from float32 to bfloat16, or back, must move."""
+        return 4 * self.values + 2 * self.padded_values
+
+    def ordered(self, values: NDArray[np.generic], channels_last: bool, padding: int = 0) -> NDArray[np.generic]:
+        """(batch, channels, height, width), however the values lie."""
+        height, width = self.height + 2 * padding, self.width + 2 * padding
+        if channels_last:
+            return values.reshape(self.batch, height, width, self.channels).transpose(0, 3, 1, 2)
+        return values.reshape(self.batch, self.channels, height, width)
 
 
 def from_bfloat16(bits: NDArray[np.uint16]) -> NDArray[np.float64]:

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import pathlib
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -10,14 +11,20 @@ import torch
 
 from .. import harness, layers
 from ..providers import Setting
-from . import chip, flat, static
+from . import chip, flat, input, static
 from .launches import Direction
 from .predict import ExecutedLaunch, Library
-from .problem import Layer
+from .problem import Image, Layer
 
 DIRECTIONS: tuple[Direction, ...] = ("forward", "backward")
 SETTING = Setting("cuda", torch.float32, torch.bfloat16)
 NETWORK = layers.load("resnet50")
+INPUTS = {
+    "64x64x56x56": Image(64, 64, 1, 56 * 56),
+    "64x64x56x56, padded by 1": Image(64, 64, 56, 56, padding=1),
+    "64x64x56x56, padded by 1, channels_last": Image(64, 64, 56, 56, padding=1, from_channels_last=True),
+    "64x512x7x7": Image(64, 512, 1, 7 * 7),
+}
 
 Report = dict[str, Any]
 
@@ -31,15 +38,43 @@ def static_report(path: pathlib.Path) -> Report:
 
 
 def full_report(path: pathlib.Path) -> Report:
+    """Static figures; those of launches with one layout on both sides; and, as `channels_last`, of the same launches
+    from contiguous weights to filters in channels_last."""
     library = Library(path)
-    network = [Layer(shape[0], math.prod(shape[1:])) for _, shape in NETWORK.layers]
+    transposed = _of_launches(library, [_layer(shape, math.prod(shape[2:])) for _, shape in NETWORK.layers])
+    straight = _of_launches(library, [_layer(shape) for _, shape in NETWORK.layers])
+    return static_report(path) | straight | {"channels_last": transposed, "inputs": _of_inputs(library)}
+
+
+def _layer(shape: Sequence[int], columns: int = 1) -> Layer:
+    return Layer(shape[0], math.prod(shape[1:]), columns if columns > 1 else 0)
+
+
+def _of_launches(library: Library, network: Sequence[Layer]) -> Report:
     executed = {direction: library.execute(network, direction) for direction in DIRECTIONS}
     _check(executed)
-    return static_report(path) | {
+    return {
         "instructions_per_value": _instructions_per_value(executed),
         "launches": {direction: len(launches) for direction, launches in executed.items()},
         **_predicted(executed),
     }
+
+
+def _of_inputs(library: Library) -> list[Report]:
+    """Of a convolution's input alone, float32 and contiguous outside, bfloat16 and channels_last inside."""
+    found = []
+    for name, image in INPUTS.items():
+        row: Report = {"input": name}
+        for direction in DIRECTIONS:
+            turned = image if direction == "forward" else image.turned
+            launch = input.execute(library, turned, direction)
+            _check({direction: [launch]})
+            row[f"{direction}_instructions_per_value"] = 32 * launch.instructions / image.values
+            for where in chip.CHIPS:
+                seconds = launch.on(where).microseconds / 1e6
+                row[f"{direction}_copy_fraction_{where.name}"] = image.bytes_min / seconds / 1e9 / where.copy_rate
+        found.append(row)
+    return found
 
 
 def flat_report() -> dict[str, dict[str, float]]:

@@ -32,18 +32,16 @@ struct Coefficients {
 
 // A part of a filter: w - mean and G; values beyond the filter's end are 0 in both. Both are requested before either is
 // unpacked, which waits for it.
-template <class Acc, int kValues, int kChunk>
+template <class Acc, int kValues, int kChunk, bool kTransposed>
 struct GradientTiles {
     using RowTile = Tile<Acc, kValues, kChunk>;
     RowTile w, g;
 
-    __device__ GradientTiles(const AlignTask& task, Team team, int size, uint64_t at, Acc mean, uint32_t columns = 0)
+    __device__ GradientTiles(const AlignTask& task, Team team, int size, uint64_t at, Acc mean)
         : w(team, size), g(team, size) {
-        if (columns) g.load_transposed(task.grad, task.aligned_dtype, at, int(columns));
-        else g.request(task.grad, task.aligned_dtype, at);
-        w.load(task.weight, task.weight_dtype, at, [&] {
-            if (!columns) g.unpack(task.aligned_dtype);
-        });
+        g.request(task.grad, task.aligned_dtype, at);
+        w.load(task.weight, task.weight_dtype, at, [&] { g.unpack(task.aligned_dtype); });
+        if (kTransposed) g.order_by_rows(int(task.transposed_columns));
         w.template for_differences<RowTile::kLoad>(mean, [](Acc& x, Acc difference) { x = difference; });
     }
 
@@ -75,15 +73,15 @@ struct Backward {
     Acc* grad_gain;
 
     // A filter that fits in its team's registers.
-    template <int kChunk>
+    template <int kChunk, bool kTransposed>
     __device__ void on_chip(AlignWork work) const {
         __shared__ Acc slots[3 * kMaxWarps];
         const AlignTask& task = work.task();
         constexpr bool kEarlyGain = kChunk > 1;  // with the tiles, if their addresses leave it a register
         Acc gain = kEarlyGain ? work.template load_gain<Acc>() : Acc(0);
         const auto [mean, rstd] = load_statistics(work);
-        GradientTiles<Acc, AlignShape<Acc>::values(kChunk), kChunk> tiles(task, work.team, work.active() ? task.n : 0,
-                                                                          work.row(), mean, task.transposed_columns);
+        GradientTiles<Acc, AlignShape<Acc>::values(kChunk), kChunk, kTransposed> tiles(
+            task, work.team, work.active() ? task.n : 0, work.row(), mean);
         Acc sums[3];
         tiles.sum(sums);
         team_sum(work.team, sums, slots);
@@ -97,7 +95,7 @@ struct Backward {
     template <int kChunk>
     __device__ void in_parts(AlignWork work) const {
         __shared__ Acc slots[3 * kMaxWarps];
-        using Part = GradientTiles<Acc, 2 * kChunk, kChunk>;
+        using Part = GradientTiles<Acc, 2 * kChunk, kChunk, false>;
         const AlignTask& task = work.task();
         const uint32_t capacity = Part::RowTile::capacity(work.team);
         const auto [mean, rstd] = load_statistics(work);

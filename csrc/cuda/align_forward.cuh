@@ -4,7 +4,7 @@
 // to the whole block, up to 20 values per thread. A filter is read once, in 16-byte accesses where its rows are
 // aligned, kept in registers for the mean and the centred squares, and written once, through shared memory only if
 // transposed; its statistics are one store. Only a filter longer than a block holds is read a second time. Why this
-// shape: 16 or 20 floats per thread at 1024 threads per SM keep up to 80 KB in flight, more than twice what an H200
+// shape: 12 to 20 floats per thread at 1024 threads per SM keep up to 80 KB in flight, more than twice what an H200
 // needs, and let every path through the kernel fit in 64 registers; blocks of 20 to 40 KB keep the tail of the launch
 // short. What is not a load, a sum or a store is as little as can be, for it is the issue of instructions that would
 // hold an H200's memory back: 26 a value, as the machine code shows (NOTES.md).
@@ -60,7 +60,7 @@ struct Forward {
     Acc* statistics;
 
     // A filter that fits in its team's registers.
-    template <int kChunk>
+    template <int kChunk, bool kTransposed>
     __device__ void on_chip(AlignWork work) const {
         const AlignTask& task = work.task();
         Tile<Acc, AlignShape<Acc>::values(kChunk), kChunk> tile(work.team, work.active() ? task.n : 0);
@@ -69,10 +69,8 @@ struct Forward {
         const Moments<Acc> m = take_mean(tile, per_value);
         const Acc factor = finish(work, m, gain), shift = -m.rest * factor;
         tile.for_each([&](Acc& x) { x = x * factor + shift; });
-        uint64_t row = work.afresh().row();
-        if (task.transposed_columns)
-            tile.store_transposed(task.out, task.aligned_dtype, row, int(task.transposed_columns));
-        else tile.store(task.out, task.aligned_dtype, row);
+        if (kTransposed) tile.order_by_columns(int(task.transposed_columns));
+        tile.store(task.out, task.aligned_dtype, work.afresh().row());
     }
 
     // A longer filter, by the whole block: read in parts for the moments, merged in order, and once more to write.

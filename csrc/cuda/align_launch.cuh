@@ -25,25 +25,26 @@ int lanes_log2(uint32_t n, int chunk) {
 
 // The widest accesses for which every row of every tensor of the task is aligned. Where one side has 16 bits and the
 // other 32, a packed chunk would be two accesses of the other, each to every other half of a sector; where it takes
-// more lanes than a vector, they would be half empty.
+// more lanes than a vector, they would be half empty. A chunk of a transposed filter lies within a column.
 template <class Acc>
 int chunk_of(const AlignTask& task) {
     auto is_16_bit = [](DType t) { return t == DType::kFloat16 || t == DType::kBFloat16; };
     auto address = reinterpret_cast<uintptr_t>(task.weight) | reinterpret_cast<uintptr_t>(task.out) |
                    reinterpret_cast<uintptr_t>(task.grad);
-    if (address % 16 != 0 || task.n % kVectorChunk<Acc> != 0) return 1;
-    bool packs = is_16_bit(task.weight_dtype) && is_16_bit(task.aligned_dtype) && task.n % kPackedChunk == 0;
-    bool fits = task.n <= AlignShape<Acc>::kOnChip &&
+    const uint32_t run = task.transposed_columns ? task.n / task.transposed_columns : task.n;
+    if (address % 16 != 0 || run % kVectorChunk<Acc> != 0) return 1;
+    bool packs = is_16_bit(task.weight_dtype) && is_16_bit(task.aligned_dtype) && run % kPackedChunk == 0;
+    bool fits = int64_t(task.n) <= AlignShape<Acc>::values(kPackedChunk) * AlignShape<Acc>::kThreads &&
                 lanes_log2<Acc>(task.n, kPackedChunk) == lanes_log2<Acc>(task.n, kVectorChunk<Acc>);
     return packs && fits ? kPackedChunk : kVectorChunk<Acc>;
 }
 
 // Blocks of half the threads, twice as many on an SM, if no filter needs more: when one of them waits for memory or at
-// a barrier, fewer threads wait. Tiles of an input are made for whole blocks.
+// a barrier, fewer threads wait.
 template <class Acc>
 int threads_of(const AlignList& list) {
     constexpr int kHalf = AlignShape<Acc>::kThreads / 2;
-    bool suffices = !list.input && std::all_of(list.tasks, list.tasks + list.count, [](const AlignTask& task) {
+    bool suffices = std::all_of(list.tasks, list.tasks + list.count, [](const AlignTask& task) {
         return 1 << lanes_log2<Acc>(task.n, chunk_of<Acc>(task)) <= kHalf;
     });
     return suffices ? kHalf : AlignShape<Acc>::kThreads;
@@ -53,12 +54,6 @@ template <Direction kDirection, class Acc, class Table>
 cudaError_t launch_table(const Table& table, uint32_t blocks, int threads, size_t shared_bytes, cudaStream_t stream) {
     void (*kernel)(Table) =
         kDirection == Direction::kForward ? align_forward_kernel<Acc, Table> : align_backward_kernel<Acc, Table>;
-#ifdef __CUDACC__
-    // A kernel must opt in to more than 48 KB of shared memory per block.
-    if (shared_bytes > 40 << 10)
-        if (auto error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared_bytes)))
-            return error;
-#endif
     return launch(kernel, dim3(blocks), dim3(threads), shared_bytes, stream, table);
 }
 
@@ -92,10 +87,7 @@ cudaError_t launch_list(const AlignList& list, const std::vector<uint32_t>& orde
         bool is_on_chip = int64_t(task.n) <= Shape::values(chunk) << log2;
         table->entries[table->count++] = {task, uint32_t(blocks), uint8_t(log2), uint8_t(chunk), is_on_chip};
         blocks += task_blocks;
-        if (task.transposed_columns) {
-            size_t pitch = (task.n / task.transposed_columns) | 1;
-            shared_bytes = std::max(shared_bytes, teams * task.transposed_columns * pitch * sizeof(Acc));
-        }
+        if (task.transposed_columns) shared_bytes = std::max(shared_bytes, size_t(teams) * task.n * sizeof(Acc));
     }
     flush();
     return error;
@@ -110,7 +102,7 @@ cudaError_t align(const AlignList& list, cudaStream_t stream) {
                      [&](uint32_t a, uint32_t b) { return list.tasks[a].n > list.tasks[b].n; });
     auto run = [&](auto acc) {
         using Acc = decltype(acc);
-        if (list.input || list.count <= SmallTable::kCapacity)
+        if (list.input || list.count <= SmallTable::kCapacity || !takes_large_parameters())
             return launch_list<kDirection, Acc, SmallTable>(list, order, stream);
         return launch_list<kDirection, Acc, LargeTable>(list, order, stream);
     };

@@ -15,14 +15,30 @@ struct AlignEntry {
     bool is_on_chip;
 };
 
+// Quotients of numbers below 2^31 by a divisor from 1 on: two operations, where a division takes some twenty.
+// (Granlund and Montgomery, 1994: exact, with multiplier = floor(2^32 (2^shift - divisor) / divisor) + 1.)
+struct Divisor {
+    uint32_t divisor, multiplier, shift;
+
+    explicit Divisor(uint32_t divisor = 1) : divisor(divisor), shift(0) {
+        while (uint64_t(1) << shift < divisor) ++shift;
+        multiplier = uint32_t((((uint64_t(1) << shift) - divisor) << 32) / divisor + 1);
+    }
+    __device__ uint32_t quotient(uint32_t n) const { return (high_product(n, multiplier) + n) >> shift; }
+};
+
+// How a side of an input is accessed: value by value; in 16 aligned bytes; or so, and at a constant distance between
+// positions and no padding, so that a thread steps through it.
+enum class Access : uint8_t { kSingle, kWide, kStepwise };
+
 // A convolution's input and its tiling (prepare.cuh).
 struct PrepareEntry {
     PrepareTask task;
     uint32_t positions;  // of an image of the result
-    uint32_t position_tiles, channel_tiles;
+    Divisor position_tiles, channel_tiles;
     uint8_t channels_log2;                  // of a tile
     bool from_by_channels, to_by_channels;  // whether channels are innermost in memory, else positions
-    bool from_is_wide, to_is_wide;          // 16-byte accesses
+    Access from_access, to_access;
 };
 
 // Blocks first_block ... belong to the entry; each takes (threads in the block >> lanes_log2) of its filters.

@@ -54,11 +54,16 @@ __device__ void align_block(const Table& table, const Ways& ways) {
     if (!entry.is_on_chip) {
         if (entry.chunk == 1) ways.template in_parts<1>(work.afresh());
         else ways.template in_parts<kVector>(work.afresh());
-    } else {
-        if (entry.chunk == 1) ways.template on_chip<1>(work.afresh());
-        else if (entry.chunk == kVector) ways.template on_chip<kVector>(work.afresh());
-        else if constexpr (sizeof(Acc) == 4) ways.template on_chip<kPackedChunk>(work.afresh());
+        return;
     }
+    auto on_chip = [&](auto is_transposed) {
+        constexpr bool kTransposed = decltype(is_transposed)::value;
+        if (entry.chunk == 1) ways.template on_chip<1, kTransposed>(work.afresh());
+        else if (entry.chunk == kVector) ways.template on_chip<kVector, kTransposed>(work.afresh());
+        else if constexpr (sizeof(Acc) == 4) ways.template on_chip<kPackedChunk, kTransposed>(work.afresh());
+    };
+    if (entry.task.transposed_columns) on_chip(std::true_type());
+    else on_chip(std::false_type());
 }
 
 }  // namespace

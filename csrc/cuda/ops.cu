@@ -37,9 +37,10 @@ void run(const AlignList& list, int32_t device_index) {
                                           "CUDA_LAUNCH_BLOCKING=1 reports it where it is launched");
 }
 
-static_assert(AlignShape<float>::kOnChip * sizeof(float) == AlignShape<double>::kOnChip * sizeof(double));
-constexpr AlignBackend kForward{run<Direction::kForward>, AlignShape<float>::kOnChip * sizeof(float)};
-constexpr AlignBackend kBackward{run<Direction::kBackward>, AlignShape<float>::kOnChip * sizeof(float)};
+constexpr int64_t kMaxTransposed =
+    std::min(AlignShape<float>::kOnChip * sizeof(float), AlignShape<double>::kOnChip * sizeof(double));
+constexpr AlignBackend kForward{run<Direction::kForward>, kMaxTransposed};
+constexpr AlignBackend kBackward{run<Direction::kBackward>, kMaxTransposed};
 
 }  // namespace
 }  // namespace wa::cuda

@@ -37,6 +37,28 @@ cudaError_t launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_by
 #endif
 }
 
+// Whether the driver takes more than 4 KB of kernel parameters: from CUDA 12.1 (R530) on.
+inline bool takes_large_parameters() {
+#ifdef __CUDACC__
+    static const bool takes = [] {
+        int version = 0;
+        return cudaDriverGetVersion(&version) == cudaSuccess && version >= 12010;
+    }();
+    return takes;
+#else
+    return true;
+#endif
+}
+
+// The upper half of a product.
+__device__ inline uint32_t high_product(uint32_t a, uint32_t b) {
+#ifdef __CUDA_ARCH__
+    return __umulhi(a, b);
+#else
+    return uint32_t(uint64_t(a) * b >> 32);
+#endif
+}
+
 // 1 / x to within 2 units in the last place, in a few instructions.
 __device__ inline float approximate_reciprocal(float x) {
 #ifdef __CUDA_ARCH__

@@ -79,10 +79,10 @@ struct InputTile {
         constexpr int kLog2 = sizeof(Acc) == 4 ? 12 : 11;
         static_assert(1 << kLog2 == kTileValues<Acc>);
         positions_log2 = kLog2 - channels_log2;
-        uint32_t tile = block / entry.position_tiles;
-        position = int(block % entry.position_tiles) << positions_log2;
-        channel = int(tile % entry.channel_tiles) << channels_log2;
-        image = tile / entry.channel_tiles;
+        const uint32_t tile = entry.position_tiles.quotient(block), whole = entry.channel_tiles.quotient(tile);
+        position = int(block - tile * entry.position_tiles.divisor) << positions_log2;
+        channel = int(tile - whole * entry.channel_tiles.divisor) << channels_log2;
+        image = whole;
         values = dynamic_shared<Acc>();
         from_at = reinterpret_cast<int64_t*>(dynamic_shared<char>() + tile_bytes<Acc>(channels_log2));
         to_at = from_at + positions();
@@ -101,6 +101,11 @@ struct InputTile {
         return coordinates_of(uint32_t(position + p), task.to_size[1], task.to_size[2]);
     }
 
+    // Whether each thread steps through both sides, and asks no table where a position lies.
+    __device__ bool is_stepwise() const {
+        return entry.from_access == Access::kStepwise && entry.to_access == Access::kStepwise;
+    }
+
     __device__ void locate() const {
         for (int p = int(threadIdx.x); p < positions() && position + p < int(entry.positions); p += int(blockDim.x)) {
             Coordinates at = coordinates(p);
@@ -116,24 +121,54 @@ struct InputTile {
         }
     }
 
-    // Where this thread's chunks of kChunk values begin: along channels or positions, with as many steps for every
-    // thread, so that all loads can be issued before the first value is used.
+    // A thread's chunks of kChunk values, along channels or positions. Parallel ones are loaded before the first is
+    // used.
     template <int kChunk>
     struct Walk {
-        static constexpr int kThreads = AlignShape<Acc>::kThreads;
-        static constexpr int kSteps = (kTileValues<Acc> / kChunk + kThreads - 1) / kThreads;
+        static constexpr int kChunks = kTileValues<Acc> / kChunk, kMostThreads = AlignShape<Acc>::kThreads;
+        static constexpr int kSteps = 2 * kChunks / kMostThreads, kParallel = kSteps < 8 ? kSteps : 8;
         static constexpr int kChunkLog2 = kChunk == 8 ? 3 : kChunk == 4 ? 2 : kChunk == 2 ? 1 : 0;
         int row_log2;  // chunks per row
         bool by_channels;
         __device__ Walk(const InputTile& tile, bool by_channels)
             : row_log2((by_channels ? tile.channels_log2 : tile.positions_log2) - kChunkLog2),
               by_channels(by_channels) {}
-        __device__ int chunk(int step) const { return step * kThreads + int(threadIdx.x); }
-        __device__ bool holds(int step) const { return chunk(step) * kChunk < kTileValues<Acc>; }
+        __device__ int chunk(int step) const { return step * int(blockDim.x) + int(threadIdx.x); }
+        __device__ bool holds(int step) const { return chunk(step) < kChunks; }
         __device__ int along(int step) const { return (chunk(step) & ((1 << row_log2) - 1)) * kChunk; }
         __device__ int across(int step) const { return chunk(step) >> row_log2; }
         __device__ int c(int step) const { return by_channels ? along(step) : across(step); }
         __device__ int p(int step) const { return by_channels ? across(step) : along(step); }
+    };
+
+    // The same where positions have one distance and no row has more chunks than the block has threads: then a thread
+    // stays at one place along its rows, and its steps across them are alike.
+    template <class Stored, int kChunk>
+    struct Steps {
+        static constexpr int kSteps = Walk<kChunk>::kSteps;
+        Stored* memory;               // of the thread's first chunk
+        int64_t distance;             // from chunk to chunk
+        int step, rows;               // from chunk to chunk, and from the first one to the end of the image or the tile
+        int place, place_step, next;  // in the tile: of the first value, from chunk to chunk, from value to value
+
+        __device__ Steps(const InputTile& tile, Stored* image, const ImageSide& side, bool by_channels) {
+            const Walk<kChunk> walk(tile, by_channels);
+            const int along = walk.along(0), across = walk.across(0);
+            step = int(blockDim.x) >> walk.row_log2;
+            const int64_t stride = by_channels ? side.spatial[kSpatial - 1] : side.channel;
+            memory = image + tile.origin(side) + tile.position * side.spatial[kSpatial - 1] + along + across * stride;
+            distance = step * stride;
+            const int channels = min(1 << tile.channels_log2, int(tile.task.channels) - tile.channel);
+            const int positions = min(tile.positions(), int(tile.entry.positions) - tile.position);
+            rows = along < (by_channels ? channels : positions) ? (by_channels ? positions : channels) - across : 0;
+            const int pitch = tile.pitch();
+            next = by_channels ? pitch : 1;
+            place = along * next + across * (by_channels ? 1 : pitch);
+            place_step = step * (by_channels ? 1 : pitch);
+        }
+        __device__ bool holds(int i) const { return i * step < rows; }
+        __device__ Stored* at(int i) const { return memory + i * distance; }
+        __device__ int value(int i, int j) const { return place + i * place_step + j * next; }
     };
 
     // The index in the tile of value i of a chunk that begins at (c, p).
@@ -143,40 +178,79 @@ struct InputTile {
 
     // Reads the tile's part of `image`, which has the layout of `side`, into shared memory.
     template <class Stored, int kChunk>
+    __device__ void read_stepwise(const Stored* image, const ImageSide& side, bool by_channels, Acc* out) const {
+        using S = Steps<const Stored, kChunk>;
+        const S steps(*this, image, side, by_channels);
+        Chunk<Stored, kChunk> chunks[S::kSteps] = {};
+#pragma unroll
+        for (int i = 0; i < S::kSteps; ++i)
+            if (steps.holds(i)) chunks[i].load(steps.at(i));
+#pragma unroll
+        for (int i = 0; i < S::kSteps; ++i) {
+            if (!steps.holds(i)) continue;
+            Acc x[kChunk];
+            chunks[i].unpack(x);
+#pragma unroll
+            for (int j = 0; j < kChunk; ++j) out[steps.value(i, j)] = x[j];
+        }
+    }
+    template <class Stored, int kChunk>
     __device__ void read_as(const Stored* image, const ImageSide& side, const int64_t* at, bool by_channels,
                             Acc* out) const {
-        const Walk<kChunk> walk(*this, by_channels);
+        using W = Walk<kChunk>;
+        const W walk(*this, by_channels);
         image += origin(side);
-        Chunk<Stored, kChunk> chunks[Walk<kChunk>::kSteps] = {};
+#pragma unroll 1
+        for (int first = 0; first < W::kSteps; first += W::kParallel) {
+            Chunk<Stored, kChunk> chunks[W::kParallel] = {};
 #pragma unroll
-        for (int step = 0; step < Walk<kChunk>::kSteps; ++step) {
-            int c = walk.c(step), p = walk.p(step);
-            if (!walk.holds(step) || !has(c, p)) continue;
-            int64_t offset = at[p];
-            if (kBackward && offset < 0) offset = ~offset;
-            if (offset >= 0) chunks[step].load(image + offset + c * side.channel);
-        }
+            for (int i = 0; i < W::kParallel; ++i) {
+                int c = walk.c(first + i), p = walk.p(first + i);
+                if (!walk.holds(first + i) || !has(c, p)) continue;
+                int64_t offset = at[p];
+                if (kBackward && offset < 0) offset = ~offset;
+                if (offset >= 0) chunks[i].load(image + offset + c * side.channel);
+            }
 #pragma unroll
-        for (int step = 0; step < Walk<kChunk>::kSteps; ++step) {
-            if (!walk.holds(step)) continue;
-            Acc x[kChunk];
-            chunks[step].unpack(x);
+            for (int i = 0; i < W::kParallel; ++i) {
+                if (!walk.holds(first + i)) continue;
+                Acc x[kChunk];
+                chunks[i].unpack(x);
 #pragma unroll
-            for (int i = 0; i < kChunk; ++i) out[place(by_channels, walk.c(step), walk.p(step), i)] = x[i];
+                for (int j = 0; j < kChunk; ++j)
+                    out[place(by_channels, walk.c(first + i), walk.p(first + i), j)] = x[j];
+            }
         }
     }
     __device__ void read(const void* image, bool as_from, Acc* out) const {
         const ImageSide& side = as_from ? task.from_side : task.to_side;
         const int64_t* at = as_from ? from_at : to_at;
         const bool by_channels = as_from ? entry.from_by_channels : entry.to_by_channels;
+        const Access access = as_from ? entry.from_access : entry.to_access;
         with_type<Acc>(image, side.dtype, [&](auto* typed) {
             using Stored = std::remove_const_t<std::remove_pointer_t<decltype(typed)>>;
-            if (as_from ? entry.from_is_wide : entry.to_is_wide)
-                read_as<Stored, 16 / sizeof(Stored)>(typed, side, at, by_channels, out);
+            constexpr int kWide = 16 / int(sizeof(Stored));
+            if (access == Access::kStepwise) read_stepwise<Stored, kWide>(typed, side, by_channels, out);
+            else if (access == Access::kWide) read_as<Stored, kWide>(typed, side, at, by_channels, out);
             else read_as<Stored, 1>(typed, side, at, by_channels, out);
         });
     }
 
+    template <class Stored, int kChunk>
+    __device__ void write_stepwise(Stored* to) const {
+        using S = Steps<Stored, kChunk>;
+        const S steps(*this, to, task.to_side, entry.to_by_channels);
+#pragma unroll
+        for (int i = 0; i < S::kSteps; ++i) {
+            if (!steps.holds(i)) continue;
+            Chunk<Stored, kChunk> chunk;
+            Acc x[kChunk];
+#pragma unroll
+            for (int j = 0; j < kChunk; ++j) x[j] = values[steps.value(i, j)];
+            chunk.pack(x);
+            chunk.store(steps.at(i));
+        }
+    }
     template <class Stored, int kChunk>
     __device__ void write_as(Stored* to) const {
         const Walk<kChunk> walk(*this, entry.to_by_channels);
@@ -196,7 +270,9 @@ struct InputTile {
     __device__ void write() const {
         with_type<Acc>(task.to, task.to_side.dtype, [&](auto* typed) {
             using Stored = std::remove_pointer_t<decltype(typed)>;
-            if (entry.to_is_wide) write_as<Stored, 16 / sizeof(Stored)>(typed);
+            constexpr int kWide = 16 / int(sizeof(Stored));
+            if (entry.to_access == Access::kStepwise) write_stepwise<Stored, kWide>(typed);
+            else if (entry.to_access == Access::kWide) write_as<Stored, kWide>(typed);
             else write_as<Stored, 1>(typed);
         });
     }
@@ -213,7 +289,7 @@ struct InputTile {
 
     // Transforms the values between reading and writing them.
     __device__ void change() const {
-        const bool gathers = kBackward && task.mode != PaddingMode::kZeros;
+        const bool gathers = kBackward && task.mode != PaddingMode::kZeros && entry.from_access != Access::kStepwise;
         if (gathers)
             for_each_value([&](int c, int p, int at) {
                 if (from_at[p] < 0)
@@ -243,8 +319,10 @@ struct InputTile {
 template <class Acc, bool kBackward>
 __device__ void prepare_block(const PrepareEntry& entry, uint32_t block) {
     const InputTile<Acc, kBackward> tile(entry, block);
-    tile.locate();
-    __syncthreads();
+    if (!tile.is_stepwise()) {
+        tile.locate();
+        __syncthreads();
+    }
     tile.read_all();
     __syncthreads();
     tile.change();

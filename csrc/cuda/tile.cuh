@@ -31,14 +31,14 @@ struct Tile {
     // and offsets, which would occupy registers from the load to the store. ptxas, which sees through computed_again,
     // still recognises a comparison that it has made before, and packs results into bits to keep them; so each pass
     // over the tile compares other numbers.
-    enum Pass { kLoad, kFirstDifferences, kSecondDifferences, kStore };
+    enum Pass { kLoad, kFirstDifferences, kSecondDifferences, kReorder, kStore };
     struct Reach {
         int steps, lanes_log2, pass;
         __device__ Reach(const Tile& tile, Pass pass)
             : steps(computed_again(tile.steps + pass)), lanes_log2(computed_again(tile.team.lanes_log2)), pass(pass) {}
         __device__ bool holds(int step) const { return step + pass < steps; }
         // From the memory of chunk `step` to that of the next one: one addition of bytes, where an index would first
-        // have to be scaled. But of 16 scalars ptxas would then compute all addresses at once, and spill.
+        // have to be scaled. But of scalars ptxas would then compute all addresses at once, and spill.
         template <class Stored>
         __device__ Stored* next(Stored* first, Stored* chunk, int step) const {
             if constexpr (kChunk == 1) return first + (unsigned(step + 1) << lanes_log2);
@@ -130,87 +130,48 @@ struct Tile {
         with_type<Acc>(tensor, dtype, [&](auto* typed) { store_as(typed + at); });
     }
 
-    // The same for a tile that is a whole filter, and a tensor with the transpose of each filter. It passes through the
-    // team's part of shared memory, so that both sides are read and written in order.
-    __device__ void load_transposed(const void* tensor, DType dtype, uint64_t at, int columns) {
-        const Staged staged(*this, columns);
-        with_type<Acc>(tensor, dtype, [&](auto* typed) {
-            for_each_chunk(typed + at, [&](int position, auto& chunk, auto* memory) {
-                Acc values[kChunk];
-                chunk.load(memory);
-                chunk.unpack(values);
-                for (int i = 0; i < kChunk; ++i) staged.transposed(position + i) = values[i];
-            });
-        });
+    // Reorder a tile that is a whole filter, seen as a matrix with so many columns: from the order of its rows, the
+    // weight's, to that of its columns, and back. The values pass through the team's part of shared memory, where they
+    // lie by rows: that side moves whole chunks, the other single values, of kChunk neighbouring rows. Where the number
+    // of columns is odd, as in most convolutions, a warp's values then lie in kChunk different places of each bank at
+    // most.
+    __device__ void order_by_columns(int columns) {
+        Acc* const by_rows = exchange();
+        store_as(by_rows);
         team.sync();
-        const Reach reach(*this, kLoad);
-#pragma unroll
-        for (int step = 0; step < kSteps; ++step)
-#pragma unroll
-            for (int i = 0; i < kChunk; ++i)
-                x[step][i] = reach.holds(step) ? staged.original(position(reach, step) + i) : Acc(0);
+        for_each_in_column(by_rows, columns, [](Acc& x, Acc& in_matrix) { x = in_matrix; });
     }
-    __device__ void store_transposed(void* tensor, DType dtype, uint64_t at, int columns) {
-        const Staged staged(*this, columns);
-        const Reach reach(*this, kStore);
-#pragma unroll
-        for (int step = 0; step < kSteps; ++step)
-            if (reach.holds(step))
-#pragma unroll
-                for (int i = 0; i < kChunk; ++i) staged.original(position(reach, step) + i) = x[step][i];
+    __device__ void order_by_rows(int columns) {
+        Acc* const by_rows = exchange();
+        for_each_in_column(by_rows, columns, [](Acc& x, Acc& in_matrix) { in_matrix = x; });
         team.sync();
-        with_type<Acc>(tensor, dtype, [&](auto* typed) {
-            for_each_chunk(typed + at, [&](int position, auto& chunk, auto* memory) {
-                Acc values[kChunk];
-                for (int i = 0; i < kChunk; ++i) values[i] = staged.transposed(position + i);
-                chunk.pack(values);
-                chunk.store(memory);
-            });
-        });
+        request_as(static_cast<const Acc*>(by_rows));
     }
 
 private:
-    // Of a chunk's first value in the tile.
-    __device__ int position(const Reach& reach, int step) const {
-        return int(first()) + (step * kChunk << reach.lanes_log2);
+    __device__ Acc* exchange() const { return dynamic_shared<Acc>() + team.index() * size; }
+
+    // each(value of the tile in the order of columns, its place in a matrix in the order of rows)
+    template <class Each>
+    __device__ void for_each_in_column(Acc* by_rows, int columns, const Each& each) {
+        const Reach reach(*this, kReorder);
+        const int rows = max(quotient(size, approximate_reciprocal(float(columns))), 1);  // none, if there is no filter
+        const float per_row = approximate_reciprocal(float(rows));
+#pragma unroll
+        for (int step = 0; step < kSteps; ++step)
+            if (reach.holds(step)) {
+                const int position = computed_again(int(first())) + (step * kChunk << reach.lanes_log2);
+                const int column = quotient(position, per_row), row = position - column * rows;
+                Acc* in_matrix = by_rows + row * columns + column;
+#pragma unroll
+                for (int i = 0; i < kChunk; ++i, in_matrix += columns) each(x[step][i], *in_matrix);
+            }
     }
 
-    // A filter in shared memory: a matrix stored by columns, padded to an odd length against bank conflicts.
-    struct Staged {
-        Acc* values;
-        int rows, columns, pitch;
-        float per_row, per_column;
-
-        __device__ Staged(const Tile& tile, int columns)
-            : columns(columns), per_column(approximate_reciprocal(float(columns))) {
-            rows = quotient(tile.size, per_column);
-            per_row = approximate_reciprocal(float(rows));
-            pitch = rows | 1;
-            values = dynamic_shared<Acc>() + int64_t(tile.team.index()) * columns * pitch;
-        }
-        // Exact for positions up to 2^13: with + 0.5 the quotient is farther from an integer than the approximate
-        // reciprocal errs.
-        static __device__ int quotient(int position, float reciprocal) {
-            return int((float(position) + 0.5f) * reciprocal);
-        }
-        __device__ Acc& original(int position) const {
-            int row = quotient(position, per_column);
-            return values[(position - row * columns) * pitch + row];
-        }
-        __device__ Acc& transposed(int position) const {
-            int column = quotient(position, per_row);
-            return values[column * pitch + position - column * rows];
-        }
-    };
-
-    // each(position, empty chunk, its memory) for this thread's chunks, in a loop: no register array to index.
-    template <class Stored, class Each>
-    __device__ void for_each_chunk(Stored* memory, const Each& each) const {
-#pragma unroll 1
-        for (int position = int(first()); position < size; position += kChunk << team.lanes_log2) {
-            Chunk<std::remove_const_t<Stored>, kChunk> chunk;
-            each(position, chunk, memory + position);
-        }
+    // Exact for positions up to 2^20: with + 0.5 the quotient is farther from an integer than the approximate
+    // reciprocal errs.
+    static __device__ int quotient(int position, float reciprocal) {
+        return int((float(position) + 0.5f) * reciprocal);
     }
 };
 

@@ -165,7 +165,7 @@ def check_backward(p: Problem, result: Backward) -> None:
 
 def values_a_thread(chunk: int) -> int:
     """That a thread holds of a filter of floats, in chunks of so many."""
-    return 20 if chunk == 4 else 16
+    return {1: 12, 4: 20, 8: 16}[chunk]
 
 
 def lanes(n: int, values: int) -> int:
@@ -180,11 +180,12 @@ def check_accesses(
         n, is_double = weight.shape[1], weight.dtype == F64
         tensors = [(name, ts[i]) for name, ts in (inputs | outputs).items()]
         vector = 2 if is_double else 4
-        if n % vector or any(t.data_ptr() % 16 for _, t in tensors):
+        run = n // p.columns[i] if p.columns[i] else n  # of values that are adjacent on both sides, or in a column
+        if run % vector or any(t.data_ptr() % 16 for _, t in tensors):
             values = 1
         elif (
             all(t.dtype in (F16, BF16) for _, t in tensors)
-            and n % 8 == 0
+            and run % 8 == 0
             and n <= 8192
             and lanes(n, 16) == lanes(n, 20)
         ):

@@ -47,9 +47,9 @@ BOUNDARIES = (
     2048,
     2056,
     4097,
+    6143,
+    6145,
     8184,
-    8191,
-    8193,
     8196,
 )
 BOUNDARIES += (8200, 10240, 10244)
@@ -88,8 +88,10 @@ def test_misaligned_tensors_of_any_dtype(check: Emulator, direction: str, dtypes
 
 @both_directions
 @pytest.mark.parametrize(
-    ("n", "columns"), [(9, 9), (27, 9), (45, 9), (147, 49), (147, 3), (576, 9), (1152, 9), (4608, 9), (8192, 2)]
-)
+    ("n", "columns"),
+    [(9, 9), (27, 9), (45, 9), (36, 9), (108, 9), (40, 4), (147, 49), (147, 3), (576, 9), (576, 64), (1152, 9),
+     (4608, 9), (6144, 2), (10240, 5)],
+)  # fmt: skip
 @pytest.mark.parametrize("dtypes", [(F32, F32), (F32, BF16)], ids=ids)
 def test_transposed_filters(check: Emulator, direction: str, n: int, columns: int, dtypes: Dtypes) -> None:
     check_all(check, problem([Layer(some_filters(n), n, columns)], *dtypes), direction)
