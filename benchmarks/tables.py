@@ -3,6 +3,7 @@
 Each is between two comments, the first of which names it. A test checks that they match the records.
 """
 
+import json
 import re
 from collections.abc import Sequence
 from statistics import geometric_mean
@@ -13,6 +14,7 @@ from .report import Record, pick
 
 DOCUMENTS = (machine.ROOT / "README.md", machine.ROOT / "docs/pages/performance.md")
 RESULTS = machine.ROOT / "benchmarks/results"
+DIRECTIONS = ("forward", "backward")
 END = "<!-- end of table -->"
 PLACE = re.compile(rf"<!-- table of benchmarks/tables.py: (\w+) -->\n.*?{END}", re.DOTALL)
 # The machines: suffixes of their record files, and what to add to the facts in the records of benchmarks.align.
@@ -149,6 +151,27 @@ def steps() -> list[str]:
     return lines
 
 
+def machine_code() -> list[str]:
+    """Predicted for ResNet-50 and for inputs, by the machine code that the model executed."""
+    found = json.loads((RESULTS / "machine-code.json").read_text())
+    layouts = {"weights, one layout": found, "weights, contiguous to channels_last": found["channels_last"]}
+    lines = head(
+        "float32 to bfloat16", "instructions a value", *(f"{name}, of the copy rate" for name in found["predicted"])
+    )
+    for layout, figures in layouts.items():
+        (whole,) = pick(figures["instructions_per_value"], n=None)
+        shares = ([chip[f"{d}_copy_fraction"] for d in DIRECTIONS] for chip in figures["predicted"].values())
+        instructions = "; ".join(f"{whole[d]:.1f}" for d in DIRECTIONS)
+        lines.append(row(layout, instructions, *("; ".join(f"{share:.1%}" for share in both) for both in shares)))
+    for r in found["inputs"]:
+        instructions = "; ".join(f"{r[f'{d}_instructions_per_value']:.1f}" for d in DIRECTIONS)
+        shares = ([r[f"{d}_copy_fraction_{name}"] for d in DIRECTIONS] for name in found["predicted"])
+        lines.append(
+            row(f"input {r['input']}", instructions, *("; ".join(f"{share:.1%}" for share in both) for both in shares))
+        )
+    return lines
+
+
 def summary() -> list[str]:
     """For the machine measured last."""
     rivals = ("eager", "timm", "compile", "plain")
@@ -168,7 +191,7 @@ def summary() -> list[str]:
     return lines
 
 
-TABLES = {"summary": summary, "align": align, "layers": layers, "steps": steps}
+TABLES = {"summary": summary, "align": align, "layers": layers, "steps": steps, "machine_code": machine_code}
 
 
 def with_tables(text: str) -> str:

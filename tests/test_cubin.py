@@ -27,7 +27,7 @@ def test_registers_and_spills(architecture):
     for name, used in usage.items():
         assert used.registers <= MAX_REGISTERS, name
         assert used.stack == used.local == 0, f"{name} spills"
-        assert used.shared <= 48 * 1024, name
+        assert used.shared <= 6 * 1024, name  # beside kMostSharedBytes
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

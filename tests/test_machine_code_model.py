@@ -4,6 +4,7 @@ must not go unnoticed; the model of the chip where its result is known."""
 import dataclasses
 import functools
 import itertools
+import json
 import pathlib
 import sys
 
@@ -13,7 +14,7 @@ from weightalign_cuda.ops import library, native_library
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 
-from benchmarks.machine_code import chip, flat, input, predict, sass, semantics, static
+from benchmarks.machine_code import chip, flat, input, predict, report, sass, semantics, static
 from benchmarks.machine_code.problem import Image, Layer
 from benchmarks.machine_code.step import UnknownInstruction
 
@@ -128,6 +129,22 @@ def test_scheduling_is_decoded():
         sass.Register("R", 53, absolute=True),
         sass.Number(1.0),
     )
+
+
+RECORD = pathlib.Path(__file__).parent.parent / "benchmarks/results/machine-code.json"
+
+
+@pytest.mark.slow
+def test_instructions_are_as_recorded():
+    """A path that takes more of them does so on purpose: with `--out` as below its record is made anew."""
+    recorded, now = json.loads(RECORD.read_text()), report.full_report(native_library.PATH)
+    layouts = [(recorded, now), (recorded["channels_last"], now["channels_last"])]
+    paths = [
+        pair for old, new in layouts for pair in zip(*(r["instructions_per_value"] for r in (old, new)), strict=True)
+    ]
+    for old, new in [*paths, *zip(recorded["inputs"], now["inputs"], strict=True)]:
+        for name in (name for name in old if name.endswith(("forward", "backward", "instructions_per_value"))):
+            assert new[name] <= 1.05 * old[name], f"{old}: {new}; python -m benchmarks.machine_code --out {RECORD}"
 
 
 def test_no_spills():

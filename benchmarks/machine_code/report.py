@@ -1,10 +1,10 @@
 """All figures of a library, as they go into the JSON file: static ones, and those of ResNet-50's launches on sm_90."""
 
 import dataclasses
+import functools
 import math
 import pathlib
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -34,24 +34,29 @@ class WrongResultError(AssertionError):
 
 
 def static_report(path: pathlib.Path) -> Report:
-    return {"library": str(path), "static": [dataclasses.asdict(f) for f in static.figures(path)]}
+    return {"static": [dataclasses.asdict(f) for f in static.figures(path)]}
 
 
 def full_report(path: pathlib.Path) -> Report:
-    """Static figures; those of launches with one layout on both sides; and, as `channels_last`, of the same launches
-    from contiguous weights to filters in channels_last."""
-    library = Library(path)
-    transposed = _of_launches(library, [_layer(shape, math.prod(shape[2:])) for _, shape in NETWORK.layers])
-    straight = _of_launches(library, [_layer(shape) for _, shape in NETWORK.layers])
-    return static_report(path) | straight | {"channels_last": transposed, "inputs": _of_inputs(library)}
+    """Static figures; those of launches with one layout on both sides; as `channels_last`, of the same launches from
+    contiguous weights to filters in channels_last; and of inputs."""
+    with ProcessPoolExecutor() as pool:  # the interpreter is Python
+        straight, transposed = (pool.submit(_of_launches, path, is_transposed) for is_transposed in (False, True))
+        inputs = [pool.submit(_of_input, path, name) for name in INPUTS]
+        found = static_report(path) | straight.result() | {"channels_last": transposed.result()}
+        return found | {"inputs": [each.result() for each in inputs]}
 
 
-def _layer(shape: Sequence[int], columns: int = 1) -> Layer:
-    return Layer(shape[0], math.prod(shape[1:]), columns if columns > 1 else 0)
+_library = functools.cache(Library)  # read once in each process
 
 
-def _of_launches(library: Library, network: Sequence[Layer]) -> Report:
-    executed = {direction: library.execute(network, direction) for direction in DIRECTIONS}
+def _of_launches(path: pathlib.Path, is_transposed: bool) -> Report:
+    columns = (math.prod(shape[2:]) if is_transposed else 1 for _, shape in NETWORK.layers)
+    network = [
+        Layer(shape[0], math.prod(shape[1:]), count if count > 1 else 0)
+        for (_, shape), count in zip(NETWORK.layers, columns, strict=True)
+    ]
+    executed = {direction: _library(path).execute(network, direction) for direction in DIRECTIONS}
     _check(executed)
     return {
         "instructions_per_value": _instructions_per_value(executed),
@@ -60,21 +65,18 @@ def _of_launches(library: Library, network: Sequence[Layer]) -> Report:
     }
 
 
-def _of_inputs(library: Library) -> list[Report]:
+def _of_input(path: pathlib.Path, name: str) -> Report:
     """Of a convolution's input alone, float32 and contiguous outside, bfloat16 and channels_last inside."""
-    found = []
-    for name, image in INPUTS.items():
-        row: Report = {"input": name}
-        for direction in DIRECTIONS:
-            turned = image if direction == "forward" else image.turned
-            launch = input.execute(library, turned, direction)
-            _check({direction: [launch]})
-            row[f"{direction}_instructions_per_value"] = 32 * launch.instructions / image.values
-            for where in chip.CHIPS:
-                seconds = launch.on(where).microseconds / 1e6
-                row[f"{direction}_copy_fraction_{where.name}"] = image.bytes_min / seconds / 1e9 / where.copy_rate
-        found.append(row)
-    return found
+    image = INPUTS[name]
+    row: Report = {"input": name}
+    for direction in DIRECTIONS:
+        launch = input.execute(_library(path), image if direction == "forward" else image.turned, direction)
+        _check({direction: [launch]})
+        row[f"{direction}_instructions_per_value"] = 32 * launch.instructions / image.values
+        for where in chip.CHIPS:
+            seconds = launch.on(where).microseconds / 1e6
+            row[f"{direction}_copy_fraction_{where.name}"] = image.bytes_min / seconds / 1e9 / where.copy_rate
+    return row
 
 
 def flat_report() -> dict[str, dict[str, float]]:

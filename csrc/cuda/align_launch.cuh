@@ -50,6 +50,15 @@ int threads_of(const AlignList& list) {
     return suffices ? kHalf : AlignShape<Acc>::kThreads;
 }
 
+// Of every launch, beside up to 6 KB that kernels have of their own: beyond 48 KB they would have to opt in.
+constexpr size_t kMostSharedBytes = 42 << 10;
+template <class Acc>
+constexpr bool kFitsWithoutOptIn =
+    AlignShape<Acc>::values(kVectorChunk<Acc>) * AlignShape<Acc>::kThreads * sizeof(Acc) <= kMostSharedBytes &&
+    prepare_shared_bytes<Acc>(kMinChannelsLog2, false) <= kMostSharedBytes &&
+    prepare_shared_bytes<Acc>(kMinChannelsLog2 + 1, true) <= kMostSharedBytes;
+static_assert(kFitsWithoutOptIn<float> && kFitsWithoutOptIn<double>);
+
 template <Direction kDirection, class Acc, class Table>
 cudaError_t launch_table(const Table& table, uint32_t blocks, int threads, size_t shared_bytes, cudaStream_t stream) {
     void (*kernel)(Table) =

@@ -39,7 +39,7 @@ uint64_t tiles_of(const PrepareTask& task, PrepareEntry& entry) {
     // A wide chunk must stay within a tile. And two tiles with the offsets of many positions are too much memory.
     const bool at_least_8 = task.saved || (entry.from_access != Access::kSingle && entry.from_by_channels) ||
                             (entry.to_access != Access::kSingle && entry.to_by_channels);
-    entry.channels_log2 = at_least_8 ? 3 : kMinChannelsLog2;
+    entry.channels_log2 = at_least_8 ? kMinChannelsLog2 + 1 : kMinChannelsLog2;
     while (entry.channels_log2 < kMaxChannelsLog2 && (1u << entry.channels_log2) < task.channels) ++entry.channels_log2;
     const uint32_t positions = uint32_t(kTileValues<Acc>) >> entry.channels_log2;
     entry.position_tiles = Divisor((entry.positions + positions - 1) / positions);

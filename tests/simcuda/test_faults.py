@@ -141,6 +141,21 @@ def test_devices_that_do_not_serve(settings, expected):
     assert (done.returncode, expected in done.stdout) == (0, True), done.stdout + done.stderr
 
 
+def test_parameters_beyond_4_kb_on_an_old_driver():
+    """With kernels of CUDA 12.0, whose drivers do not take them. Those of CUDA 13 refuse the driver before."""
+    done = python("""
+import simcuda, torch, weightalign_cuda as wa
+weights = [torch.full((4, 9), float(i), device="cuda").cos_() for i in range(40)]
+wa.align(weights[0])  # the device serves
+simcuda.runtime().simcuda_set_driver(12000)
+before = simcuda.runtime().simcuda_launches()
+aligned = wa.align_foreach(weights)
+print(simcuda.runtime().simcuda_launches() - before)
+torch.testing.assert_close(aligned[-1], wa.align(weights[-1]))
+""")
+    assert (done.returncode, done.stdout.split()) == (0, ["3"]), done.stderr
+
+
 ALIGN = """
 import torch, weightalign_cuda as wa
 weight = torch.arange(36.0).view(4, 9).sin()

@@ -31,6 +31,8 @@ void simcuda_seed(unsigned seed) {
     machine().favourite = nullptr;
 }
 
+void simcuda_set_driver(int version) { machine().settings.driver = version; }
+
 long long simcuda_launches() { return machine().launches; }
 }
 #pragma GCC visibility pop
