@@ -17,11 +17,12 @@ class Run:
     batch: int = 64
     rate: float = 0.1
     seed: int = 0
-    dataset: str = "folder"  # a name in data.DATASETS
+    dataset: str = "folder"  # in data.DATASETS, or sources.FILES
+    splits: tuple[str, str] = ("train", "test")  # to train and to test with
     size: int | None = None  # images are resized to this height and width; None: as they are
     train_images: int | None = None  # None: all
     test_images: int | None = None
-    validate: bool = False  # test on training images that are left out of the training
+    validate: bool = False  # test on images of the training split that are left out of the training
     epochs: int = 5
     schedule: str = "cosine"  # or steps
     drops: tuple[float, ...] = ()  # of the schedule "steps": after these shares of the training the rate falls tenfold
@@ -44,8 +45,8 @@ class Run:
     @property
     def name(self) -> str:
         """In the progress bar, and of the checkpoint."""
-        extra = "" if self.pretrained is None else f" {self.gain}"
-        return f"{self.experiment} {self.network} {self.label}{extra} batch {self.batch} rate {self.rate:g} seed {self.seed}"
+        label = self.label if self.pretrained is None else f"{self.label} ({self.gain})"
+        return f"{self.experiment}: {self.network} {label}, batch {self.batch}, rate {self.rate:g}, seed {self.seed}"
 
     def at(self, progress: float) -> float:
         """The learning rate after a share of the training."""

@@ -25,7 +25,7 @@ class Images:
 
 
 def chosen(labels: Sequence[int], classes: int, count: int | None, skip: int) -> list[int]:
-    """Positions of `count` images, as many of each class, after the first `skip` of them. In a fixed order, by class."""
+    """Where `count` images are: as many of each class, after the first `skip`, in a fixed order, by class."""
     per_class, skipped = (None if n is None else n // classes for n in (count, skip))
     places: list[list[int]] = [[] for _ in range(classes)]
     for place, label in enumerate(labels):
@@ -47,13 +47,13 @@ def decoded(images: Sequence[Any], size: int | None) -> Tensor:
 
 
 def folder(path: pathlib.Path, split: str, count: int | None, skip: int, size: int | None) -> Images:
-    """train/CLASS/IMAGE and test/CLASS/IMAGE (or val/), in a folder or a zip file."""
+    """SPLIT/CLASS/IMAGE, in a folder or a zip file."""
     from PIL import Image
 
     root: Any = zipfile.Path(path) if zipfile.is_zipfile(path) else path
-    top = next((root / name for name in (split, "val") if (root / name).is_dir()), None)
-    if top is None:
-        raise ValueError(f"{path}: there is no folder {split}/CLASS")
+    top = root / split
+    if not top.is_dir():
+        raise ValueError(f"{path}: there is no folder {split} with a folder for each class")
     classes = sorted((each for each in top.iterdir() if each.is_dir()), key=lambda each: each.name)
     files = [(file, i) for i, each in enumerate(classes) for file in sorted(each.iterdir(), key=lambda f: f.name)]
     kept = [files[place] for place in chosen([label for _, label in files], len(classes), count, skip)]

@@ -1,7 +1,7 @@
 """The experiments for two cores, as lists of runs: seed by seed, so that what is there at any time is balanced.
 
-Network: ResNet-8 of width 16 (75,000 weights). Images: 3,000 to train with and 2,000 to test with, averaged to 16x16, so
-that the last stage sees 4x4 positions, as that of a CIFAR ResNet-18 does. 5 epochs with a cosine schedule.
+Network: ResNet-8 of width 16 (75,000 weights). Images: 3,000 to train with and 2,000 to test with, averaged to 16x16,
+so that the last stage sees 4x4 positions, as that of a CIFAR ResNet-18 does. 5 epochs with a cosine schedule.
 
 Learning rates: every combination of norm and alignment gets the same budget, RATES at the largest and, in the batch
 sweep, at the smallest batch: one seed, 2 epochs, and the error on 1,000 training images that are not trained on. The
@@ -15,7 +15,11 @@ from .config import Run
 
 SEEDS = (0, 1, 2)
 BATCHES = (64, 16, 4, 2, 1)
-RATES = {64: (0.03, 0.1, 0.3), 1: (0.001, 0.003, 0.01)}
+RATES = {
+    ("resnet8", 64): (0.03, 0.1, 0.3),
+    ("resnet8", 1): (0.001, 0.003, 0.01),
+    ("vgg16-16", 64): (0.01, 0.03, 0.1),
+}
 BASE = Run("", "resnet8", size=16, train_images=3000, test_images=2000)
 SWEEP = (("bn", "none"), ("gn", "none"), ("none", "wa"), ("bn", "wa"), ("gn", "wa"))
 EACH_NORM = [(norm, align) for norm in ("none", "bn", "gn", "ln", "in") for align in ("none", "wa")]
@@ -33,7 +37,7 @@ def tuning() -> list[Run]:
     for network, epochs in ABLATED.items():
         settings += [base.but(network=network, align=align, epochs=epochs * 2 // 5) for align in ABLATION]
     unique = dict.fromkeys(settings)
-    return [run.but(rate=rate) for run in unique for rate in RATES[run.batch]]
+    return [run.but(rate=rate) for run in unique for rate in RATES[run.network, run.batch]]
 
 
 def tuned(records: Sequence[dict]) -> Tuned:

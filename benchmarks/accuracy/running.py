@@ -13,7 +13,8 @@ from .. import machine
 from ..console import progress
 from . import experiments, logs
 from .config import Run
-from .training import Place, processes, train
+from .sources import processes, source
+from .training import Place, train
 
 
 def runs_of(names: Sequence[str], folder: pathlib.Path) -> list[Run]:
@@ -29,7 +30,7 @@ def run_all(runs: Sequence[Run], place: Place, folder: pathlib.Path, data: str) 
     screen.print(f"{len(todo)} of {len(runs)} runs are to be done", highlight=False)
     facts = machine.facts(place.device.type)
     with progress(screen) as bar:
-        task = bar.add_task("", total=sum(run.epochs * len(place.images(run)[0]) for run in todo))
+        task = bar.add_task("", total=sum(run.epochs * len(source(run, place.data, place.device)) for run in todo))
         for run in todo:
             bar.update(task, description=run.name)
             begun = time.monotonic()

@@ -1,7 +1,7 @@
 """One training run, which goes on exactly where it was killed.
 
-The order of the images, and how each is augmented, follow from seed, epoch and step. A checkpoint needs the weights,
-the momentum, torch's random state (dropout) and the position besides; it is written next to its place, then moved there.
+A checkpoint holds the weights, the momentum, torch's random state (for dropout) and the position: batches follow from
+the position alone. It is written next to its place, then moved there.
 """
 
 import contextlib
@@ -11,7 +11,7 @@ import json
 import os
 import pathlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -21,12 +21,10 @@ from torch import Tensor, nn
 
 from . import alignment, networks
 from .config import Run
-from .data import Images, Normalise, augmented, read
-from .shifts import shifted
+from .sources import VOID, Batches, processes, source
 from .variance import activation_variance
 
 CHECKPOINT_SECONDS = 60.0
-EVALUATED_AT_ONCE = 500
 Advance = Callable[[int], None]
 
 
@@ -36,31 +34,11 @@ class Place:
 
     data: pathlib.Path
     work: pathlib.Path
-    device: torch.device = torch.device("cpu")
+    device: torch.device
 
     def checkpoint(self, run: Run) -> pathlib.Path:
         text = json.dumps(run.to_json(), sort_keys=True)
         return self.work / f"{hashlib.sha256(text.encode()).hexdigest()[:16]}.pt"
-
-    def images(self, run: Run) -> tuple[Images, Images]:
-        """To train with, and to test with."""
-        what = run.dataset, self.data
-        training = read(*what, "train", run.train_images, 0, run.size)
-        held_out = ("train", run.test_images, run.train_images) if run.validate else ("test", run.test_images, 0)
-        test = read(*what, *held_out, run.size)
-        training, test = (dataclasses.replace(x, pixels=shifted(x.pixels, run.shift)) for x in (training, test))
-        return training.to(self.device), test.to(self.device)
-
-
-def processes() -> tuple[int, int]:
-    """This process's number, and of how many it is, under torchrun."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-
-
-def generator(*numbers: int) -> torch.Generator:
-    """Random numbers that depend on all of `numbers`."""
-    seed = int.from_bytes(hashlib.sha256(repr(numbers).encode()).digest()[:8], "little", signed=True)
-    return torch.Generator().manual_seed(seed)
 
 
 class Training:
@@ -68,19 +46,21 @@ class Training:
 
     def __init__(self, run: Run, place: Place) -> None:
         self.run, self.place = run, place
-        self.images, self.test = place.images(run)
-        self.normalise = Normalise(self.images.pixels)
+        self.source = source(run, place.data, place.device)
         self.model = self._model().to(place.device)
         self.step_model = nn.parallel.DistributedDataParallel(self.model) if dist.is_initialized() else self.model
         self.optimizer = torch.optim.SGD(
             self.model.parameters(), run.rate, run.momentum, weight_decay=run.weight_decay, fused=True
         )
-        self.step, self.loss_sum, self.epochs, self.diverged_at = 0, 0.0, [], None
-        self.steps_per_epoch = len(self.images) // run.batch
+        self.step, self.loss_sum = 0, 0.0
+        self.epochs: list[dict[str, float]] = []
+        self.diverged_at: int | None = None
+        self.batches: Batches | None = None
+        self.steps_per_epoch = len(self.source) // run.batch
 
     def _model(self) -> nn.Module:
         torch.manual_seed(self.run.seed)
-        run, classes = self.run, self.images.classes
+        run, classes = self.run, self.source.classes
         if run.pretrained is None:
             return networks.build(run.network, run.norm, run.align, classes)
         before = run.pretrained
@@ -94,16 +74,11 @@ class Training:
         return self.diverged_at is not None or self.step == self.run.epochs * self.steps_per_epoch
 
     def batch(self) -> tuple[Tensor, Tensor]:
-        """Of the current step; this process's share."""
+        """Of the current step."""
         epoch, place = divmod(self.step, self.steps_per_epoch)
-        rank, world = processes()
-        if place == 0 or not hasattr(self, "order"):
-            self.order = torch.randperm(len(self.images), generator=generator(self.run.seed, epoch))
-        which = self.order[place * self.run.batch : (place + 1) * self.run.batch]
-        pixels, labels = self.images.pixels[which], self.images.labels[which]
-        if self.run.augment:
-            pixels = augmented(pixels, generator(self.run.seed, self.step, 1))
-        return self.normalise(pixels[rank::world]), labels[rank::world]
+        if place == 0 or self.batches is None:
+            self.batches = self.source.batches(epoch, place)
+        return next(self.batches)
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         return torch.autocast(self.place.device.type, torch.bfloat16, enabled=self.run.precision == "bfloat16")
@@ -114,7 +89,7 @@ class Training:
             group["lr"] = self.run.at(self.step / (self.run.epochs * self.steps_per_epoch))
         x, y = self.batch()
         with self.autocast():
-            loss = F.cross_entropy(self.step_model(x), y)
+            loss = loss_of(self.step_model(x), y)
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()
@@ -129,17 +104,25 @@ class Training:
 
     @torch.no_grad()
     def error(self, shift: str = "none") -> float:
-        """The share of test images that are classified wrongly: at random by a network that gives NaN."""
+        """The share of test images that are classified wrongly; for segmentation 1 - mIoU. A network that gives NaN
+        predicts class 0."""
         self.model.eval()
-        pixels, wrong = shifted(self.test.pixels, shift), 0
-        for x, y in zip(pixels.split(EVALUATED_AT_ONCE), self.test.labels.split(EVALUATED_AT_ONCE), strict=True):
+        classes = self.source.classes
+        counts = torch.zeros(classes, classes, dtype=torch.long, device=self.place.device)
+        for x, y in self.source.tests(shift):
             with self.autocast():
-                wrong += int((self.model(self.normalise(x)).argmax(1) != y).sum())
+                scores = scores_of(self.model(x))
+            known = y != VOID if y.dim() > 1 else ...
+            pairs = classes * y[known] + scores.argmax(1)[known]
+            counts += pairs.bincount(minlength=classes**2).view(classes, classes)
         self.model.train()
-        return wrong / len(self.test)
+        right = counts.diagonal().double()
+        if y.dim() > 1:
+            return 1 - float((right / (counts.sum(0) + counts.sum(1) - right)).nanmean())
+        return 1 - float(right.sum() / counts.sum())
 
     def variance(self) -> list[float]:
-        return activation_variance(self.model, self.normalise(self.test.pixels[::10]))
+        return activation_variance(self.model, next(self.source.tests())[0])
 
     def state(self) -> dict[str, Any]:
         names = ("step", "loss_sum", "epochs", "diverged_at")
@@ -168,6 +151,15 @@ class Training:
             torch.set_rng_state(state["random"].cpu())
             for name, value in state["position"].items():
                 setattr(self, name, value)
+
+
+def scores_of(output: Any) -> Tensor:
+    """torchvision's segmentation models give a dictionary."""
+    return output["out"] if isinstance(output, dict) else output
+
+
+def loss_of(output: Any, target: Tensor) -> Tensor:
+    return F.cross_entropy(scores_of(output), target, ignore_index=VOID if target.dim() > 1 else -100)
 
 
 def train(run: Run, place: Place, advance: Advance = lambda images: None) -> dict[str, Any]:
