@@ -34,7 +34,7 @@ class Run:
     shifts: tuple[str, ...] = ()  # also tested, after training, on images that went through these
     variance: bool = False  # records the variance of activations at each depth, before and after the training
     pretrained: "Run | None" = None  # fine-tunes the network of this run
-    gain: str = "ones"  # how a pretrained network is aligned: ones, preserve
+    gain: str = "ones"  # or preserve: as wa.convert takes it, for weights that were trained before
 
     @property
     def label(self) -> str:

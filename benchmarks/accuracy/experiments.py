@@ -116,6 +116,12 @@ def finetuning(tuned: Tuned) -> list[Run]:
     return runs
 
 
+def part(tuned: Tuned) -> list[Run]:
+    """What a repetition within an hour on two cores runs: the first seed, without batch 1 and the larger network."""
+    runs = [run for experiment in EXPERIMENTS.values() for run in experiment(tuned)]
+    return [run for run in runs if run.seed == SEEDS[0] and run.batch > 1 and "vgg" not in run.network]
+
+
 EXPERIMENTS: dict[str, Callable[[Tuned], list[Run]]] = {
     "variance": variance, "batch": batch, "ablation": ablation, "norms": norms, "finetuning": finetuning
 }  # fmt: skip

@@ -2,10 +2,11 @@
 start as Fixup's (Zhang, Dauphin, Ma, ICLR 2019)."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torchvision.models import resnet, vgg
+from torchvision.models import resnet, segmentation, vgg
 
 from . import alignment
 
@@ -78,10 +79,28 @@ def cifar_vgg(width: int) -> Callable[..., nn.Module]:
     def build(norm: NormLayer, classes: int) -> nn.Module:
         sizes = [each if each == "M" else each * width // 64 for each in vgg.cfgs["D"][:-1]]
         model = vgg.VGG(vgg.make_layers(sizes, batch_norm=norm is not Scalars), classes)
-        for i, module in enumerate(model.features):
-            if isinstance(module, nn.BatchNorm2d):
-                model.features[i] = norm(module.num_features)
+        replace_norms(model, norm)
         model.avgpool, model.classifier = nn.AdaptiveAvgPool2d(1), nn.Linear(sizes[-1], classes)
+        return model
+
+    return build
+
+
+def replace_norms(model: nn.Module, norm: NormLayer) -> None:
+    """For networks of torchvision that only know batch norm."""
+    for name, module in list(model.named_modules()):
+        if isinstance(module, nn.BatchNorm2d):
+            parent, _, attribute = name.rpartition(".")
+            setattr(model.get_submodule(parent), attribute, norm(module.num_features))
+
+
+def deeplab(weights: Any = None) -> Callable[..., nn.Module]:
+    """DeepLabv3 with a ResNet-50, whose first `weights` torchvision downloads."""
+
+    def build(norm: NormLayer, classes: int) -> nn.Module:
+        model = segmentation.deeplabv3_resnet50(weights_backbone=weights, num_classes=classes)
+        if norm is not nn.BatchNorm2d:
+            replace_norms(model, norm)
         return model
 
     return build
@@ -114,12 +133,14 @@ NETWORKS: dict[str, Callable[..., nn.Module]] = {
     "resnet34": cifar_resnet(resnet.BasicBlock, [3, 4, 6, 3]),
     "resnet50": cifar_resnet(resnet.Bottleneck, [3, 4, 6, 3]),
     "imagenet-resnet50": imagenet_resnet(resnet.Bottleneck, [3, 4, 6, 3]),
+    "deeplabv3-resnet50": deeplab(),
+    "deeplabv3-resnet50-imagenet": deeplab(resnet.ResNet50_Weights.IMAGENET1K_V1),
 }
 
 
-def build(network: str, norm: str, align: str, classes: int) -> nn.Module:
+def build(network: str, norm: str, align: str, classes: int, gain: str = "ones") -> nn.Module:
     """With weights from torch's global random numbers."""
-    model = alignment.align(NETWORKS[network](NORMS[norm], classes), align)
+    model = alignment.align(NETWORKS[network](NORMS[norm], classes), align, gain)
     if norm == "none":
         fixup(model)
     return model

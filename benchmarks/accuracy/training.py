@@ -62,7 +62,7 @@ class Training:
         torch.manual_seed(self.run.seed)
         run, classes = self.run, self.source.classes
         if run.pretrained is None:
-            return networks.build(run.network, run.norm, run.align, classes)
+            return networks.build(run.network, run.norm, run.align, classes, run.gain)
         before = run.pretrained
         train(before, self.place)
         model = networks.build(before.network, before.norm, before.align, classes)
