@@ -22,6 +22,7 @@ def parser() -> argparse.ArgumentParser:
     result = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = result.add_subparsers(dest="command", required=True)
     names = ("tuning", *experiments.EXPERIMENTS)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     run, repeat, recipe = (commands.add_parser(name) for name in ("run", "repeat", "recipe"))
     run.add_argument("--experiment", nargs="+", choices=names, default=names)
     recipe.add_argument("name", choices=recipes.RECIPES)
@@ -29,9 +30,7 @@ def parser() -> argparse.ArgumentParser:
     for command in (run, repeat, recipe):
         command.add_argument("--data", type=pathlib.Path, required=True, help="a folder, or a zip file of one")
         command.add_argument("--label", help="what records call the images (default: the name of the file)")
-        command.add_argument(
-            "--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu"
-        )
+        command.add_argument("--device", choices=("cpu", "cuda"), default=device)
         command.add_argument("--out", type=pathlib.Path, default=pathlib.Path("out/accuracy"), help="checkpoints")
     commands.add_parser("report")
     for command in commands.choices.values():

@@ -75,7 +75,7 @@ def ablation_claims(records: Sequence[Record]) -> list[Claim]:
     table, claims = Table(records), []
     for network in experiments.ABLATED:
         by = paper.ABLATION["VGG16" if "vgg" in network else "ResNet-18"]
-        for align in (each for each in experiments.ABLATION if each != "wa"):
+        for align in (each for each in experiments.ABLATION if each not in ("wa", "corrected")):
             said = paper.SCALES.get(align, "")
             if align in by:
                 value, whole = by[align], by["wa"]

@@ -1,5 +1,5 @@
-"""What the paper reports (arXiv 2010.07160), errors in percent: other data and networks than ours, so only the order and
-the rough size of differences can be compared."""
+"""What the paper reports (arXiv 2010.07160), errors in percent. Its networks and data are not ours, so only the
+order and the rough size of differences can be compared."""
 
 # CIFAR-100, read off a plot: by norm, at each batch size.
 BATCHES = (64, 8, 4, 2)

@@ -18,7 +18,7 @@ BAND = 0.15
 
 
 def batch_sizes(records: Sequence[Record], path: pathlib.Path, title: str) -> None:
-    figure, axes = plt.subplots(figsize=(5.6, 3.4), layout="constrained")
+    axes = plt.figure(figsize=(5.6, 3.4), layout="constrained").subplots()
     table = Table(records)
     for norm, align in experiments.SWEEP:
         label = run_label(records, norm, align)

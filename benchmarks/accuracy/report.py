@@ -88,16 +88,19 @@ def paper_ablation(by: dict[str, float | None], align: str) -> str:
 
 
 def variance(records: Sequence[Record]) -> list[str]:
-    lines = setting(records)
-    lines += head(
-        "variance, last layer / first", "50 layers", "150 layers", "50, circular padding", "50, trained", "a layer"
-    )
-    shown_as = (("chain50", "start_variance"), ("chain150", "start_variance"), ("chain50-circular", "start_variance"),
-                ("chain50", "variance"))  # fmt: skip
+    columns = {
+        "50 layers": ("chain50", "start_variance"),
+        "150 layers": ("chain150", "start_variance"),
+        "50, circular padding": ("chain50-circular", "start_variance"),
+        "50, trained": ("chain50", "variance"),
+    }
+    lines = [*setting(records), *head("variance, last layer / first", *columns, "each layer")]
     for norm, align in dict.fromkeys((run_of(r).norm, run_of(r).align) for r in records):
         own = [r for r in records if (run_of(r).norm, run_of(r).align) == (norm, align)]
-        cells = [spread([claims.variance_factor(r, field, len(r[field])) for r in own
-                         if run_of(r).network == network and field in r]) for network, field in shown_as]  # fmt: skip
+        cells = []
+        for network, field in columns.values():
+            there = [r for r in own if run_of(r).network == network and field in r]
+            cells.append(spread([claims.variance_factor(r, field, len(r[field])) for r in there]))
         deep = [r for r in own if run_of(r).network == "chain50-circular"]
         by_layer = claims.variance_by_layer(deep, "start_variance", 50)
         each = "" if by_layer is None else f"x {by_layer.mean:.3f}"
@@ -129,12 +132,12 @@ def variance_verdict(records: Sequence[Record]) -> list[str]:
         return [f"With WA it stays within {WITHIN:g}x through 50 layers, as the paper derives."]
     kept = 1 - 1 / math.pi
     return [
-        f"**With WA it does not stay within {WITHIN:g}x through 50 layers: the paper's derivation is contradicted.** It "
-        "counts E[x²] of what a layer gets, as if the weights of a filter were independent. But an aligned filter sums "
-        "to 0, so the mean of x cancels, and only its variance passes. After a ReLU that is (1 - 1/π)/2 of the variance "
-        f"before it, not 1/2: each layer keeps 1 - 1/π = {kept:.3f} (last column). {kept**-0.5:.3f} times the scale, "
-        "`scale=` of our layers, makes up for it; NFNets have that factor (Brock, De, Smith, ICLR 2021). Zero padding "
-        "takes a little more at the borders.",
+        f"**With WA it does not stay within {WITHIN:g}x through 50 layers, which contradicts the paper's derivation.** "
+        "That counts E[x²] of what a layer gets, as if the weights of a filter were independent. But an aligned filter "
+        "sums to 0, so the mean of x cancels, and only its variance passes. After a ReLU that is (1 - 1/π)/2 of the "
+        f"variance before it, not 1/2: each layer keeps 1 - 1/π = {kept:.3f}, beside the last column, which is from the "
+        f"layers with circular padding. {kept**-0.5:.3f} times the scale, `scale=` of our layers, makes up for it; "
+        "NFNets have that factor (Brock, De, Smith, ICLR 2021). Zero padding takes more, at the borders.",
     ]
 
 
@@ -154,8 +157,8 @@ def shift(records: Sequence[Record]) -> list[str]:
 
 
 SHIFT_NOTE = (
-    "Office-31 has photographs of the same things by another camera or from a shop. Here the test images themselves are "
-    "processed, so content and frame stay the same, and only colour, light, contrast and sharpness change."
+    "Office-31 has photographs of the same kinds of things by another camera or from a shop. Here the test images "
+    "themselves are processed: content and frame stay, and only colour, light, contrast and sharpness change."
 )
 
 
