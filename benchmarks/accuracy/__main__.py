@@ -58,7 +58,7 @@ def main() -> None:
     where = running.place(arguments.data, arguments.out, arguments.device)
     label, own = arguments.label or arguments.data.stem, arguments.out / "logs"
     if arguments.command == "recipe":
-        running.run_all([changed(recipes.RECIPES[arguments.name], arguments.set)], where, own, label)
+        running.run_all([changed(recipes.RECIPES[arguments.name], arguments.set)], where, own, label, keep=True)
     elif arguments.command == "repeat":
         runs = experiments.part(experiments.tuned(logs.read(arguments.logs, "tuning")))
         running.run_all(runs, where, own, label)

@@ -82,6 +82,9 @@ def ablation_claims(records: Sequence[Record]) -> list[Claim]:
                 said = "does not train" if value is None or whole is None else f"{value - whole:.2f}"
             difference = table.difference({"network": network, "align": align}, {"network": network, "align": "wa"})
             claims.append(Claim(f"{network}: WA is better than {VARIANTS[align]}, by", said, difference))
+        corrected = ({"network": network, "align": align} for align in ("wa", "corrected"))
+        text = f"(not of the paper) {network}: {VARIANTS['corrected']} is better than WA, by"
+        claims.append(Claim(text, "", table.difference(*corrected)))
     return claims
 
 

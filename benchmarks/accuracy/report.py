@@ -115,11 +115,12 @@ def label_of(norm: str, align: str) -> str:
 
 def spread(values: Sequence[float]) -> str:
     """The geometric mean, and the range over seeds."""
-    usable = [value for value in values if value > 0]
-    if not usable:
-        return "0" if values else ""
-    middle = math.exp(sum(map(math.log, usable)) / len(usable))
-    return f"{middle:.2g} ({min(usable):.2g} to {max(usable):.2g})"
+    if not values or math.isnan(sum(values)):
+        return "diverged" if values else ""
+    if min(values) == 0:
+        return "0"
+    middle = math.exp(sum(map(math.log, values)) / len(values))
+    return f"{middle:.2g} ({min(values):.2g} to {max(values):.2g})"
 
 
 def variance_verdict(records: Sequence[Record]) -> list[str]:
@@ -135,9 +136,9 @@ def variance_verdict(records: Sequence[Record]) -> list[str]:
         f"**With WA it does not stay within {WITHIN:g}x through 50 layers, which contradicts the paper's derivation.** "
         "That counts E[x²] of what a layer gets, as if the weights of a filter were independent. But an aligned filter "
         "sums to 0, so the mean of x cancels, and only its variance passes. After a ReLU that is (1 - 1/π)/2 of the "
-        f"variance before it, not 1/2: each layer keeps 1 - 1/π = {kept:.3f}, beside the last column, which is from the "
-        f"layers with circular padding. {kept**-0.5:.3f} times the scale, `scale=` of our layers, makes up for it; "
-        "NFNets have that factor (Brock, De, Smith, ICLR 2021). Zero padding takes more, at the borders.",
+        f"variance before it, not 1/2: each layer keeps 1 - 1/π = {kept:.3f}. The last column has the factor of each "
+        f"layer with circular padding; zero padding takes more, at the borders. {kept**-0.5:.3f} times the scale "
+        "(`scale=` of our layers) makes up for it. NFNets have that factor (Brock, De, Smith, ICLR 2021).",
     ]
 
 
@@ -188,9 +189,14 @@ def tuning(records: Sequence[Record]) -> list[str]:
     for run in map(run_of, records):
         tried.setdefault((run.network, run.batch), set()).add(run.rate)
     for (network, size), rates in tried.items():
-        own = [f"{label} {rate:g}" for (n, s, label), rate in best.items() if (n, s) == (network, size)]
+        edges = {min(rates), max(rates)}
+        own = [
+            f"{label} {rate:g}{'*' if rate in edges else ''}"
+            for (n, s, label), rate in best.items()
+            if (n, s) == (network, size)
+        ]
         lines.append(row(f"{network}, batch {size}, of {', '.join(f'{r:g}' for r in sorted(rates))}", "; ".join(own)))
-    return lines
+    return [*lines, "", "\\* at the edge of what was tried: more or less might be better still."]
 
 
 SECTIONS: dict[str, tuple[str, Callable[[Sequence[Record]], list[str]]]] = {

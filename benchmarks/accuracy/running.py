@@ -24,8 +24,9 @@ def runs_of(names: Sequence[str], folder: pathlib.Path) -> list[Run]:
     return sorted(runs, key=lambda run: run.seed)
 
 
-def run_all(runs: Sequence[Run], place: Place, folder: pathlib.Path, data: str) -> None:
-    """Those that have no record yet. `data`: what the images are called in the records."""
+def run_all(runs: Sequence[Run], place: Place, folder: pathlib.Path, data: str, keep: bool = False) -> None:
+    """Those that have no record yet. `data`: what the images are called in the records. `keep`: the trained networks,
+    as checkpoints."""
     screen, todo = Console(quiet=processes()[0] > 0), logs.pending(folder, runs)
     screen.print(f"{len(todo)} of {len(runs)} runs are to be done", highlight=False)
     facts = machine.facts(place.device.type)
@@ -38,6 +39,8 @@ def run_all(runs: Sequence[Run], place: Place, folder: pathlib.Path, data: str) 
             seconds = round(time.monotonic() - begun, 1)
             if processes()[0] == 0:
                 logs.add(folder, {"run": run.to_json(), "data": data, **result, "seconds": seconds, "machine": facts})
+                if not keep:
+                    place.checkpoint(run).unlink()
 
 
 def place(data: pathlib.Path, work: pathlib.Path, device: str) -> Place:

@@ -99,7 +99,7 @@ class Training:
             self.diverged_at = self.step
         if self.step % self.steps_per_epoch == 0 or self.diverged_at is not None:
             done = (self.step - 1) % self.steps_per_epoch + 1
-            self.epochs.append({"loss": self.loss_sum / done, "error": self.error()})
+            self.epochs.append({"loss": averaged(self.loss_sum / done), "error": self.error()})
             self.loss_sum = 0.0
 
     @torch.no_grad()
@@ -151,6 +151,16 @@ class Training:
             torch.set_rng_state(state["random"].cpu())
             for name, value in state["position"].items():
                 setattr(self, name, value)
+
+
+def averaged(loss: float) -> float:
+    """Over all processes, each of which has the loss of its share of a batch."""
+    if not dist.is_initialized():
+        return loss
+    everywhere = torch.tensor([loss], dtype=torch.float64)
+    everywhere = everywhere.cuda() if dist.get_backend() == "nccl" else everywhere
+    dist.all_reduce(everywhere)
+    return float(everywhere) / dist.get_world_size()
 
 
 def scores_of(output: Any) -> Tensor:
