@@ -1,7 +1,7 @@
 """The paper's networks with CIFAR stems, and small ones for two cores. Without an activation norm, residual networks
 start as Fixup's (Zhang, Dauphin, Ma, ICLR 2019)."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -33,6 +33,17 @@ NORMS: dict[str, NormLayer] = {
 }
 
 
+def with_classifier(layers: Iterable[nn.Module], channels: int, classes: int) -> nn.Module:
+    """With He's initialisation, as torchvision's networks have it."""
+    model = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, classes))
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+    return model
+
+
 def small_resnet(blocks: int, width: int) -> Callable[..., nn.Module]:
     """He et al.'s CIFAR networks of 6 * blocks + 2 layers: three stages of torchvision's BasicBlock."""
 
@@ -46,11 +57,7 @@ def small_resnet(blocks: int, width: int) -> Callable[..., nn.Module]:
                 shortcut = nn.Sequential(resnet.conv1x1(channels, out, stride), norm(out)) if project else None
                 layers.append(resnet.BasicBlock(channels, out, stride, shortcut, norm_layer=norm))
                 channels = out
-        model = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, classes))
-        for module in model.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-        return model
+        return with_classifier(layers, channels, classes)
 
     return build
 
@@ -78,10 +85,9 @@ def cifar_vgg(width: int) -> Callable[..., nn.Module]:
 
     def build(norm: NormLayer, classes: int) -> nn.Module:
         sizes = [each if each == "M" else each * width // 64 for each in vgg.cfgs["D"][:-1]]
-        model = vgg.VGG(vgg.make_layers(sizes, batch_norm=norm is not Scalars), classes)
-        replace_norms(model, norm)
-        model.avgpool, model.classifier = nn.AdaptiveAvgPool2d(1), nn.Linear(sizes[-1], classes)
-        return model
+        features = vgg.make_layers(sizes, batch_norm=norm is not Scalars)
+        replace_norms(features, norm)
+        return with_classifier(features, sizes[-1], classes)
 
     return build
 
@@ -113,9 +119,8 @@ def chain(depth: int, width: int = 32, padding_mode: str = "zeros") -> Callable[
         layers: list[nn.Module] = []
         for i in range(depth):
             convolution = nn.Conv2d(width if i else 3, width, 3, padding=1, padding_mode=padding_mode, bias=False)
-            nn.init.kaiming_normal_(convolution.weight, nonlinearity="relu")
             layers += [convolution, *([] if norm is Scalars else [norm(width)]), nn.ReLU()]
-        return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, classes))
+        return with_classifier(layers, width, classes)
 
     return build
 
