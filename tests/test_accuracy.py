@@ -307,13 +307,30 @@ def test_variance_of_what_enters_each_relu():
     assert not model.training and not model[1].running_mean.any()
 
 
-@pytest.mark.parametrize(("align", "factor"), [("wa", 1 - 1 / math.pi), ("corrected", 1)])
-def test_aligned_layers_keep_the_variance_after_a_relu(align, factor):
-    """An aligned filter sums to 0, so that the mean of its input cancels; x of the paper's derivation does not."""
+KEPT = 1 - 1 / math.pi  # of the second moment after a ReLU, the share that is variance
+
+
+@pytest.mark.parametrize(
+    ("norm", "align", "forward", "backward"),
+    [("none", "wa", KEPT, 1), ("none", "corrected", 1, 1 / KEPT), ("bn", "none", 1, 1 / KEPT)],
+)
+def test_variance_through_layers(norm, align, forward, backward):
+    """The factor of each layer. An aligned filter sums to 0, so that the mean of its input cancels: alignment keeps the
+    variance of the gradients, or by another scale that of the activations, as batch norm does."""
     torch.manual_seed(0)
-    model = alignment.align(networks.chain(12, 64, "circular")(networks.Scalars, 10), align)
-    found = activation_variance(model, torch.randn(8, 3, 16, 16))
-    assert (found[-1] / found[1]) ** (1 / 10) == pytest.approx(factor, rel=0.05)
+    model = alignment.align(networks.chain(22, 64, "circular")(networks.NORMS[norm], 10), align)
+    x = torch.randn(8, 3, 8, 8)
+    found = activation_variance(model, x)
+    activations = []
+    for layer in model[:-3]:
+        x = layer(x)
+        if isinstance(layer, nn.ReLU):
+            x.retain_grad()
+            activations.append(x)
+    x.backward(torch.randn_like(x))
+    gradients = [float(each.grad.var()) for each in activations]
+    assert (found[-1] / found[1]) ** (1 / 20) == pytest.approx(forward, rel=0.05)
+    assert (gradients[1] / gradients[-2]) ** (1 / 19) == pytest.approx(backward, rel=0.05)
 
 
 @pytest.mark.slow

@@ -16,9 +16,9 @@ from .config import Run
 SEEDS = (0, 1, 2)
 BATCHES = (64, 16, 4, 2, 1)
 RATES = {
-    ("resnet8", 64): (0.03, 0.1, 0.3),
-    ("resnet8", 1): (0.001, 0.003, 0.01),
-    ("vgg16-16", 64): (0.01, 0.03, 0.1),
+    ("resnet8", 64): (0.03, 0.1, 0.3, 1.0),
+    ("resnet8", 1): (0.001, 0.003, 0.01, 0.03),
+    ("vgg16-16", 64): (0.003, 0.01, 0.03, 0.1),
 }
 BASE = Run("", "resnet8", size=16, train_images=3000, test_images=2000)
 SWEEP = (("bn", "none"), ("gn", "none"), ("none", "wa"), ("bn", "wa"), ("gn", "wa"))

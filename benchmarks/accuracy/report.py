@@ -139,6 +139,10 @@ def variance_verdict(records: Sequence[Record]) -> list[str]:
         f"variance before it, not 1/2: each layer keeps 1 - 1/π = {kept:.3f}. The last column has the factor of each "
         f"layer with circular padding; zero padding takes more, at the borders. {kept**-0.5:.3f} times the scale "
         "(`scale=` of our layers) makes up for it. NFNets have that factor (Brock, De, Smith, ICLR 2021).",
+        "",
+        f"But then the variance of the gradients grows by 1/(1 - 1/π) = {1 / kept:.2f} in each layer, as it does with "
+        "batch norm, while the paper's scale keeps the variance of the gradients (a test checks both). Without shortcuts "
+        "a network has one or the other.",
     ]
 
 
