@@ -141,8 +141,8 @@ def variance_verdict(records: Sequence[Record]) -> list[str]:
         "(`scale=` of our layers) makes up for it. NFNets have that factor (Brock, De, Smith, ICLR 2021).",
         "",
         f"But then the variance of the gradients grows by 1/(1 - 1/π) = {1 / kept:.2f} in each layer, as it does with "
-        "batch norm, while the paper's scale keeps the variance of the gradients (a test checks both). Without shortcuts "
-        "a network has one or the other.",
+        "batch norm, while the paper's scale keeps the variance of the gradients (a test checks both). A network "
+        "without shortcuts has one or the other.",
     ]
 
 
