@@ -100,6 +100,11 @@ VARIANTS = {
 }
 
 
+def label_of(norm: str, align: str) -> str:
+    parts = ([norm.upper()] if norm != "none" else []) + ([] if align == "none" else [VARIANTS[align]])
+    return " + ".join(parts) or "plain, He's initialisation"
+
+
 def shift_claims(records: Sequence[Record]) -> list[Claim]:
     """On other domains LN+WA is better than BN."""
     table, by = Table(records, error_shifted), paper.SHIFT

@@ -11,6 +11,7 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from . import experiments
+from .claims import label_of
 from .logs import Record
 from .measured import Table, run_of
 
@@ -65,7 +66,7 @@ def depths(records: Sequence[Record], path: pathlib.Path, title: str) -> None:
             runs = [r for r in chosen if (run_of(r).norm, run_of(r).align) == (norm, align)]
             values = np.array([r[field] for r in runs])
             layers = range(1, values.shape[1] + 1)
-            axes.plot(layers, np.exp(np.log(values).mean(0)), label=run_of(runs[0]).label, linewidth=1.2)
+            axes.plot(layers, np.exp(np.log(values).mean(0)), label=label_of(norm, align), linewidth=1.2)
             axes.fill_between(layers, values.min(0), values.max(0), alpha=BAND)
         axes.set_yscale("log")
         finish(axes, "layer", "variance of activations", "at initialisation" if field != "variance" else "trained")

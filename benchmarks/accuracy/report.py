@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 from ..tables import head, row
 from . import claims, experiments, logs, paper, plots
-from .claims import VARIANTS, Records
+from .claims import VARIANTS, Records, label_of
 from .logs import Record
 from .measured import Estimate, Table, error_shifted, run_of
 
@@ -108,11 +108,6 @@ def variance(records: Sequence[Record]) -> list[str]:
     return [*lines, "", *variance_verdict(records), "", "![Variance against depth](variance.png)"]
 
 
-def label_of(norm: str, align: str) -> str:
-    parts = ([norm.upper()] if norm != "none" else []) + ([] if align == "none" else [VARIANTS[align]])
-    return " + ".join(parts) or "plain, He's initialisation"
-
-
 def spread(values: Sequence[float]) -> str:
     """The geometric mean, and the range over seeds."""
     if not values or math.isnan(sum(values)):
@@ -120,7 +115,7 @@ def spread(values: Sequence[float]) -> str:
     if min(values) == 0:
         return "0"
     middle = math.exp(sum(map(math.log, values)) / len(values))
-    return f"{middle:.2g} ({min(values):.2g} to {max(values):.2g})"
+    return f"{middle:.2g}" + (f" ({min(values):.2g} to {max(values):.2g})" if len(values) > 1 else "")
 
 
 def variance_verdict(records: Sequence[Record]) -> list[str]:
