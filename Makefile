@@ -1,8 +1,9 @@
-# make bench | bench-layers | bench-step | test | simulated-gpu | static | fuzz | demo | gpu-report | lint | docs: each
-# first creates .venv.
+# make bench | bench-layers | bench-step | accuracy | test | simulated-gpu | static | fuzz | demo | gpu-report | lint |
+# docs: each first creates .venv.
 #
 #   TORCH=torch==2.13.0   the torch to install
 #   PY=python3            an existing environment instead of .venv: nothing is downloaded, missing rivals are skipped
+#   DATA=path             for accuracy: a folder of images, or a zip file of one, with train/CLASS and test/CLASS
 #   OUT=folder            where gpu-report makes a folder for the machine, instead of benchmarks/results
 
 TORCH ?= torch
@@ -30,7 +31,7 @@ CPP := $(shell git ls-files -co --exclude-standard '*.cpp' '*.h' '*.cu' '*.cuh')
 
 SEED ?= $(shell od -An -N4 -tu4 /dev/urandom | tr -d ' ')
 
-.PHONY: bench bench-layers bench-step test simulated-gpu static fuzz demo gpu-report lint docs format clean
+.PHONY: bench bench-layers bench-step accuracy test simulated-gpu static fuzz demo gpu-report lint docs format clean
 
 bench: $(INSTALLED)
 	$(PY) -m benchmarks.align
@@ -40,6 +41,10 @@ bench-layers: $(INSTALLED)
 
 bench-step: $(INSTALLED)
 	$(PY) -m benchmarks.step
+
+# Trains a part of benchmarks/accuracy again, within an hour on two cores, and compares it with the records.
+accuracy: $(INSTALLED)
+	$(PY) -m benchmarks.accuracy repeat --data "$(DATA)"
 
 test: $(INSTALLED)
 	$(PYTEST)

@@ -16,6 +16,7 @@ COMMANDS = {
     "launch-plan": "launch_plan",
     "machine-code": "machine_code",
     "compare": "compare",
+    "accuracy": "accuracy",
     "goals": "goals",
     "gpu-report": "gpu_report",
     "tables": "tables",

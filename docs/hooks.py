@@ -19,6 +19,8 @@ SHOWN = {
     ".github/CONTRIBUTING.md": "contributing.md",
     "benchmarks/NOTES.md": "notes.md",
     "benchmarks/results/numerics.md": "numerics.md",
+    "benchmarks/accuracy/RESULTS.md": "accuracy.md",
+    **{f"benchmarks/accuracy/{image.name}": image.name for image in (ROOT / "benchmarks/accuracy").glob("*.png")},
     **{f"benchmarks/results/{image.name}": image.name for image in (ROOT / "benchmarks/results").glob("*.png")},
 }
 LINK = re.compile(r"(?<=\]\()[^)#:\s]+")
