@@ -37,6 +37,11 @@ backward_keeps_graph = _find("torch._C._autograd._get_current_graph_task_keep_gr
 # The innermost saved_tensors_hooks, by which activation checkpointing is detected.
 top_saved_tensors_hooks = _find("torch._C._autograd._top_saved_tensors_default_hooks")
 
+# Whether modes of __torch_function__, and how many of __torch_dispatch__, are active; whether a profiler is.
+is_function_mode_enabled = _find("torch._C._is_torch_function_mode_enabled")
+dispatch_modes = _find("torch._C._len_torch_dispatch_stack")
+is_profiler_enabled = _find("torch._C._autograd._profiler_enabled")
+
 # Whether torch.func transforms are active, or have wrapped a tensor; they need decomposable ops.
 are_functorch_transforms_active = _find("torch._C._are_functorch_transforms_active")
 is_functorch_wrapped = _find("torch._C._functorch.is_functorch_wrapped_tensor")

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..torch_private import are_functorch_transforms_active, below_autograd, is_forward_mode_active, is_legacy_batched
-from . import reference, schemas
+from . import direct, reference, schemas
 from .exporters import wants_plain_operations
 from .layout import memory_order
 from .reference.activations import find
@@ -34,8 +34,9 @@ def align_forward(
         if _wants_gradients(weights, gains):
             call = _Call(served, (eps, scales, dtype, memory_format))
             return _apply(call, None, *weights, *gains), call.statistics
-        with below_autograd():
-            return served.align_forward._op(weights, gains, eps, scales, _NUMBERS[dtype], _FORMATS[memory_format])
+        return direct.align_forward(
+            served, weights, gains, eps, scales, _NUMBERS[dtype], _FORMATS[memory_format]
+        )
     except RuntimeError as error:
         raise _typed(error) from None
 
@@ -117,13 +118,13 @@ class _Fused(torch.autograd.Function):
         count = len(tensors) // 2
         lists = tensors[:count], tensors[count:]
         served, options = call.served, call.options
-        with below_autograd():
-            if input is None:
-                aligned, call.statistics = served.align_forward._op(*lists, *_numbered(*options))
-                results = tuple(aligned)
-            else:
+        if input is None:
+            aligned, call.statistics = direct.align_forward(served, *lists, *_numbered(*options))
+            results = tuple(aligned)
+        else:
+            with below_autograd():
                 prepared, aligned, call.statistics = served.prepare_forward._op(input, *lists, *_numbered(*options))
-                results = prepared, *aligned
+            results = prepared, *aligned
         if input is not None and ctx.needs_input_grad[1]:
             activation = find(options[-1])
             # Save the result if that suffices (relu): the convolution keeps it alive anyway.
@@ -159,14 +160,15 @@ class _Fused(torch.autograd.Function):
         given = (grad_prepared, *arguments[0]) if input_used else arguments[0]
         served = reference if _is_transformed() or any(map(is_legacy_batched, given)) else call.served
         try:
-            with below_autograd():
-                if input_used:
+            if input_used:
+                with below_autograd():
                     results = served.prepare_backward(grad_prepared, saved, *arguments, *ctx.preparation)
-                    grad_input, grad_weights, grad_gains = results
-                else:
-                    grad_weights, grad_gains = served.align_backward(*arguments)
-                # Inside the context, where views of the gains' gradients cost less.
-                return None, grad_input, *in_their_places(used, tensors, grad_weights, grad_gains)
+                grad_input, grad_weights, grad_gains = results
+            elif served is reference:
+                grad_weights, grad_gains = reference.align_backward(*arguments)
+            else:
+                grad_weights, grad_gains = direct.align_backward(served, *arguments)
+            return None, grad_input, *in_their_places(used, tensors, grad_weights, grad_gains)
         except RuntimeError as error:
             raise _typed(error) from None
 
