@@ -13,11 +13,12 @@
 #include <dlfcn.h>
 #include <sys/types.h>
 
+#include <cmath>
 #include <map>
 
 extern "C" {
 #define WA_WEAK __attribute__((weak))
-struct PyObject;
+struct PyObject {};
 using PyFunction = PyObject* (*)(PyObject* self, PyObject* const* arguments, ssize_t count);
 struct PyMethodDef {
     const char* name;
@@ -31,6 +32,7 @@ WA_WEAK void Py_DecRef(PyObject*);
 WA_WEAK PyObject* PyObject_Type(PyObject*);
 WA_WEAK PyObject* PyObject_CallFunctionObjArgs(PyObject* function, ...);
 WA_WEAK int PyObject_IsTrue(PyObject*);
+extern WA_WEAK PyObject PyFloat_Type;
 WA_WEAK double PyFloat_AsDouble(PyObject*);
 WA_WEAK long PyLong_AsLong(PyObject*);
 WA_WEAK ssize_t PySequence_Size(PyObject*);
@@ -93,10 +95,15 @@ int32_t device_type_of(const Tensor& t) {
     return type;
 }
 
+PyObject* type_of(PyObject* object) { return Owned(PyObject_Type(object)).get(); }  // something else owns each type
+
 // Conversions from Python. `none` is the functions' `self`.
-double to(PyObject* object, PyObject*, double*) { return PyFloat_AsDouble(object); }
+double to(PyObject* object, PyObject*, double*) {
+    require(type_of(object) == &PyFloat_Type);
+    return PyFloat_AsDouble(object);
+}
 Tensor to(PyObject* object, PyObject*, Tensor*) {
-    PyObject* type = Owned(PyObject_Type(object)).get();
+    PyObject* type = type_of(object);
     require(type == plain_type || type == parameter_type);
     require(!PyObject_IsTrue(Owned(PyObject_CallFunctionObjArgs(is_negated, object, nullptr)).get()));
     AtenTensorHandle handle = nullptr;
@@ -154,6 +161,8 @@ Owned forward(PyObject* const* a, PyObject* none) {
     auto weights = list<Tensor>(a[0], none);
     auto gains = list<std::optional<Tensor>>(a[1], none);
     auto eps = list<double>(a[2], none), scales = list<double>(a[3], none);
+    for (double each : eps) require(each > 0 && std::isfinite(each));
+    for (double each : scales) require(std::isfinite(each));
     auto dtype = torch::stable::detail::to<ScalarType>(torch::stable::detail::from(int32_t(PyLong_AsLong(a[4]))));
     auto format = MemoryFormat(PyLong_AsLong(a[5]));
     require(!PyErr_Occurred());

@@ -15,7 +15,8 @@ from ..ops.exporters import wants_plain_operations
 from ..ops.layout import CHANNELS_LAST_RANK
 from ..ops.reference.activations import ACTIVATIONS
 
-PLAIN = {Tensor, nn.Parameter, type(None)}  # no __torch_function__ overrides; None: a gain of 1
+TENSORS = {Tensor, nn.Parameter}  # no __torch_function__ overrides
+PLAIN = {*TENSORS, type(None)}  # None: a gain of 1
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _FLOATS = "float32, float16, bfloat16 or float64"
 
@@ -43,22 +44,6 @@ def check_weight(name: str, weight: Any, index: int | None = None) -> None:
         raise ValueError(
             f"{at(name, index)}: expected rank 2 or more, filters along dimension 0; got shape {tuple(weight.shape)}"
         )
-
-
-def is_usual(weight: Any, gain: Any, eps: Any, scale: Any) -> bool:
-    """Whether a native op can be given these arguments, to process or to reject. Cheaper than the checks below, as it
-    runs in each forward of a layer."""
-    return (
-        type(weight) in PLAIN
-        and type(gain) in PLAIN
-        and weight is not None
-        and weight.dtype in DTYPES
-        and weight.layout is torch.strided
-        and (gain is None or gain.device == weight.device)
-        and type(eps) is type(scale) is float
-        and 0 < eps < math.inf
-        and -math.inf < scale < math.inf
-    )
 
 
 def check_gain(name: str, gain: Any, weight: Tensor, index: int | None = None) -> None:

@@ -1,29 +1,29 @@
-"""The align ops without torch's dispatcher, which takes twice as long as the native op itself on a small weight."""
+"""The native align ops called without torch's dispatcher, which takes twice as long as the op itself on a small weight.
 
-from typing import Any
+The library's functions decline, by returning None, tensors that the dispatcher would not hand to the op's kernel as they
+are and arguments that are wrong. What no argument shows is asked here.
+"""
 
-from ..torch_private import below_autograd, dispatch_modes, is_function_mode_enabled, is_profiler_enabled
-from .schemas import OpSet, library, native
+from ..torch_private import (
+    are_functorch_transforms_active,
+    dispatch_modes,
+    get_tracing_state,
+    is_forward_mode_active,
+    is_function_mode_enabled,
+    is_profiler_enabled,
+)
+from .schemas import library
 
-_forward, _backward = library.python_calls
-
-
-def align_forward(served: OpSet, *arguments: Any) -> Any:
-    """The op, below autograd; dtype and memory format are c10's numbers of them."""
-    if served is native and not is_watched() and (results := _forward(*arguments)) is not None:
-        return results
-    with below_autograd():
-        return served.align_forward._op(*arguments)
-
-
-def align_backward(served: OpSet, *arguments: Any) -> Any:
-    """The op, below autograd."""
-    if served is native and not is_watched() and (results := _backward(*arguments)) is not None:
-        return results
-    with below_autograd():
-        return served.align_backward._op(*arguments)
+forward, backward = library.python_calls
 
 
-def is_watched() -> bool:
-    """Whether the dispatcher would show the call to somebody: a mode or a profiler."""
-    return is_function_mode_enabled() or dispatch_modes() > 0 or is_profiler_enabled()
+def is_open() -> bool:
+    """Whether nobody wants to see or to change the calls of ops now: no mode, transform, tracer or profiler."""
+    return not (
+        is_function_mode_enabled()
+        or dispatch_modes()
+        or are_functorch_transforms_active()
+        or is_forward_mode_active()
+        or get_tracing_state() is not None
+        or is_profiler_enabled()
+    )
