@@ -42,6 +42,9 @@ is_function_mode_enabled = _find("torch._C._is_torch_function_mode_enabled")
 dispatch_modes = _find("torch._C._len_torch_dispatch_stack")
 is_profiler_enabled = _find("torch._C._autograd._profiler_enabled")
 
+# Whether autocast is enabled for any device type, at a third of the cost of asking for one.
+is_any_autocast_enabled = _find("torch._C._is_any_autocast_enabled")
+
 # Whether torch.func transforms are active, or have wrapped a tensor; they need decomposable ops.
 are_functorch_transforms_active = _find("torch._C._are_functorch_transforms_active")
 is_functorch_wrapped = _find("torch._C._functorch.is_functorch_wrapped_tensor")

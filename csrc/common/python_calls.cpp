@@ -1,10 +1,10 @@
-// align_forward and align_backward as built-in functions of Python, with the arguments and results of the ops (dtype and
-// memory format as their numbers). On the way through torch.ops each argument is matched against the schema, boxed,
+// align_forward and align_backward as built-in functions of Python, with the arguments and results of the ops (dtype
+// and memory format as their numbers). On the way through torch.ops each argument is matched against the schema, boxed,
 // unboxed and boxed again, which takes several times as long as aligning a small weight.
 //
-// The functions return None for whatever the dispatcher would not hand to the op's kernel as it is, and for whatever the
-// kernel rejects: the caller then calls the op, which does the rest and raises the error. The caller itself must look for
-// what tensors do not show: modes, tracing, profiling.
+// The functions return None for whatever the dispatcher would not hand to the op's kernel as it is, and for whatever
+// the kernel rejects: the caller then calls the op, which does the rest and raises the error. The caller itself must
+// look for what tensors do not show: modes, tracing, profiling.
 //
 // The library does not depend on Python: it knows objects by address, a few functions of CPython's stable ABI by weak
 // symbols, and torch's functions for objects (torch >= 2.14) by name.
@@ -19,7 +19,7 @@
 extern "C" {
 #define WA_WEAK __attribute__((weak))
 struct PyObject {};
-using PyFunction = PyObject* (*)(PyObject* self, PyObject* const* arguments, ssize_t count);
+using PyFunction = PyObject* (*)(PyObject * self, PyObject* const* arguments, ssize_t count);
 struct PyMethodDef {
     const char* name;
     PyFunction function;

@@ -13,7 +13,6 @@ from ..ops.backend import NATIVE, choose, run
 from .checks import (
     DTYPES,
     TENSORS,
-    autocast_dtype,
     check_gain,
     check_list,
     check_memory_format,
@@ -22,6 +21,7 @@ from .checks import (
     device_type,
     per_weight,
     result_dtype,
+    untraced_autocast_dtype,
 )
 from .dtensor import align_shards, is_sharded
 
@@ -111,9 +111,10 @@ def align_foreach(
     count = len(weights)
     gains = [None] * count if gains is None else check_list("gains", gains, count)
     check_memory_format(memory_format)
-    numbers = (value if isinstance(value, (list, tuple)) else [value] * count for value in (eps, scale))
-    if count and (aligned := _aligned_directly(weights, gains, *numbers, dtype, memory_format)) is not None:
-        return list(aligned)
+    each_eps, each_scale = (v if isinstance(v, (list, tuple)) else [v] * count for v in (eps, scale))
+    at_once = _aligned_directly(weights, gains, each_eps, each_scale, dtype, memory_format) if count else None
+    if at_once is not None:
+        return list(at_once)
     if has_torch_function((*weights, *gains)):
         options: dict[str, Any] = {"eps": eps, "scale": scale, "dtype": dtype, "memory_format": memory_format}
         return handle_torch_function(align_foreach, (*weights, *gains), weights, gains, **options)
@@ -161,14 +162,14 @@ def _aligned_directly(
     dtype: torch.dtype | None,
     memory_format: torch.memory_format,
 ) -> Sequence[Tensor] | None:
-    """The fast path of arguments that the native op can take as they are, in one launch. It checks them much faster than
-    Python, but does not say what is wrong: None for all others."""
+    """The fast path of arguments that the native op can take as they are, in one launch. It checks them much faster
+    than Python, but does not say what is wrong: None for all others."""
     first = weights[0]
     if is_compiling() or type(first) not in TENSORS or choose(device_type_ := device_type(first)) not in NATIVE:
         return None
     own = first.dtype
     if dtype is None:
-        dtype = own if own is torch.float64 else autocast_dtype(device_type_) or own
+        dtype = own if own is torch.float64 else untraced_autocast_dtype(device_type_) or own
     elif dtype not in DTYPES:
         return None
     results = align_directly(weights, gains, eps, scales, dtype, memory_format)

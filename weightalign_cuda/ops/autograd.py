@@ -56,7 +56,7 @@ def align_directly(
     if not direct.is_open() or (results := direct.forward(weights, gains, *options)) is None:
         return None
     if not _wants_gradients(weights, gains):
-        return results  # type: ignore[no-any-return]
+        return results
     return _apply(call := _Call(schemas.native, options, results), None, *weights, *gains), call.statistics
 
 

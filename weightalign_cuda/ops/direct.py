@@ -1,7 +1,7 @@
 """The native align ops called without torch's dispatcher, which takes twice as long as the op itself on a small weight.
 
-The library's functions decline, by returning None, tensors that the dispatcher would not hand to the op's kernel as they
-are and arguments that are wrong. What no argument shows is asked here.
+The library's functions decline, by returning None, tensors that the dispatcher would not hand to the op's kernel as
+they are, and arguments that are wrong. What no argument shows is asked here.
 """
 
 from ..torch_private import (
