@@ -1,5 +1,5 @@
-// align_forward and align_backward as built-in functions of Python, with the arguments and results of the ops (dtype
-// and memory format as their numbers). On the way through torch.ops each argument is matched against the schema, boxed,
+// align_forward and align_backward as built-in functions of Python, with the arguments of the ops (dtype and memory
+// format as their numbers). On the way through torch.ops each argument is matched against the schema, boxed,
 // unboxed and boxed again, which takes several times as long as aligning a small weight.
 //
 // The functions return None for whatever the dispatcher would not hand to the op's kernel as it is, and for whatever
@@ -84,9 +84,15 @@ private:
     PyObject* object_;
 };
 
-struct Unlocked {  // lets other threads of Python run
+// As the dispatcher calls an op: other threads of Python run meanwhile, copies of strided weights are not recorded.
+struct AsAnOp {
     void* state = PyEval_SaveThread();
-    ~Unlocked() { PyEval_RestoreThread(state); }
+    bool is_grad_enabled = aoti_torch_grad_mode_is_enabled();
+    AsAnOp() { aoti_torch_grad_mode_set_enabled(false); }
+    ~AsAnOp() {
+        aoti_torch_grad_mode_set_enabled(is_grad_enabled);
+        PyEval_RestoreThread(state);
+    }
 };
 
 int32_t device_type_of(const Tensor& t) {
@@ -168,24 +174,47 @@ Owned forward(PyObject* const* a, PyObject* none) {
     require(!PyErr_Occurred());
     const AlignBackend& backend = *backends_of(weights, gains).forward;
     return from([&] {
-        Unlocked unlocked;
+        AsAnOp scope;
         return align_forward(backend, weights, gains, eps, scales, dtype, format);
     }());
 }
 
+// The gain's part of a list's gradients, in its shape.
+Tensor part(const Tensor& grad_gains, const Tensor& gain, int64_t offset) {
+    if (gain.dim() == 1 && gain.numel() == grad_gains.numel()) return grad_gains;
+    AtenTensorHandle handle = nullptr;
+    const std::vector<int64_t> strides(gain.dim(), 1);  // all but the first dimension have one element
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(grad_gains.get(), gain.dim(), gain.sizes().data(),
+                                                                 strides.data(), offset, &handle));
+    return Tensor(handle);
+}
+
+// (gradients of the weights, then of the gains): unlike the op's results, each in its tensor's shape and dtype, so that
+// no Python must put them there. Gains of another dtype than the statistics are left to it.
 Owned backward(PyObject* const* a, PyObject* none) {
     auto grads = list<Tensor>(a[0], none), weights = list<Tensor>(a[1], none);
     auto gains = list<std::optional<Tensor>>(a[2], none);
     auto statistics = to(a[3], none, static_cast<Tensor*>(nullptr));
     auto scales = list<double>(a[4], none);
     require(!PyErr_Occurred());
+    for (const auto& gain : gains) require(!gain || gain->scalar_type() == statistics.scalar_type());
     const AlignBackend& backend = *backends_of(weights, gains).backward;
     for (const Tensor& grad : grads) require(device_type_of(grad) == device_type_of(statistics));
     require(device_type_of(statistics) == device_type_of(weights[0]));
-    return from([&] {
-        Unlocked unlocked;
+    AlignBackwardResult results = [&] {
+        AsAnOp scope;
         return align_backward(backend, grads, weights, gains, statistics, scales);
-    }());
+    }();
+    const auto& [grad_weights, grad_gains] = results;
+    Owned placed(PyTuple_New(2 * weights.size()));
+    int64_t offset = 0;
+    for (size_t i = 0; i < weights.size(); ++i) {
+        PyTuple_SetItem(placed.get(), i, from(grad_weights[i]).release());
+        PyObject* grad_gain = gains[i] ? from(part(grad_gains, *gains[i], offset)).release() : (Py_IncRef(none), none);
+        PyTuple_SetItem(placed.get(), weights.size() + i, grad_gain);
+        offset += weights[i].size(0);
+    }
+    return placed;
 }
 
 template <Owned (*function)(PyObject* const*, PyObject*), ssize_t kCount>

@@ -180,22 +180,23 @@ class _Fused(torch.autograd.Function):
         if not (used or input_used):
             return (None,) * (2 + 2 * count)
         arguments = of_used(used, grads, tensors, call.statistics, call.options[1])
-        results = None
-        if not input_used and call.served is schemas.native and direct.is_open():
+        if len(used) == count and not input_used and call.served is schemas.native and direct.is_open():
             results = direct.backward(*arguments)
-        if results is None:
-            given = (grad_prepared, *arguments[0]) if input_used else arguments[0]
-            served = reference if _is_transformed() or any(map(is_legacy_batched, given)) else call.served
-            try:
-                with below_autograd():
-                    if input_used:
-                        given = grad_prepared, saved, *arguments, *ctx.preparation
-                        grad_input, *results = served.prepare_backward(*given)
-                    else:
-                        results = served.align_backward(*arguments)
-            except RuntimeError as error:
-                raise _typed(error) from None
-        return None, grad_input, *in_their_places(used, tensors, *results)
+            if results is not None:
+                return None, None, *results
+        given = (grad_prepared, *arguments[0]) if input_used else arguments[0]
+        served = reference if _is_transformed() or any(map(is_legacy_batched, given)) else call.served
+        try:
+            with below_autograd():
+                if input_used:
+                    results = served.prepare_backward(grad_prepared, saved, *arguments, *ctx.preparation)
+                    grad_input, grad_weights, grad_gains = results
+                else:
+                    grad_weights, grad_gains = served.align_backward(*arguments)
+                # Inside the context, where views of the gains' gradients cost less.
+                return None, grad_input, *in_their_places(used, tensors, grad_weights, grad_gains)
+        except RuntimeError as error:
+            raise _typed(error) from None
 
 
 # The C++ Function.apply, without its Python wrapper for torch.func transforms, under which it is not called.
