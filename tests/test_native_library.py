@@ -29,6 +29,14 @@ def test_library_has_no_cuda_dependencies():
     assert not [n for n in needed if re.match(r"lib(torch_cuda|torch_python|c10_cuda|cuda|cudart|nv|python)", n)]
 
 
+def test_library_works_without_python():
+    """Its symbols may be missing."""
+    listed = subprocess.run(["nm", "-D", str(LIBRARY)], capture_output=True, text=True, check=True).stdout
+    symbols = re.findall(r"(\w) (_?Py\w+)$", listed, re.M)
+    assert symbols
+    assert {kind for kind, _ in symbols} <= set("wv"), symbols
+
+
 def test_build_information():
     built_with_cuda = bool(ops.library.architectures)
     assert list(ops.library.architectures) == sorted(set(ops.library.architectures))

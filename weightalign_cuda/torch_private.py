@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.autograd import forward_ad
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 _missing: list[str] = []
@@ -37,14 +38,24 @@ backward_keeps_graph = _find("torch._C._autograd._get_current_graph_task_keep_gr
 # The innermost saved_tensors_hooks, by which activation checkpointing is detected.
 top_saved_tensors_hooks = _find("torch._C._autograd._top_saved_tensors_default_hooks")
 
+# Whether autocast is enabled for any device type, at a third of the cost of asking for one.
+is_any_autocast_enabled = _find("torch._C._is_any_autocast_enabled")
+
 # Whether torch.func transforms are active, or have wrapped a tensor; they need decomposable ops.
 are_functorch_transforms_active = _find("torch._C._are_functorch_transforms_active")
 is_functorch_wrapped = _find("torch._C._functorch.is_functorch_wrapped_tensor")
 # Whether this gradient comes from is_grads_batched=True.
 is_legacy_batched = _find("torch._C._functorch.is_legacy_batchedtensor")
 
-# The state of torch.jit.trace; None outside of it.
+# The state of torch.jit.trace; None outside of it. Whether it is active, in less time.
 get_tracing_state = _find("torch._C._get_tracing_state")
+is_tracing = _find("torch._C._is_tracing")
+
+# Whether modes of __torch_function__, and how many of __torch_dispatch__, are active. The module that knows whether a
+# profiler is.
+is_function_mode_enabled = _find("torch._C._is_torch_function_mode_enabled")
+dispatch_modes = _find("torch._C._len_torch_dispatch_stack")
+profiler = torch.autograd.profiler
 
 # Objects that autograd copies to its device threads, where context variables are unset: for `use_backend`.
 get_object_in_tls = _find("torch._C._get_obj_in_tls")
@@ -65,7 +76,20 @@ TransposedConvolution = _ConvTransposeNd
 
 def is_forward_mode_active() -> bool:
     """Whether forward-mode AD is active."""
-    return torch.autograd.forward_ad._current_level >= 0
+    return forward_ad._current_level >= 0
+
+
+def are_calls_unobserved() -> bool:
+    """Whether nobody wants to see or to change the calls of ops now: no mode, transform, tracer or profiler. In one
+    function, as it takes part in each call of ours."""
+    return not (
+        dispatch_modes()
+        or is_function_mode_enabled()
+        or are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+        or is_tracing()
+        or profiler._is_profiler_enabled
+    )
 
 
 def mark_constant(function: Any) -> None:
@@ -86,7 +110,8 @@ _ATTRIBUTES: dict[str, tuple[Any, tuple[str, ...]]] = {
     "torch.nn.Conv2d": (nn.Conv2d, ("_conv_forward",)),
     "torch.nn.ConvTranspose2d": (nn.ConvTranspose2d, ("_output_padding",)),
     "torch.Tensor": (torch.Tensor, ("_version",)),  # counts in-place writes
-    "torch.autograd.forward_ad": (torch.autograd.forward_ad, ("_current_level",)),
+    "torch.autograd.forward_ad": (forward_ad, ("_current_level",)),
+    "torch.autograd.profiler": (profiler, ("_is_profiler_enabled",)),
     # the overload's C++ function, without the Python wrapper
     "torch.ops.aten.add.Tensor": (torch.ops.aten.add.Tensor, ("_op",)),
 }

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "prepare_host.h"
+#include "python_calls.h"
 
 namespace wa {
 
@@ -13,9 +14,9 @@ struct OpOn<function, backend, R (*)(const AlignBackend&, A...)> {
     static R call(A... arguments) { return function(backend, arguments...); }
 };
 
-// Registers all ops of a backend.
+// Registers all ops of a backend, for tensors of this device type.
 template <const AlignBackend& forward, const AlignBackend& backward, class Library>
-void implement_ops(Library& library) {
+void implement_ops(Library& library, int32_t device_type) {
     using AlignForward = OpOn<align_forward, forward>;
     using AlignBackward = OpOn<align_backward, backward>;
     using PrepareForward = OpOn<prepare_forward, forward>;
@@ -24,6 +25,7 @@ void implement_ops(Library& library) {
     library.impl("align_backward", WA_BOX(AlignBackward::call));
     library.impl("prepare_forward", WA_BOX(PrepareForward::call));
     library.impl("prepare_backward", WA_BOX(PrepareBackward::call));
+    serve_python_calls(device_type, forward, backward);
 }
 
 }  // namespace wa

@@ -137,5 +137,5 @@ extern "C" __attribute__((visibility("default"))) const char* wa_cpu_kernels() {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(weightalign_cuda, CPU, library) {
-    wa::implement_ops<wa::cpu::kForward, wa::cpu::kBackward>(library);
+    wa::implement_ops<wa::cpu::kForward, wa::cpu::kBackward>(library, aoti_torch_device_type_cpu());
 }

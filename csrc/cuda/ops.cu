@@ -46,5 +46,5 @@ constexpr AlignBackend kBackward{run<Direction::kBackward>, kMaxTransposed};
 }  // namespace wa::cuda
 
 STABLE_TORCH_LIBRARY_IMPL(weightalign_cuda, CUDA, library) {
-    wa::implement_ops<wa::cuda::kForward, wa::cuda::kBackward>(library);
+    wa::implement_ops<wa::cuda::kForward, wa::cuda::kBackward>(library, aoti_torch_device_type_cuda());
 }

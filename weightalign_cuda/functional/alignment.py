@@ -1,7 +1,6 @@
 """`align` and `align_foreach`: check arguments, choose dtype and backend, and call one op for the whole list."""
 
 from collections.abc import Sequence
-from operator import attrgetter
 from typing import Any
 
 import torch
@@ -9,20 +8,20 @@ from torch import Tensor
 from torch.compiler import is_compiling
 from torch.overrides import handle_torch_function, has_torch_function
 
-from ..ops import autograd
+from ..ops.autograd import align_directly
 from ..ops.backend import NATIVE, choose, run
-from ..ops.schemas import native
 from .checks import (
     DTYPES,
+    TENSORS,
     check_gain,
     check_list,
     check_memory_format,
     check_number,
     check_weight,
     device_type,
-    is_usual,
     per_weight,
     result_dtype,
+    untraced_autocast_dtype,
 )
 from .dtensor import align_shards, is_sharded
 
@@ -58,12 +57,8 @@ def align(
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what was given, before anything runs.
     """
-    if memory_format is torch.preserve_format and not is_compiling() and is_usual(weight, gain, eps, scale):
-        try:
-            aligned = _aligned_at_once([weight], [gain], [eps], [scale], dtype, memory_format)
-        except (RuntimeError, TypeError, ValueError):
-            _check(weight, gain, eps, scale, memory_format)  # says better what is wrong with the arguments
-            raise
+    if memory_format is torch.preserve_format:
+        aligned = _aligned_directly([weight], [gain], [eps], [scale], dtype, memory_format)
         if aligned is not None:
             return aligned[0]
     options: dict[str, Any] = {"eps": eps, "scale": scale, "dtype": dtype, "memory_format": memory_format}
@@ -115,23 +110,19 @@ def align_foreach(
     weights = check_list("weights", weights)
     count = len(weights)
     gains = [None] * count if gains is None else check_list("gains", gains, count)
+    check_memory_format(memory_format)
+    each_eps, each_scale = (v if isinstance(v, (list, tuple)) else [v] * count for v in (eps, scale))
+    at_once = _aligned_directly(weights, gains, each_eps, each_scale, dtype, memory_format) if count else None
+    if at_once is not None:
+        return list(at_once)
     if has_torch_function((*weights, *gains)):
         options: dict[str, Any] = {"eps": eps, "scale": scale, "dtype": dtype, "memory_format": memory_format}
         return handle_torch_function(align_foreach, (*weights, *gains), weights, gains, **options)
-    check_memory_format(memory_format)
     all_eps = per_weight("eps", eps, count, positive=True)
     scales = per_weight("scale", scale, count)
     if is_sharded((*weights, *gains)):
         options = {"eps": all_eps, "scale": scales, "dtype": dtype, "memory_format": memory_format}
         return align_shards(align_foreach, weights, gains, list(range(count)), **options)
-    if not is_compiling() and _is_for_one_op(weights, gains):
-        try:
-            at_once = _aligned_at_once(weights, gains, all_eps, scales, dtype, memory_format)
-        except (RuntimeError, TypeError, ValueError):
-            _check_each(weights, gains)
-            raise
-        if at_once is not None:
-            return list(at_once)
     _check_each(weights, gains)
     groups = by_launch(weights)
     # Check all of them before the first launch.
@@ -159,37 +150,27 @@ def by_launch(weights: Sequence[Tensor]) -> list[list[int]]:
     return list(groups.values())
 
 
-_device, _dtype = attrgetter("device"), attrgetter("dtype")
-
-
-def _is_for_one_op(weights: list[Any], gains: list[Any]) -> bool:
-    """Whether one native op can be given the whole list, to process or to reject."""
-    try:
-        devices, dtypes = (
-            {*map(_device, weights), *map(_device, [g for g in gains if g is not None])},
-            {*map(_dtype, weights)},
-        )
-        return len(devices) == len(dtypes) == 1 and dtypes.pop() in DTYPES
-    except AttributeError:  # not a tensor
-        return False
-
-
 def _aligned(weights: Any, *arguments: Any) -> Sequence[Tensor]:
     return run("align_forward", device_type(weights[0]), weights, *arguments)[0]
 
 
-def _aligned_at_once(
+def _aligned_directly(
     weights: list[Any],
     gains: list[Any],
-    eps: list[float],
-    scales: list[float],
+    eps: Sequence[Any],
+    scales: Sequence[Any],
     dtype: torch.dtype | None,
     memory_format: torch.memory_format,
 ) -> Sequence[Tensor] | None:
-    """Fast path through the native op, which checks tensors much faster than Python. None if the backend is not
-    native."""
-    device_type_ = device_type(weights[0])
-    if choose(device_type_) not in NATIVE:
+    """The fast path of arguments that the native op can take as they are, in one launch. It checks them much faster
+    than Python, but does not say what is wrong: None for all others."""
+    first = weights[0]
+    if is_compiling() or type(first) not in TENSORS or choose(device_type_ := device_type(first)) not in NATIVE:
         return None
-    dtype = result_dtype("weight", weights[0], device_type_, dtype)
-    return autograd.align_forward(native, weights, gains, eps, scales, dtype, memory_format)[0]
+    own = first.dtype
+    if dtype is None:
+        dtype = own if own is torch.float64 else untraced_autocast_dtype(device_type_) or own
+    elif dtype not in DTYPES:
+        return None
+    results = align_directly(weights, gains, eps, scales, dtype, memory_format)
+    return None if results is None else results[0]

@@ -14,8 +14,10 @@ from torch import Tensor, nn
 from ..ops.exporters import wants_plain_operations
 from ..ops.layout import CHANNELS_LAST_RANK
 from ..ops.reference.activations import ACTIVATIONS
+from ..torch_private import is_any_autocast_enabled
 
-PLAIN = {Tensor, nn.Parameter, type(None)}  # no __torch_function__ overrides; None: a gain of 1
+TENSORS = {Tensor, nn.Parameter}  # no __torch_function__ overrides
+PLAIN = {*TENSORS, type(None)}  # None: a gain of 1
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _FLOATS = "float32, float16, bfloat16 or float64"
 
@@ -43,22 +45,6 @@ def check_weight(name: str, weight: Any, index: int | None = None) -> None:
         raise ValueError(
             f"{at(name, index)}: expected rank 2 or more, filters along dimension 0; got shape {tuple(weight.shape)}"
         )
-
-
-def is_usual(weight: Any, gain: Any, eps: Any, scale: Any) -> bool:
-    """Whether a native op can be given these arguments, to process or to reject. Cheaper than the checks below, as it
-    runs in each forward of a layer."""
-    return (
-        type(weight) in PLAIN
-        and type(gain) in PLAIN
-        and weight is not None
-        and weight.dtype in DTYPES
-        and weight.layout is torch.strided
-        and (gain is None or gain.device == weight.device)
-        and type(eps) is type(scale) is float
-        and 0 < eps < math.inf
-        and -math.inf < scale < math.inf
-    )
 
 
 def check_gain(name: str, gain: Any, weight: Tensor, index: int | None = None) -> None:
@@ -144,6 +130,11 @@ def autocast_dtype(device_type: str) -> torch.dtype | None:
     if device_type == "meta" or not torch.is_autocast_enabled(device_type):
         return None
     return torch.get_autocast_dtype(device_type)
+
+
+def untraced_autocast_dtype(device_type: str) -> torch.dtype | None:
+    """`autocast_dtype` in a third of the time where autocast is off, but not for what torch.compile traces."""
+    return autocast_dtype(device_type) if is_any_autocast_enabled() else None
 
 
 def result_dtype(

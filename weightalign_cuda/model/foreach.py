@@ -79,7 +79,7 @@ class Foreach:
                 layer.aligned_by.traced.filters = None
 
     def start(self, root: nn.Module, is_traced: bool) -> None:
-        modules = list(root.modules())
+        modules = all_modules(root)
         layers = aligned_layers(modules)
         forward = ModelForward(root, layers, lambda: self.align(layers), is_traced)
         running.forwards.append(forward)  # before anything can raise: `finish` is always called
@@ -109,10 +109,11 @@ class Foreach:
 
     def align(self, layers: Sequence[Aligned]) -> list[tuple[Any, Tensor, Any]]:
         """For each layer that takes part: its source, its filters, and their fingerprint."""
-        layers = [layer for layer in layers if _takes_part(layer)]
+        is_outermost = torch.compiler.is_compiling() or len(running.forwards) == 1
+        layers = [layer for layer in layers if _takes_part(layer, is_outermost)]
         results: list[tuple[Any, Tensor, Any]] = []
         for bucket in buckets(layers, self.buckets):
-            states = [None if torch.compiler.is_compiling() else fingerprint(layer) for layer in bucket]
+            states = [None] * len(bucket) if torch.compiler.is_compiling() else [fingerprint(layer) for layer in bucket]
             aligned = align_foreach(
                 [layer.filters() for layer in bucket],
                 [layer._parameters["gain"] for layer in bucket],
@@ -123,7 +124,7 @@ class Foreach:
                 _run_when_ready(aligned)
             for layer, filters, state in zip(bucket, aligned, states, strict=True):
                 # A frozen layer's filters would require grad because others' do.
-                is_wanted = is_trained(layer) or not filters.requires_grad
+                is_wanted = not filters.requires_grad or is_trained(layer)
                 results.append((layer.aligned_by, filters if is_wanted else filters.detach(), state))
         if not torch.compiler.is_compiling():
             logger.debug("foreach: %d layers aligned together", len(layers))
@@ -143,6 +144,20 @@ for _function, _what_it_calls in (
     set_code_exec_strategy(_function.__code__, FrameExecStrategy(_SKIP, _what_it_calls))
 
 
+def all_modules(root: nn.Module) -> list[nn.Module]:
+    """list(root.modules()), without the names that cost three quarters of its time."""
+    found = {root: None}
+
+    def visit(module: nn.Module) -> None:
+        for child in module._modules.values():
+            if child is not None and child not in found:
+                found[child] = None
+                visit(child)
+
+    visit(root)
+    return list(found)
+
+
 def _join(layer: Aligned) -> None:
     """Sets the layer's source of filters; an existing one (wa.frozen) is kept."""
     if layer.aligned_by is None and has_plain_parameters(layer):
@@ -153,13 +168,12 @@ def may_take_part(layer: Aligned) -> bool:
     return (layer.aligned_by is None or isinstance(layer.aligned_by, ForeachSource)) and has_plain_parameters(layer)
 
 
-def _takes_part(layer: Aligned) -> bool:
+def _takes_part(layer: Aligned, is_outermost: bool) -> bool:
     """Whether to align the layer: not if a model around this one has aligned it."""
     if not may_take_part(layer):
         return False
     _join(layer)
-    source: Any = layer.aligned_by
-    return torch.compiler.is_compiling() or len(running.forwards) == 1 or source.find() is None
+    return is_outermost or layer.aligned_by.find() is None  # type: ignore[union-attr]
 
 
 def buckets(layers: list[Aligned], count: int) -> list[list[Aligned]]:

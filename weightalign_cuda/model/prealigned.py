@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from ..functional.checks import autocast_dtype, device_type, result_dtype
+from ..functional.checks import device_type, result_dtype, untraced_autocast_dtype
 from ..nn.layers import Aligned
 from ..torch_private import are_functorch_transforms_active, current_graph_task_id, top_saved_tensors_hooks
 from .fingerprint import Fingerprint, fingerprint, is_trained
@@ -86,7 +86,7 @@ class ModelForward:
                     self.prealigned[each] = PrealignedFilters(filters, made_from, ready[filters.device])
             if len(types := {device.type for device in ready}) == 1:
                 self.device_type = types.pop()
-                self.autocast_dtype = autocast_dtype(self.device_type)
+                self.autocast_dtype = untraced_autocast_dtype(self.device_type)
         return self.prealigned.get(source)
 
     def filters_for_unchanged(self, source: "ForeachSource") -> Tensor | None:
@@ -99,7 +99,7 @@ class ModelForward:
             or current_graph_task_id() != self.backward
             or are_functorch_transforms_active()
             or saving_hook() is not self.hook
-            or autocast_dtype(self.device_type) is not self.autocast_dtype
+            or untraced_autocast_dtype(self.device_type) is not self.autocast_dtype
             or prealigned.made_from != fingerprint(source.layer)
         ):
             return None

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..torch_private import are_functorch_transforms_active, below_autograd, is_forward_mode_active, is_legacy_batched
-from . import reference, schemas
+from . import direct, reference, schemas
 from .exporters import wants_plain_operations
 from .layout import memory_order
 from .reference.activations import find
@@ -28,16 +28,36 @@ def align_forward(
     memory_format: torch.memory_format,
 ) -> tuple[Sequence[Tensor], Tensor]:
     """The op align_forward, differentiable. Calling it directly skips one dispatcher round trip in eager mode."""
+    if served is schemas.native and (results := align_directly(weights, gains, eps, scales, dtype, memory_format)):
+        return results
     if _is_transformed():
         return reference.align_forward(weights, gains, eps, scales, dtype, memory_format)
+    options = eps, scales, _NUMBERS[dtype], _FORMATS[memory_format]
     try:
         if _wants_gradients(weights, gains):
-            call = _Call(served, (eps, scales, dtype, memory_format))
-            return _apply(call, None, *weights, *gains), call.statistics
+            return _apply(call := _Call(served, options), None, *weights, *gains), call.statistics
         with below_autograd():
-            return served.align_forward._op(weights, gains, eps, scales, _NUMBERS[dtype], _FORMATS[memory_format])
+            return served.align_forward._op(weights, gains, *options)
     except RuntimeError as error:
         raise _typed(error) from None
+
+
+def align_directly(
+    weights: Sequence[Tensor],
+    gains: Sequence[Tensor | None],
+    eps: Sequence[float],
+    scales: Sequence[float],
+    dtype: torch.dtype,
+    memory_format: torch.memory_format,
+) -> tuple[Sequence[Tensor], Tensor] | None:
+    """The native op align_forward, differentiable, without torch's dispatcher. None if it must not be left out, or if
+    anything is wrong with the arguments."""
+    options = eps, scales, _NUMBERS.get(dtype), _FORMATS[memory_format]
+    if not direct.is_open() or (results := direct.forward(weights, gains, *options)) is None:
+        return None
+    if not _wants_gradients(weights, gains):
+        return results
+    return _apply(call := _Call(schemas.native, options, results), None, *weights, *gains), call.statistics
 
 
 def prepare_forward(
@@ -46,12 +66,14 @@ def prepare_forward(
     """The op prepare_forward, likewise."""
     if _is_transformed():
         return reference.prepare_forward(input, weights, gains, *options)
+    eps, scales, dtype, memory_format, *rest = options
+    options = eps, scales, _NUMBERS[dtype], _FORMATS[memory_format], *rest
     try:
         if _wants_gradients((input,), weights, gains):
             prepared, *aligned = _apply(call := _Call(served, options), input, *weights, *gains)
             return prepared, aligned, call.statistics
         with below_autograd():
-            return served.prepare_forward._op(input, weights, gains, *_numbered(*options))
+            return served.prepare_forward._op(input, weights, gains, *options)
     except RuntimeError as error:
         raise _typed(error) from None
 
@@ -65,11 +87,6 @@ for _ops in (schemas.native, schemas.in_triton):
 # `_op` of an overload is the same call without a Python frame. c10's enum values as ints save 1 us of argument parsing.
 _NUMBERS = {torch.float16: 5, torch.float32: 6, torch.float64: 7, torch.bfloat16: 15}
 _FORMATS = {torch.contiguous_format: 0, torch.preserve_format: 1, torch.channels_last: 2, torch.channels_last_3d: 3}
-
-
-def _numbered(eps: Any, scales: Any, dtype: torch.dtype, memory_format: torch.memory_format, *rest: Any) -> Any:
-    """An op's options, with dtype and memory format as ints."""
-    return eps, scales, _NUMBERS[dtype], _FORMATS[memory_format], *rest
 
 
 def _typed(error: RuntimeError) -> RuntimeError:
@@ -97,15 +114,20 @@ def _versions(tensors: Sequence[Tensor | None]) -> list[int | None]:
 
 
 class _Call:
-    """The non-tensor arguments of _Fused, and its op's non-differentiable result: as one more output of the Function it
-    would cost as much as the op."""
+    """A call of a forward op, for its backward. One object, as attributes of a Function's context cost more; and the
+    op's non-differentiable result, as one more output of the Function costs as much as the op."""
 
-    __slots__ = "options", "served", "statistics"
+    __slots__ = "options", "results", "served", "statistics", "tensors", "versions"
     statistics: Tensor
+    tensors: tuple[Tensor | None, ...]  # the weights, then as many gains
+    # Saved tensors are version-checked all or none, but a weight of the list that was written to after it was aligned
+    # matters only if its own result is used. Checkpointing has nothing to free here, either.
+    versions: list[int | None]
 
-    def __init__(self, served: OpSet, options: tuple[Any, ...]) -> None:
+    def __init__(self, served: OpSet, options: tuple[Any, ...], results: Any = None) -> None:
         self.served = served  # the ops of the backend
-        self.options = options  # their arguments after the tensors
+        self.options = options  # their arguments after the tensors, dtype and memory format as numbers
+        self.results = results  # what the op has returned, if it was called already
 
 
 class _Fused(torch.autograd.Function):
@@ -114,31 +136,33 @@ class _Fused(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, call: _Call, input: Tensor | None, *tensors: Tensor | None) -> tuple[Tensor, ...]:
         """tensors: the weights, then as many gains."""
-        count = len(tensors) // 2
-        lists = tensors[:count], tensors[count:]
-        served, options = call.served, call.options
-        with below_autograd():
-            if input is None:
-                aligned, call.statistics = served.align_forward._op(*lists, *_numbered(*options))
-                results = tuple(aligned)
-            else:
-                prepared, aligned, call.statistics = served.prepare_forward._op(input, *lists, *_numbered(*options))
-                results = prepared, *aligned
-        if input is not None and ctx.needs_input_grad[1]:
-            activation = find(options[-1])
-            # Save the result if that suffices (relu): the convolution keeps it alive anyway.
-            ctx.save_for_backward(activation and (results[0] if activation.is_from_result else input))
-            ctx.preparation = (input.dtype, memory_order(input), *options[4:])
-        # Attributes, as saved tensors are version-checked all or none: a weight of the list that was written to after
-        # it was aligned matters only if its own result is used. Checkpointing has nothing to free here, either.
-        ctx.call, ctx.tensors = call, tensors
-        ctx.versions = _versions(tensors)
+        results, call.results = call.results, None
+        if results is None:
+            count = len(tensors) // 2
+            lists = tensors[:count], tensors[count:]
+            with below_autograd():
+                if input is None:
+                    results = call.served.align_forward._op(*lists, *call.options)
+                else:
+                    results = call.served.prepare_forward._op(input, *lists, *call.options)
+        if input is None:
+            aligned, call.statistics = results
+        else:
+            prepared, aligned, call.statistics = results
+            aligned = prepared, *aligned
+            if ctx.needs_input_grad[1]:
+                activation = find(call.options[-1])
+                # Save the result if that suffices (relu): the convolution keeps it alive anyway.
+                ctx.save_for_backward(activation and (prepared if activation.is_from_result else input))
+                ctx.preparation = (input.dtype, memory_order(input), *call.options[4:])
+        ctx.call, call.tensors, call.versions = call, tensors, _versions(tensors)
         ctx.set_materialize_grads(False)
-        return results
+        return tuple(aligned)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-        tensors, call, (_, input_wanted, *wanted) = ctx.tensors, ctx.call, ctx.needs_input_grad
+        call, (_, input_wanted, *wanted) = ctx.call, ctx.needs_input_grad
+        tensors = call.tensors
         count = len(tensors) // 2
         grad_prepared = grad_input = None
         if len(grads) > count:
@@ -146,8 +170,8 @@ class _Fused(torch.autograd.Function):
         # Skip frozen weights and those whose result was not used; likewise the input.
         used = [i for i in range(count) if grads[i] is not None and (wanted[i] or wanted[count + i])]
         input_used = input_wanted and grad_prepared is not None
-        if _versions(tensors) != ctx.versions:
-            _check_unchanged(used, tensors, ctx.versions)
+        if _versions(tensors) != call.versions:
+            _check_unchanged(used, tensors, call.versions)
         (saved,) = ctx.saved_tensors if input_used else (None,)
         if torch.is_grad_enabled():
             if input_used:
@@ -156,6 +180,10 @@ class _Fused(torch.autograd.Function):
         if not (used or input_used):
             return (None,) * (2 + 2 * count)
         arguments = of_used(used, grads, tensors, call.statistics, call.options[1])
+        if len(used) == count and not input_used and call.served is schemas.native and direct.is_open():
+            results = direct.backward(*arguments)
+            if results is not None:
+                return None, None, *results
         given = (grad_prepared, *arguments[0]) if input_used else arguments[0]
         served = reference if _is_transformed() or any(map(is_legacy_batched, given)) else call.served
         try:
@@ -229,7 +257,8 @@ def _differentiable_gradients(
     wanted: Sequence[bool],
 ) -> list[Tensor | None]:
     """Gradients under create_graph: through the reference, which PyTorch can differentiate again."""
-    eps, scales, dtype = options[:3]
+    eps, scales, number = options[:3]
+    dtype = next(dtype for dtype, its_number in _NUMBERS.items() if its_number == number)
     count = len(tensors) // 2
     if not used:
         return [None] * (2 * count)

@@ -115,7 +115,9 @@ def use_backend(name: str) -> Iterator[None]:
         ValueError: if no backend has this name.
         RuntimeError: not here but in the calls inside, if the backend cannot serve them.
     """
+    global _was_forced
     token = _forced.set(check_name(name, "name"))
+    _was_forced = True
     before = _get_stashed()
     _stash((name, threading.get_ident()))
     try:
@@ -170,11 +172,7 @@ def _torch_counts_references() -> bool:
 
 def choose(device_type: str) -> str:
     """The backend for tensors on this device type now. A compiled function keeps the one it was traced with."""
-    forced = _forced.get()
-    if forced is None and is_key_in_tls(_STASH):
-        name, thread = _get_stashed()
-        forced = name if thread != threading.get_ident() else None  # on its own thread the context variable decides
-    forced = forced or _environment
+    forced = _forced_here() or _environment if _was_forced else _environment
     key = forced, device_type
     backend = _known.get(key)
     if backend is None:
@@ -183,6 +181,17 @@ def choose(device_type: str) -> str:
 
 
 mark_constant(choose)
+_was_forced = False  # by any use of `use_backend`: without one there is nothing to look up
+
+
+def _forced_here() -> str | None:
+    forced = _forced.get()
+    if forced is None and is_key_in_tls(_STASH):
+        name, thread = _get_stashed()
+        forced = name if thread != threading.get_ident() else None  # on its own thread the context variable decides
+    return forced
+
+
 _known: dict[tuple[str | None, str], str] = {}
 
 

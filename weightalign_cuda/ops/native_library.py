@@ -7,6 +7,7 @@ import pathlib
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -24,6 +25,9 @@ class Library:
     cuda_driver: Callable[[], int] = lambda: 0
     # The instruction set of the CPU kernels in use, such as "avx2"; or what is wrong with WEIGHTALIGN_CPU.
     cpu_kernels: Callable[[], str] = lambda: "none"
+    # align_forward and align_backward, called without torch's dispatcher. They return None for what they do not take:
+    # without the library, or with a torch before 2.14, that is everything.
+    python_calls: tuple[Callable[..., Any], Callable[..., Any]] = (lambda *_: None, lambda *_: None)
 
 
 def load() -> Library:
@@ -45,7 +49,14 @@ def load() -> Library:
         cuda_runtime=native.wa_cuda_runtime_version(),
         cpu_kernels=lambda: native.wa_cpu_kernels().decode(),
         cuda_driver=native.wa_cuda_driver_version,
+        python_calls=_python_calls() or Library.python_calls,
     )
+
+
+def _python_calls() -> Any:
+    find = ctypes.PyDLL(str(PATH)).wa_python_calls
+    find.argtypes, find.restype = [ctypes.py_object] * 4, ctypes.py_object
+    return find(torch.Tensor, torch.nn.Parameter, torch.Tensor.is_neg, None)
 
 
 def _without(error: str) -> Library:
