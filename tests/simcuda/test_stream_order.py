@@ -16,7 +16,9 @@ SEEDS = range(12)  # 0: every work as late as it may be
 
 @pytest.fixture(autouse=True)
 def as_late_as_it_may():
+    gc.freeze()  # `end` then looks at new objects alone
     yield
+    gc.unfreeze()
     simcuda.runtime().simcuda_seed(0)
     torch.cuda.synchronize()
 
@@ -37,7 +39,7 @@ def begin(seed):
 def end(side):
     """Overwrites the memory that the current stream's allocator has been given back, then lets the other stream end."""
     gc.collect()
-    blocks = [torch.full((n,), 7.0, device="cuda") for n in (216, 576, 864, 4000, 8000) for _ in range(6)]
+    blocks = [torch.full((n,), 7.0, device="cuda") for n in (32, 216, 576, 864, 4000, 8000) for _ in range(6)]
     torch.cuda.current_stream().synchronize()
     side.synchronize()
     del blocks
@@ -78,7 +80,28 @@ def foreach_outputs(seed):
     return output, expected
 
 
-SCENARIOS = {"frozen": frozen_outputs, "foreach": foreach_outputs}
+def accumulated_gradients(seed):
+    """Micro-batches on two streams that never wait for each other; the filters are made and the sums begun on the
+    current stream, the gradients made of them on the other one. (Autograd itself adds up those of biases, and does not
+    wait.)"""
+    model, image = network(), normal(2, 3, 8, 8, device="cuda")
+    aligned = [p for layer in (model[0], model[2]) for p in (layer.weight, layer.gain)]
+    grads = torch.autograd.grad(model(image).square().sum(), aligned)
+    begin(seed)
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side), wa.accumulate(model):
+        for stream in (torch.cuda.default_stream(), side):
+            with torch.cuda.stream(stream):
+                model(image).square().sum().backward()
+    end(side)
+    return flat(p.grad for p in aligned), 2 * flat(grads)
+
+
+def flat(tensors):
+    return torch.cat([t.flatten() for t in tensors])
+
+
+SCENARIOS = {"frozen": frozen_outputs, "foreach": foreach_outputs, "accumulate": accumulated_gradients}
 
 
 def wrong_seeds(scenario):
@@ -88,7 +111,7 @@ def wrong_seeds(scenario):
         output, expected = SCENARIOS[scenario](seed)
         simcuda.runtime().simcuda_seed(0)
         torch.cuda.synchronize()
-        if not torch.allclose(output.cpu(), expected.cpu(), rtol=1e-5, atol=1e-6):
+        if not torch.allclose(output.cpu(), expected.cpu(), rtol=1e-4, atol=1e-5):
             wrong.append(seed)
     return wrong
 
@@ -124,24 +147,6 @@ def test_the_seed_decides_on_the_order():
         torch.cuda.synchronize()
         return x.item()
 
-    winners = [winner(seed) for seed in range(1, 20)]
+    winners = [winner(seed) for seed in range(1, 100)]
     assert set(winners) == {1, 2}
-    assert winners == [winner(seed) for seed in range(1, 20)]
-
-
-def test_accumulated_gradients_on_two_streams():
-    model, image = network(), normal(2, 3, 8, 8, device="cuda")
-    expected = torch.autograd.grad(model(image).square().sum(), list(model.parameters()))
-    side = torch.cuda.Stream()
-    for seed in SEEDS:
-        model.zero_grad()
-        torch.cuda.synchronize()
-        simcuda.runtime().simcuda_seed(seed)
-        with wa.accumulate(model):
-            for stream in (side, torch.cuda.current_stream(), side):
-                with torch.cuda.stream(stream):
-                    model(image).square().sum().backward()
-                torch.cuda.current_stream().wait_stream(side)
-                side.wait_stream(torch.cuda.current_stream())
-        for parameter, grad in zip(model.parameters(), expected, strict=True):
-            torch.testing.assert_close(parameter.grad, 3 * grad, rtol=1e-4, atol=1e-5)
+    assert winners == [winner(seed) for seed in range(1, 100)]
