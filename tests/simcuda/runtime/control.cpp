@@ -32,5 +32,8 @@ void simcuda_seed(unsigned seed) {
 }
 
 long long simcuda_launches() { return machine().launches; }
+
+// Calls that waited for a device.
+long long simcuda_waits() { return machine().waits; }
 }
 #pragma GCC visibility pop

@@ -33,7 +33,7 @@ cudaError_t cudaStreamDestroy(cudaStream_t stream) {
     });
 }
 cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
-    return call_outside_of_capture([&] { return drain(stream), take_failure(); });
+    return call_that_waits([&] { return drain(stream), take_failure(); });
 }
 // Not ready when first asked: what polls must be right with either answer.
 cudaError_t cudaStreamQuery(cudaStream_t stream) {
@@ -90,7 +90,7 @@ cudaError_t cudaStreamWaitEvent(cudaStream_t handle, cudaEvent_t event, unsigned
     });
 }
 cudaError_t cudaEventSynchronize(cudaEvent_t event) {
-    return call_outside_of_capture([&] {
+    return call_that_waits([&] {
         auto record = event->record;
         if (!record) return cudaSuccess;
         if (capture_of(*record)) return cudaErrorCapturedEvent;
