@@ -28,6 +28,7 @@ struct Record {  // of an event, in a stream or a capture; an event is recorded 
     struct Queue* queue = nullptr;
     unsigned long long capture = 0;  // the graph's id
     bool is_done = false;
+    int asked = 0;  // how often whether it is done
     std::chrono::steady_clock::time_point when = {};
 };
 
