@@ -97,7 +97,7 @@ cudaError_t cudaEventSynchronize(cudaEvent_t event) {
         return reach(*record), take_failure();
     });
 }
-// The allocator asks for each block that another stream has used, whenever it needs memory: work stays late nonetheless.
+// The allocator asks about each block that another stream has used, when it needs memory: work stays late nonetheless.
 cudaError_t cudaEventQuery(cudaEvent_t event) {
     return call_outside_of_capture([&] {
         auto record = event->record;
