@@ -49,9 +49,14 @@ accuracy: $(INSTALLED)
 test: $(INSTALLED)
 	$(PYTEST)
 
-# Without a GPU: what runs on CUDA devices, on two simulated ones (tests/simcuda).
+# Without a GPU: what runs on CUDA devices, on two simulated ones (tests/simcuda). Of that, what is about devices on one
+# alone, and what is about values where the host cannot read a device's memory.
+SIMULATED = $(PASSIVE) $(PY) tests/simcuda/simcuda.py
 simulated-gpu: $(INSTALLED)
-	$(PASSIVE) $(PY) tests/simcuda/simcuda.py --devices 2 python -m pytest $(PARALLEL)
+	$(SIMULATED) --devices 2 python -m pytest $(PARALLEL)
+	$(SIMULATED) --devices 1 python -m pytest $(PARALLEL) tests/test_cuda.py tests/test_backend.py
+	$(SIMULATED) --devices 2 --strict python -m pytest $(PARALLEL) $(addprefix tests/test_,cuda.py several_devices.py \
+	    align.py prepare.py)
 
 # Registers, spills and sizes of the compiled CUDA kernels, for every architecture in the library.
 static: $(INSTALLED)

@@ -118,13 +118,13 @@ def late():
     """Runs a model on a stream that waits only for its filters, which are still being made on the current one."""
     side = torch.cuda.Stream()
 
-    def run(model, image):
+    def run(model, image, forward=nn.Sequential.forward):
         torch.cuda.synchronize()
         torch.cuda._sleep(50_000_000)
         for layer in (model[0], model[2]):
             layer.aligned_filters()
         with torch.cuda.stream(side):
-            output = nn.Sequential.forward(model, image)
+            output = forward(model, image)
         torch.cuda.current_stream().wait_stream(side)
         return output
 
@@ -139,7 +139,11 @@ def test_filters_of_frozen_on_another_stream(backend, late):
             torch.testing.assert_close(late(model, image), expected)
 
 
-@pytest.mark.parametrize("context", ["foreach", "accumulate"])
+def recomputed(model, image):
+    return checkpoint(nn.Sequential.forward, model, image, use_reentrant=False)
+
+
+@pytest.mark.parametrize("context", ["foreach", "recomputed", "accumulate"])
 def test_filters_and_gradients_on_another_stream(backend, late, context):
     """Gradients of accumulate are summed on both."""
     model, image = network(), normal(2, 3, 8, 8, device="cuda")
@@ -150,7 +154,7 @@ def test_filters_and_gradients_on_another_stream(backend, late, context):
                 run(model, image).square().sum().backward()
     else:
         wa.convert(model, foreach=True)
-        model.forward = lambda image: late(model, image)
+        model.forward = lambda image: late(model, image, *([recomputed] if context == "recomputed" else []))
         model(image).square().sum().backward()
     torch.cuda.synchronize()
     for parameter, grad in zip(model.parameters(), expected, strict=True):

@@ -84,7 +84,7 @@ def load() -> None:
 def runtime() -> ctypes.CDLL:
     """In a process with simulated devices: the functions of runtime/control.cpp."""
     library = ctypes.CDLL("libcudart.so.13")
-    library.simcuda_launches.restype = ctypes.c_longlong
+    library.simcuda_launches.restype = library.simcuda_waits.restype = ctypes.c_longlong
     library.simcuda_leave_memory.argtypes = [ctypes.c_longlong]
     library.simcuda_fail_launch.argtypes = [ctypes.c_longlong, ctypes.c_int]
     return library

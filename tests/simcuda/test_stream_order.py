@@ -1,6 +1,7 @@
 """Filters that are made on one stream and used on another: right in every legal order of the streams' work. Without a
 wait, or if memory is given back too early, some order gives wrong numbers."""
 
+import contextlib
 import gc
 
 import pytest
@@ -11,12 +12,15 @@ from truth import normal
 
 import weightalign_cuda as wa
 
-SEEDS = range(12)  # 0: every work as late as it may be
+LATE, LATE_HERE = 0, 1  # every work as late as it may be; those of the current stream last
+SEEDS = range(12)
 
 
 @pytest.fixture(autouse=True)
 def as_late_as_it_may():
+    gc.freeze()  # `end` then looks at new objects alone
     yield
+    gc.unfreeze()
     simcuda.runtime().simcuda_seed(0)
     torch.cuda.synchronize()
 
@@ -31,15 +35,16 @@ def begin(seed):
     """New memory is NaN; old memory might still hold the right numbers."""
     torch.cuda.synchronize()
     torch.cuda.empty_cache()
-    simcuda.runtime().simcuda_seed(seed)
+    simcuda.runtime().simcuda_seed(seed if seed != LATE_HERE else 0)
 
 
-def end(side):
-    """Overwrites the memory that the current stream's allocator has been given back, then lets the other stream end."""
+def end(seed, side):
+    """Overwrites the memory that the current stream's allocator has been given back, then lets both streams end."""
     gc.collect()
-    blocks = [torch.full((n,), 7.0, device="cuda") for n in (216, 576, 864, 4000, 8000) for _ in range(6)]
-    torch.cuda.current_stream().synchronize()
-    side.synchronize()
+    blocks = [torch.full((n,), 7.0, device="cuda") for n in (32, 216, 576, 864, 4000, 8000) for _ in range(40)]
+    streams = torch.cuda.current_stream(), side
+    for stream in reversed(streams) if seed == LATE_HERE else streams:
+        stream.synchronize()
     del blocks
 
 
@@ -55,7 +60,7 @@ def frozen_outputs(seed):
                 layer.aligned_filters()
             with torch.cuda.stream(side):
                 output = model(image)
-        end(side)
+        end(seed, side)
     return output, expected
 
 
@@ -74,11 +79,32 @@ def foreach_outputs(seed):
         begin(seed)
         model.forward = forward
         output = model(image)
-        end(side)
+        end(seed, side)
     return output, expected
 
 
-SCENARIOS = {"frozen": frozen_outputs, "foreach": foreach_outputs}
+def accumulated_gradients(seed):
+    """Sums of the current stream, turned into gradients on another one that has waited for nothing."""
+    model, image = network(), normal(2, 3, 8, 8, device="cuda")
+    aligned = [p for layer in (model[0], model[2]) for p in (layer.weight, layer.gain)]
+    grads = torch.autograd.grad(model(image).square().sum(), aligned)
+    begin(seed)
+    side = torch.cuda.Stream()
+    with contextlib.ExitStack() as context:
+        context.enter_context(wa.accumulate(model))
+        for _ in range(2):
+            model(image).square().sum().backward()
+        with torch.cuda.stream(side):
+            context.close()
+    end(seed, side)
+    return flat(p.grad for p in aligned), 2 * flat(grads)
+
+
+def flat(tensors):
+    return torch.cat([t.flatten() for t in tensors])
+
+
+SCENARIOS = {"frozen": frozen_outputs, "foreach": foreach_outputs, "accumulate": accumulated_gradients}
 
 
 def wrong_seeds(scenario):
@@ -88,7 +114,7 @@ def wrong_seeds(scenario):
         output, expected = SCENARIOS[scenario](seed)
         simcuda.runtime().simcuda_seed(0)
         torch.cuda.synchronize()
-        if not torch.allclose(output.cpu(), expected.cpu(), rtol=1e-5, atol=1e-6):
+        if not torch.allclose(output.cpu(), expected.cpu(), rtol=1e-4, atol=1e-5):
             wrong.append(seed)
     return wrong
 
@@ -124,24 +150,6 @@ def test_the_seed_decides_on_the_order():
         torch.cuda.synchronize()
         return x.item()
 
-    winners = [winner(seed) for seed in range(1, 20)]
+    winners = [winner(seed) for seed in range(1, 100)]
     assert set(winners) == {1, 2}
-    assert winners == [winner(seed) for seed in range(1, 20)]
-
-
-def test_accumulated_gradients_on_two_streams():
-    model, image = network(), normal(2, 3, 8, 8, device="cuda")
-    expected = torch.autograd.grad(model(image).square().sum(), list(model.parameters()))
-    side = torch.cuda.Stream()
-    for seed in SEEDS:
-        model.zero_grad()
-        torch.cuda.synchronize()
-        simcuda.runtime().simcuda_seed(seed)
-        with wa.accumulate(model):
-            for stream in (side, torch.cuda.current_stream(), side):
-                with torch.cuda.stream(stream):
-                    model(image).square().sum().backward()
-                torch.cuda.current_stream().wait_stream(side)
-                side.wait_stream(torch.cuda.current_stream())
-        for parameter, grad in zip(model.parameters(), expected, strict=True):
-            torch.testing.assert_close(parameter.grad, 3 * grad, rtol=1e-4, atol=1e-5)
+    assert winners == [winner(seed) for seed in range(1, 100)]

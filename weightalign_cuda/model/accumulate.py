@@ -246,6 +246,7 @@ class _Group:
         used = [i for i, grad in enumerate(grads) if grad is not None]
         if not used:
             return []
+        self.made.wait(self.statistics)
         with torch.no_grad():
             results = self.served.align_backward(*of_used(used, grads, self.tensors, self.statistics, self.scales))
             placed = in_their_places(used, self.tensors, *results)

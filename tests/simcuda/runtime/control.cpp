@@ -34,5 +34,8 @@ void simcuda_seed(unsigned seed) {
 void simcuda_set_driver(int version) { machine().settings.driver = version; }
 
 long long simcuda_launches() { return machine().launches; }
+
+// Calls that waited for a device.
+long long simcuda_waits() { return machine().waits; }
 }
 #pragma GCC visibility pop

@@ -26,7 +26,7 @@ cudaError_t cudaSetDevice(int device) {
     });
 }
 cudaError_t cudaDeviceSynchronize() {
-    return call_outside_of_capture([] { return drain_all(current_device), take_failure(); });
+    return call_that_waits([] { return drain_all(current_device), take_failure(); });
 }
 cudaError_t cudaRuntimeGetVersion(int* version) { return *version = CUDART_VERSION, cudaSuccess; }
 cudaError_t cudaDriverGetVersion(int* version) {

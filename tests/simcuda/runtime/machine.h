@@ -28,6 +28,7 @@ struct Record {  // of an event, in a stream or a capture; an event is recorded 
     struct Queue* queue = nullptr;
     unsigned long long capture = 0;  // the graph's id
     bool is_done = false;
+    int asked = 0;  // how often whether it is done
     std::chrono::steady_clock::time_point when = {};
 };
 
@@ -81,7 +82,7 @@ struct Machine {
     std::mt19937 random;
     Queue* favourite = nullptr;  // in a random order
     int running = 0;             // works that run now, one inside of another
-    long long launches = 0;
+    long long launches = 0, waits = 0;
     int initialised_by = 0;  // process
 };
 Machine& machine();
@@ -114,6 +115,10 @@ cudaError_t call(const Body& body) {
 template <class Body>
 cudaError_t call_outside_of_capture(const Body& body) {
     return call([&] { return is_capture_forbidden() ? cudaErrorStreamCaptureUnsupported : body(); });
+}
+template <class Body>
+cudaError_t call_that_waits(const Body& body) {
+    return call_outside_of_capture([&] { return ++machine().waits, body(); });
 }
 
 }  // namespace simcuda

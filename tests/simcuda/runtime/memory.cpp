@@ -41,7 +41,7 @@ cudaError_t cudaMalloc(void** address, size_t bytes) {
     });
 }
 cudaError_t cudaFree(void* address) {
-    return call_outside_of_capture([&] {
+    return call_that_waits([&] {
         if (!address) return cudaSuccess;
         auto& blocks = machine().blocks;
         auto found = blocks.find(static_cast<char*>(address));
@@ -103,7 +103,7 @@ cudaError_t cudaMemcpyPeerAsync(void* to, int, const void* from, int, size_t byt
     return copy(to, from, bytes, stream);
 }
 cudaError_t cudaMemcpy(void* to, const void* from, size_t bytes, cudaMemcpyKind) {
-    return call_outside_of_capture([&] {
+    return call_that_waits([&] {
         copy(to, from, bytes, nullptr);
         return cudaStreamSynchronize(nullptr);
     });
