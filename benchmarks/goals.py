@@ -214,8 +214,12 @@ def main() -> None:
     parser.add_argument("files", nargs="+", type=pathlib.Path, help="of records of one machine")
     files = parser.parse_args().files
     records = [record for file in files for record in read(file)]
+    try:
+        verdicts = judge(records)
+    except ValueError as reason:
+        parser.error(str(reason))
     print("\n".join(lines(records)))
-    raise SystemExit(any(verdict.misses_must for verdict in judge(records)))
+    raise SystemExit(any(verdict.misses_must for verdict in verdicts))
 
 
 if __name__ == "__main__":

@@ -120,7 +120,11 @@ public:
         list.statistics = statistics.data_ptr();
         list.grad_gain = grad_gain ? grad_gain->data_ptr() : nullptr;
         list.is_double = type_ == ScalarType::Double;
-        backend.run(list, first_.get_device_index());
+        try {
+            backend.run(list, first_.get_device_index());
+        } catch (const std::exception& error) {
+            throw RunError(error.what());
+        }
     }
 
 private:

@@ -1,6 +1,8 @@
 // The host side of the ops, the same for every device: tensors in, plain structs to the backend's kernels, tensors out.
 #pragma once
 
+#include <stdexcept>
+
 #include "abi.h"
 #include "prepare_task.h"
 
@@ -11,6 +13,11 @@ struct InputWork {
     const PrepareTask* task;  // null: nothing to compute
     Tensor tensor;            // on the input's device
     bool is_double;
+};
+
+// What goes wrong in a backend's work, rather than with its arguments: nobody may try again.
+struct RunError : std::runtime_error {
+    using std::runtime_error::runtime_error;
 };
 
 // A backend: `run` computes a whole list on the weights' device. Kernels transpose filters of up to `max_transposed`

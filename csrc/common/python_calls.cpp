@@ -2,9 +2,10 @@
 // format as their numbers). On the way through torch.ops each argument is matched against the schema, boxed,
 // unboxed and boxed again, which takes several times as long as aligning a small weight.
 //
-// The functions return None for whatever the dispatcher would not hand to the op's kernel as it is, and for whatever
-// the kernel rejects: the caller then calls the op, which does the rest and raises the error. The caller itself must
-// look for what tensors do not show: modes, tracing, profiling.
+// The functions return None for whatever the dispatcher would not hand to the op's kernel as it is, and for arguments
+// that the kernel rejects: the caller then calls the op, which does the rest and raises the error. Errors of the work
+// itself, a launch that fails, are raised here: nothing is tried twice. The caller must look for what tensors do not
+// show: modes, tracing, profiling.
 //
 // The library does not depend on Python: it knows objects by address, a few functions of CPython's stable ABI by weak
 // symbols, and torch's functions for objects (torch >= 2.14) by name.
@@ -41,6 +42,8 @@ WA_WEAK PyObject* PyTuple_New(ssize_t);
 WA_WEAK int PyTuple_SetItem(PyObject*, ssize_t, PyObject*);
 WA_WEAK PyObject* PyErr_Occurred();
 WA_WEAK void PyErr_Clear();
+WA_WEAK void PyErr_SetString(PyObject* type, const char* message);
+extern WA_WEAK PyObject* PyExc_RuntimeError;
 WA_WEAK void* PyEval_SaveThread();
 WA_WEAK void PyEval_RestoreThread(void*);
 WA_WEAK PyObject* PyCFunction_NewEx(PyMethodDef*, PyObject* self, PyObject* module);
@@ -222,6 +225,9 @@ PyObject* called(PyObject* none, PyObject* const* arguments, ssize_t count) {
     try {
         require(count == kCount);
         return function(arguments, none).release();
+    } catch (const RunError& error) {
+        PyErr_SetString(PyExc_RuntimeError, error.what());
+        return nullptr;
     } catch (...) {
         PyErr_Clear();
         Py_IncRef(none);
