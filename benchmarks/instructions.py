@@ -6,6 +6,7 @@ order of what is printed, for callgrind_annotate.
 """
 
 import argparse
+import gc
 import os
 import pathlib
 import re
@@ -27,6 +28,7 @@ def run_calls(only: str) -> None:
     turn_on = subprocess.Popen(["callgrind_control", "--instr=on", str(os.getpid())], **quiet)
     while turn_on.poll() is None:
         pass  # valgrind obeys between two instructions
+    gc.disable()  # a collection in one of ten calls would be a third of their instructions
     with host.models(setting) as models:
         for (case, provider), call in (host.alignments(setting) | models).items():
             name = f"{case.name}; {provider}"
