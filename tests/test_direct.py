@@ -239,11 +239,15 @@ def test_reference_counts(device):
             direct.forward([weight], [None], [0.0], [1.0], *NUMBERS)
         return [weakref.ref(aligned), weakref.ref(statistics)]
 
-    calls()
-    gc.collect()
-    before = [sys.getrefcount(each) for each in (*objects, *lists, number)]
+    def most_added():
+        gc.collect()
+        before = [sys.getrefcount(each) for each in (*objects, *lists, number)]
+        calls()
+        gc.collect()
+        after = [sys.getrefcount(each) for each in (*objects, *lists, number)]
+        return max(abs(a - b) for a, b in zip(after, before, strict=True))
+
     references = calls()
-    gc.collect()
-    after = [sys.getrefcount(each) for each in (*objects, *lists, number)]
-    assert max(abs(a - b) for a, b in zip(after, before, strict=True)) < 50
+    # References to None come and go with other objects of the process, but a leak is there each time.
+    assert min(most_added() for _ in range(5)) < 50
     assert [reference() for reference in references] == [None, None]
