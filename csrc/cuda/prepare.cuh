@@ -5,7 +5,8 @@
 // the innermost dimension of `from` and writes it along that of `to`, both in 16-byte accesses where sizes and
 // addresses allow. Each value is read from memory once and written once; the backward of a value that padding repeats
 // gathers from each position that shows it, without atomics. Why this shape: a transposition needs both sides wide, and
-// 64 x 64 floats are 8 for each of a block's 512 threads; tiles of fewer channels are longer instead.
+// 64 x 64 floats are 16 for each of a block's 256 threads, all on their way at once; tiles of fewer channels are longer
+// instead. Where nothing is padded, threads step through both sides; else a table says where each position lies.
 #pragma once
 #include "../common/activations.h"
 #include "../common/padding.h"
