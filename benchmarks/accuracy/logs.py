@@ -3,17 +3,17 @@
 import json
 import pathlib
 from collections.abc import Sequence
-from typing import Any
 
+from .. import report
+from ..report import Record
 from .config import Run
 
 LOGS = pathlib.Path(__file__).parent / "logs"
-Record = dict[str, Any]
 
 
 def read(folder: pathlib.Path, experiment: str) -> list[Record]:
     path = folder / f"{experiment}.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return report.read(path) if path.exists() else []
 
 
 def add(folder: pathlib.Path, record: Record) -> None:

@@ -74,8 +74,8 @@ class Table:
 
 def paired(a: dict[int, float], b: dict[int, float]) -> Estimate | None:
     """a - b, over the seeds that both have; None if there is none."""
-    values = [a[seed] - b[seed] for seed in sorted(a) if seed in b]
-    return estimate(values) if values else None
+    differences = less(a, b)
+    return estimate(list(differences.values())) if differences else None
 
 
 def less(a: dict[int, float], b: dict[int, float]) -> dict[int, float]:
