@@ -1,13 +1,12 @@
 """Two gloo processes: sharded weights aligned locally, and the losses of a single process under DDP and FSDP2."""
 
 import contextlib
-import traceback
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing
 from count_ops import CountOps
+from processes import in_processes
 from torch import nn
 from truth import BF16, F64, formula, normal
 from varied import converted, numbers
@@ -17,43 +16,10 @@ import weightalign_cuda as wa
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch was built without torch.distributed")
 
 
-def serve(rank, folder, jobs, results):
-    """Each process runs jobs until it gets None."""
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
-    while (job := jobs.get()) is not None:
-        function, *arguments = job
-        try:
-            results.put((rank, function(rank, *arguments), None))
-        except BaseException:
-            results.put((rank, None, traceback.format_exc()))
-    dist.destroy_process_group()
-
-
 @pytest.fixture(scope="module")
-def in_two_processes(tmp_path_factory):
-    """A function that runs job(rank, *arguments) in two processes and returns rank 0's result. The processes are
-    started once, which takes longer than all the jobs."""
-    context = torch.multiprocessing.get_context("spawn")
-    folder, results, jobs = tmp_path_factory.mktemp("processes"), context.Queue(), [context.Queue() for _ in range(2)]
-    processes = [context.Process(target=serve, args=(r, folder, jobs[r], results), daemon=True) for r in range(2)]
-    for process in processes:
-        process.start()
-
-    def run(*job):
-        for queue in jobs:
-            queue.put(job)
-        answers = {}
-        for _ in processes:
-            rank, answers[rank], error = results.get(timeout=120)
-            assert error is None, f"process {rank}: {error}"
-        return answers[0]
-
-    yield run
-    for queue, process in zip(jobs, processes, strict=True):
-        queue.put(None)
-        process.join(10)
-        process.kill()
+def in_two_processes():
+    with in_processes(2) as run:
+        yield run
 
 
 def align_sharded(rank):
