@@ -1,6 +1,7 @@
 """Gloo processes on this machine that run the jobs of a test."""
 
 import contextlib
+import queue
 import tempfile
 import traceback
 
@@ -38,18 +39,22 @@ def in_processes(count):
             process.start()
 
         def run(*job):
-            for queue in jobs:
-                queue.put(job)
-            answers = {}
+            for each in jobs:
+                each.put(job)
+            answers, errors = {}, []
             for _ in processes:
-                rank, answers[rank], error = results.get(timeout=120)
-                assert error is None, f"process {rank}: {error}"
+                try:  # after an error the others may wait for that process for ever
+                    rank, answers[rank], error = results.get(timeout=5 if errors else 120)
+                except queue.Empty:
+                    break
+                errors += [f"process {rank}: {error}"] if error else []
+            assert not errors, errors[0]
             return answers[0]
 
         try:
             yield run
         finally:
-            for queue, process in zip(jobs, processes, strict=True):
-                queue.put(None)
+            for each, process in zip(jobs, processes, strict=True):
+                each.put(None)
                 process.join(10)
                 process.kill()

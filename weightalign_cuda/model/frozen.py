@@ -56,7 +56,7 @@ def frozen(model: nn.Module) -> Iterator[nn.Module]:
     # Fused optimizers change parameters without increasing their version.
     handle = register_optimizer_step_post_hook(forget)
     try:
-        with aligned_by(kept | sharded):
+        with aligned_by({**kept, **sharded}):
             yield model
     finally:
         handle.remove()

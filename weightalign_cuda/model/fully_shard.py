@@ -1,4 +1,4 @@
-"""FSDP2 that gathers aligned filters: each process aligns those that it holds, in the precision that it holds them in."""
+"""FSDP2 that gathers aligned filters: each process aligns those that it holds, in their own precision."""
 
 import logging
 from collections.abc import Callable, Iterable
@@ -115,11 +115,12 @@ def _start(group: ShardGroup, members: Iterable[Member], roots: Iterable[nn.Modu
 def _default_mesh() -> Any:
     """torch's."""
     from torch import distributed
+    from torch.distributed.device_mesh import init_device_mesh
 
     if not distributed.is_initialized():
         distributed.init_process_group()
     accelerator = torch.accelerator.current_accelerator()
-    return distributed.init_device_mesh(accelerator.type if accelerator else "cpu", (distributed.get_world_size(),))
+    return init_device_mesh(accelerator.type if accelerator else "cpu", (distributed.get_world_size(),))
 
 
 def _device(mesh: Any) -> torch.device:
@@ -186,7 +187,7 @@ def _not_yet_sharded(roots: list[nn.Module]) -> list[nn.Module]:
 
 
 def _pair(layer: Aligned) -> list[nn.Parameter]:
-    return [p for p in map(layer._parameters.get, ("weight", "gain")) if p is not None]  # type: ignore[misc]
+    return [p for p in map(layer._parameters.get, ("weight", "gain")) if p is not None]
 
 
 def _why_not(layer: Aligned, pair: list[nn.Parameter], ignored: set[nn.Parameter], placement: Any) -> str | None:

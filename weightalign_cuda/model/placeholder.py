@@ -16,13 +16,11 @@ class Placeholder(Tensor):
     the two methods that it defines for tensor subclasses, what to send in the shard's place."""
 
     @staticmethod
-    def __new__(cls, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> "Placeholder":
-        return Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)  # type: ignore[attr-defined, no-any-return]
-
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    def __new__(cls: Any, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Any:
+        return Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)
 
     @classmethod
-    def __torch_dispatch__(cls, op: Any, _: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(cls, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         """What FSDP2 does to shard a parameter (chunks, views, padding, copies), on shapes alone."""
         if op is torch.ops.aten.copy_.default:
             return args[0]

@@ -8,6 +8,7 @@ from torch.compiler import is_compiling
 
 from ..functional.alignment import by_launch
 from ..nn.layers import Aligned
+from .fingerprint import is_trained
 from .joint_alignment import JointAlignment
 from .placeholder import Placeholder
 from .streams import ReadyEvent
@@ -20,25 +21,28 @@ class Member(nn.Module):
     While FSDP2 has gathered it, `weight` is a plain tensor: the layer's aligned filters.
     """
 
+    first_dtype: torch.dtype | None = None  # of the weight, when it was first gathered
+
     def __init__(self, layer: Aligned, device: torch.device, group: "ShardGroup") -> None:
         super().__init__()
-        vars(self).update(layer=layer, group=group)
-        weight, gain = layer.weight, layer.gain
-        is_trained = weight.requires_grad or (gain is not None and gain.requires_grad)
-        self.weight = nn.Parameter(Placeholder(weight.shape, weight.dtype, device), requires_grad=is_trained)
+        vars(self).update(layer=layer, group=group)  # the layer: not a submodule
+        weight = layer.weight
+        self.weight = nn.Parameter(Placeholder(weight.shape, weight.dtype, device), requires_grad=is_trained(layer))
 
     def __getattr__(self, name: str) -> Any:
         """FSDP2 looks its parameter up at the first forward, for a dtype changed since, as by `model.half()`."""
-        value, dtype = super().__getattr__(name), self.layer.weight.dtype
-        if name == "weight" and value.dtype is not dtype:
-            self.manage(nn.Parameter(value.detach().to(dtype), requires_grad=value.requires_grad))
-        return self._parameters.get(name, value)
+        value: Any = super().__getattr__(name)
+        if name == "weight" and value.dtype is not self.layer.weight.dtype:
+            value = nn.Parameter(value.detach().to(self.layer.weight.dtype), requires_grad=value.requires_grad)
+            self.manage(value)
+        return value
 
     def manage(self, parameter: nn.Parameter) -> None:
         """Listens to the gradients of the filters that FSDP2 has reduced."""
-        is_trained = parameter.requires_grad
-        parameter.requires_grad_().register_post_accumulate_grad_hook(self._take_gradient)
-        self._parameters["weight"] = parameter.requires_grad_(is_trained)
+        requires_grad, parameter.requires_grad = parameter.requires_grad, True  # only then a hook is taken
+        parameter.register_post_accumulate_grad_hook(self._take_gradient)
+        parameter.requires_grad = requires_grad
+        self._parameters["weight"] = parameter
 
     def _take_gradient(self, managed: Tensor) -> None:
         grad, managed.grad = managed.grad, None
@@ -77,9 +81,12 @@ class ShardGroup:
             self._align(dtype)
         return self.unsent.pop(member)
 
+    @torch.no_grad()
     def _align(self, dtype: torch.dtype | None) -> None:
-        sources = [member.sources() for member in self.members]
-        weights, gains = ([None if t is None else t.to_local() for t in each] for each in zip(*sources, strict=True))
+        local = [[None if t is None else _local(t) for t in member.sources()] for member in self.members]
+        weights: Any
+        gains: Any
+        weights, gains = zip(*local, strict=True)
         self.versions, self.alignments = {m: m.version() for m in self.members}, []
         for launch in by_launch(weights):
             members = [self.members[i] for i in launch]
@@ -91,13 +98,13 @@ class ShardGroup:
             filters, alignment.filters = alignment.filters, ()
             self.unsent |= {m: f.to(dtype or own) for m, f in zip(members, filters, strict=True)}
             self.alignments.append((members, alignment))
-        for member, pair in zip(self.members, sources, strict=True):
-            member.managed.requires_grad_(any(t is not None and t.requires_grad for t in pair))
+        for member in self.members:
+            member.managed.requires_grad = is_trained(member.layer)
 
     def take(self, member: Member, grad: Tensor) -> None:
         """FSDP2 calls it on the stream that has reduced the gradient."""
         if not self.reduced:  # for members whose gradient does not come
-            torch.autograd.Variable._execution_engine.queue_callback(self.deliver)  # type: ignore[attr-defined]
+            torch.autograd.Variable._execution_engine.queue_callback(self.deliver)
         self.reduced[member] = grad, ReadyEvent(grad.device)
         if len(self.reduced) == sum(m.managed.requires_grad for m in self.members):
             self.deliver()
@@ -112,8 +119,8 @@ class ShardGroup:
                 "wa.fully_shard: weights or gains changed between the gather of their filters and the backward; "
                 "change them after the backward, or call reshard() on the module and repeat the forward"
             )
-        for grad, ready in reduced.values():
-            ready.wait(grad)
+        for filters_grad, ready in reduced.values():
+            ready.wait(filters_grad)
         targets: dict[Any, None] = {}
         for members, alignment in self.alignments:
             grads = [reduced[m][0] if m in reduced else None for m in members]
@@ -136,11 +143,21 @@ class ShardGroup:
         return member.version() != self.versions.get(member)
 
 
+def _local(t: Any) -> Tensor:
+    if not hasattr(t, "to_local"):
+        raise RuntimeError(
+            f"wa.fully_shard: expected weights and gains that stay DTensors, got a {type(t).__name__}: load plain "
+            "tensors by torch.distributed.checkpoint.state_dict.set_model_state_dict, or without assign=True"
+        )
+    return t.to_local()
+
+
 def _check_dtype(members: list[Member], dtype: torch.dtype) -> None:
     for member in members:
-        if member.managed.dtype is not dtype:
+        member.first_dtype = member.first_dtype or dtype
+        if member.first_dtype is not dtype:
             raise RuntimeError(
-                f"wa.fully_shard: weights were {member.managed.dtype} in the first forward, and FSDP2 expects them to "
+                f"wa.fully_shard: weights were {member.first_dtype} in the first forward, and FSDP2 expects them to "
                 f"stay so; got {dtype}: change the dtype before"
             )
 
@@ -168,7 +185,7 @@ class GatheredFilters:
     def why(self) -> str:
         return f"where it is sharded, with {len(self.member.group.members) - 1} others, then gathered"
 
-    def __call__(self) -> Tensor:
+    def __call__(self) -> Any:
         member = self.member
         if member.is_sharded():
             raise RuntimeError(
@@ -179,4 +196,4 @@ class GatheredFilters:
                 "wa.fully_shard: weights or gains changed since their filters were gathered, in this forward; call "
                 "reshard() on the module that was sharded, then unshard() or its forward"
             )
-        return member.managed  # type: ignore[no-any-return]
+        return member.managed
