@@ -30,8 +30,8 @@ def fully_shard(
     (arXiv 2010.07160, eq. 10), those of all layers of a call in one launch; the aligned filters are gathered, in
     `mp_policy.param_dtype`; the gradients reduced are those of the filters; one launch turns each process's share into
     gradients of weights and gains. torch's own function gathers raw weights, in that dtype, and each process aligns all
-    of them: with bfloat16, weights are rounded before their mean is taken, and gradients are wrong by several percent
-    where a filter's mean is 30 times its deviation.
+    of them: with bfloat16, weights are rounded before their mean is taken, and filters whose mean is 30 deviations are
+    wrong by 4 %, at 300 by half, instead of 0.2 %.
 
         for block in model.blocks:
             wa.fully_shard(block, mp_policy=policy)
