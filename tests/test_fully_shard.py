@@ -1,10 +1,12 @@
 """wa.fully_shard on gloo processes: a step equals that of one process, in float64, whatever FSDP2 is asked to do."""
 
 import functools
+import gc
 import logging
 import re
 import shutil
 import tempfile
+import weakref
 
 import pytest
 import torch
@@ -209,6 +211,23 @@ def used_twice(rank, count, mesh):
         return gradients(model)
 
     assert_same(step(shard(network(), mesh), rank, count), step(network(), 0, 1))
+
+
+class WithSpare(nn.Module):
+    """A layer that is not used, as in a search over architectures."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.spare = wa.WAConv2d(2, 3, 1, dtype=F64)
+        self.inner = inner
+
+    def forward(self, x):
+        return self.inner(x)
+
+
+def unused_layer(rank, count, mesh):
+    model = WithSpare(network())
+    check_gradients(wa.fully_shard(model, mesh=mesh), rank, count, true_gradients(WithSpare(network())))
 
 
 def shared_weights(rank, count, mesh):
@@ -423,6 +442,7 @@ JOBS = (
     prefetch_and_unshard,
     one_layer_and_a_list,
     used_twice,
+    unused_layer,
     shared_weights,
     frozen_parameters,
     without_gain,
@@ -442,6 +462,16 @@ JOBS = (
 @pytest.mark.parametrize("job", JOBS, ids=lambda job: job.__name__)
 def test_as_fsdp2(run, job, count):
     run(with_mesh, count, job)
+
+
+def freed(rank, count, mesh):
+    """With the model goes everything that belongs to it."""
+    model = shard(network(), mesh)
+    loss_of(model, 0, rank, count).backward()
+    left = [weakref.ref(x) for x in (model, model[0], model[0].aligned_by.member, model[0].weight)]
+    del model
+    gc.collect()
+    assert [x() for x in left] == [None] * 4
 
 
 def counted(rank, count, mesh):
@@ -624,7 +654,7 @@ def precise(rank, count, mesh):
 
 
 @pytest.mark.parametrize("count", [2, 3])
-@pytest.mark.parametrize("job", [counted, left_to_torch, refused, precise], ids=lambda job: job.__name__)
+@pytest.mark.parametrize("job", [freed, counted, left_to_torch, refused, precise], ids=lambda job: job.__name__)
 def test_beside_fsdp2(run, job, count):
     run(with_mesh, count, job)
 

@@ -154,7 +154,7 @@ def _layers_to_gather(roots: list[nn.Module], placement: Any, ignored: set[nn.Pa
                 f"wa.fully_shard: expected layers that align themselves, got {layer}: it aligns all layers of a call "
                 "together anyway; convert(model, foreach=False) before, and call it outside of frozen and accumulate"
             )
-    candidates = {x: pair for x, pair in candidates.items() if not all(p in ignored for p in pair)}
+    candidates = {x: pair for x, pair in candidates.items() if not pair or not all(p in ignored for p in pair)}
     reasons = {x: _why_not(x, pair, ignored, placement) for x, pair in candidates.items()}
     chosen = [layer for layer, reason in reasons.items() if reason is None]
     while True:  # torch's function must not find a part of a shared parameter

@@ -19,6 +19,9 @@ class Placeholder(Tensor):
     def __new__(cls: Any, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Any:
         return Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)
 
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
+        return f"{type(self).__name__}({tuple(self.shape)}, {self.dtype}, {self.device})"
+
     @classmethod
     def __torch_dispatch__(cls, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         """What FSDP2 does to shard a parameter (chunks, views, padding, copies), on shapes alone."""

@@ -1,5 +1,6 @@
 """The layers that one call of `fully_shard` shards: each process aligns its own filters, all of them in one launch."""
 
+import weakref
 from typing import Any
 
 import torch
@@ -40,7 +41,8 @@ class Member(nn.Module):
     def manage(self, parameter: nn.Parameter) -> None:
         """Listens to the gradients of the filters that FSDP2 has reduced."""
         requires_grad, parameter.requires_grad = parameter.requires_grad, True  # only then a hook is taken
-        parameter.register_post_accumulate_grad_hook(self._take_gradient)
+        take = weakref.WeakMethod(self._take_gradient)  # the garbage collector does not look into a parameter's hooks
+        parameter.register_post_accumulate_grad_hook(lambda managed: take()(managed))  # type: ignore[misc]
         parameter.requires_grad = requires_grad
         self._parameters["weight"] = parameter
 
