@@ -653,8 +653,24 @@ def precise(rank, count, mesh):
     assert measured[of_torch, 30][0] > 0.03 and min(measured[of_torch, 300]) > 0.1, measured
 
 
+def gathered_in_other_dtypes(rank, count, mesh):
+    """float64 is aligned to float64 alone."""
+    from torch.distributed.fsdp import MixedPrecisionPolicy
+
+    for own, message in ((F64, F32), (F32, F64)):
+        model = shard(network().to(own), mesh, mp_policy=MixedPrecisionPolicy(message, message))
+        images, labels = batch(0, rank, count)
+        nn.functional.cross_entropy(model(images.to(own)), labels).backward()
+        assert {p.grad.dtype for p in model.parameters()} == {own}
+        for name, grad in true_gradients().items():
+            error = (gradients(model)[name] - grad).abs().max() / grad.abs().max().clamp(min=1e-3)
+            assert error < 1e-3, name
+
+
 @pytest.mark.parametrize("count", [2, 3])
-@pytest.mark.parametrize("job", [freed, counted, left_to_torch, refused, precise], ids=lambda job: job.__name__)
+@pytest.mark.parametrize(
+    "job", [gathered_in_other_dtypes, freed, counted, left_to_torch, refused, precise], ids=lambda job: job.__name__
+)
 def test_beside_fsdp2(run, job, count):
     run(with_mesh, count, job)
 
