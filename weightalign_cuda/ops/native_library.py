@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from . import elf
+
 PATH = pathlib.Path(os.environ.get("WEIGHTALIGN_LIBRARY") or pathlib.Path(__file__).parents[1] / "_weightalign.so")
 
 
@@ -39,9 +41,11 @@ def load() -> Library:
             "install with 'pip install .' (in a source tree, 'pip install -e .')"
         )
     try:
+        elf.check(PATH)
         torch.ops.load_library(str(PATH))
-    except OSError as failure:
-        return _without(f"the native library does not load with torch {torch.__version__}: {failure}")
+    except OSError as failure:  # torch's names the file alone, its cause says why
+        reason = failure.__cause__ or failure
+        return _without(f"the native library does not load with torch {torch.__version__}: {reason}")
     native = ctypes.CDLL(str(PATH))
     native.wa_cuda_architectures.restype = native.wa_cpu_kernels.restype = ctypes.c_char_p
     return Library(
