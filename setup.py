@@ -3,16 +3,20 @@
 Also the build backend that pyproject.toml names: setuptools' own, which asks for a torch only where there is none to
 build against.
 
-Environment: WEIGHTALIGN_CUDA=1 (require nvcc) or 0 (no CUDA kernels; default: if nvcc is found),
-WEIGHTALIGN_CUDA_ARCHS=80;90 (default: those of 75;80;90;100;120 that nvcc supports).
+Environment: WEIGHTALIGN_CUDA, WEIGHTALIGN_CUDA_ARCHS or TORCH_CUDA_ARCH_LIST, MAX_JOBS, CMAKE_ARGS, and what CMake and
+CMakeLists.txt read. See docs/pages/install.md.
 """
 
+import contextlib
+import ctypes
 import importlib.util
 import os
 import pathlib
 import platform
 import re
+import shlex
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -33,6 +37,7 @@ ROOT = pathlib.Path(__file__).parent
 LIBRARY = "_weightalign.so"
 OLDEST_TORCH = 2, 11
 TORCH = "torch>=2.11"
+PR_SET_PDEATHSIG = 1  # of Linux's prctl: the signal that a process gets when its parent ends
 
 
 def torches() -> Iterator[tuple[str, pathlib.Path]]:
@@ -55,8 +60,8 @@ def is_new_enough(version: str) -> bool:
 
 
 def get_requires_for_build_wheel(config_settings: dict[str, str] | None = None) -> list[str]:
-    """Hook of the build backend. pip brings a torch for the build alone if the one that is installed is too old: it
-    also updates that one, before or after."""
+    """Hook of the build backend. Where the installed torch is too old, pip brings another one for the build, and then
+    replaces the old one as well."""
     has_torch = any(is_new_enough(version) for version, _ in torches())
     return build_meta.get_requires_for_build_wheel(config_settings) + ([] if has_torch else [TORCH])
 
@@ -71,6 +76,21 @@ def torch_to_build_against() -> pathlib.Path:
             return folder
     what = f"torch {found[0][0]} is installed" if found else "torch is not installed"
     raise SystemExit(f"weightalign_cuda: {what}, 2.11 or later is needed: pip install '{TORCH}'")
+
+
+def run(*command: str | pathlib.Path) -> None:
+    """Runs a command that ends with this process, however that ends, and with the one that asked for the build: a pip
+    that is killed leaves its build running. ninja ends its compilers when it is asked to end."""
+    parent, prctl = os.getppid(), ctypes.CDLL(None).prctl
+    process = subprocess.Popen(command, preexec_fn=lambda: prctl(PR_SET_PDEATHSIG, signal.SIGTERM))
+    try:
+        while process.poll() is None and os.getppid() == parent:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(timeout=0.5)
+    finally:
+        process.terminate()
+    if process.wait():
+        raise SystemExit(f"weightalign_cuda: {command[0]} failed, as it says above")
 
 
 def files(folder: str) -> Iterator[str]:
@@ -99,15 +119,16 @@ class CMakeBuild(build_ext):
         cuda = {"": "AUTO", "1": "ON", "0": "OFF"}.get(os.environ.get("WEIGHTALIGN_CUDA", ""))
         if cuda is None:
             raise SystemExit(f"WEIGHTALIGN_CUDA: expected 0, 1 or nothing, got {os.environ['WEIGHTALIGN_CUDA']!r}")
+        architectures = os.environ.get("WEIGHTALIGN_CUDA_ARCHS") or os.environ.get("TORCH_CUDA_ARCH_LIST", "")
+        # Afresh: compilers and options of an earlier build must not stay. What the same command has compiled does.
         configure = [
-            "cmake", "-S", ROOT, "-B", build, "-G", "Ninja", f"-DWA_TORCH={torch}", f"-DWA_CUDA={cuda}",
-            f"-DCMAKE_MAKE_PROGRAM={shutil.which('ninja')}",  # the cached one is of an earlier build environment
-            f"-DWA_CUDA_ARCHITECTURES={os.environ.get('WEIGHTALIGN_CUDA_ARCHS', '').replace(',', ';')}",
-            "-DWA_SIMULATED_GPU=OFF",  # the tests may have set it in this folder, and it needs nvcc
+            "cmake", "--fresh", "-S", ROOT, "-B", build, "-G", "Ninja", f"-DWA_TORCH={torch}", f"-DWA_CUDA={cuda}",
+            f"-DWA_CUDA_ARCHITECTURES={architectures}", *shlex.split(os.environ.get("CMAKE_ARGS", "")),
         ]  # fmt: skip
-        subprocess.run(configure, check=True)
-        subprocess.run(["cmake", "--build", build], check=True)
-        subprocess.run(["cmake", "--install", build, "--prefix", target], check=True)
+        run(*configure)
+        jobs = os.environ.get("MAX_JOBS") or os.environ.get("CMAKE_BUILD_PARALLEL_LEVEL")
+        run("ninja", "-C", build, *([f"-j{jobs}"] if jobs else []))
+        run("cmake", "--install", build, "--prefix", target)
 
 
 class AnyPythonWheel(bdist_wheel):

@@ -121,7 +121,7 @@ def test_facts_of_a_simulated_device(monkeypatch):
 
 
 def python(code, **options):
-    return Step("name", "about", options.pop("limit", 60), (sys.executable, "-c", code), on_device=False, **options)
+    return Step("name", "about", options.pop("limit", 60), (sys.executable, "-c", code), **options)
 
 
 def test_step_that_exceeds_its_limit(tmp_path, monkeypatch):
@@ -132,7 +132,7 @@ def test_step_that_exceeds_its_limit(tmp_path, monkeypatch):
         f"import subprocess, sys, time; print('begun', flush=True); subprocess.run([sys.executable, '-c', {child!r}])"
     )
     start = time.monotonic()
-    outcome = running.run(python(code, limit=2), tmp_path / "step", left=60, has_device=False)
+    outcome = running.run(python(code, limit=2), tmp_path / "step", left=60)
     assert outcome.state == "cut"
     assert (tmp_path / "step" / "log.txt").read_text() == "begun\n"
     time.sleep(max(0, start + 5 - time.monotonic()))
@@ -157,7 +157,7 @@ def test_step_that_exceeds_its_limit(tmp_path, monkeypatch):
 )
 def test_outcomes(tmp_path, step, left, state, note):
     (tmp_path / "earlier").mkdir()
-    outcome = running.run(step, tmp_path / "earlier", left, has_device=False)
+    outcome = running.run(step, tmp_path / "earlier", left)
     assert outcome.state == state
     assert note in outcome.note
     assert outcome.is_bad == (state in ("failed", "not run"))

@@ -1,4 +1,4 @@
-"""The package in separate processes: its command, without a native library that loads, and under WEIGHTALIGN_BACKEND."""
+"""The package in separate processes: its command, with no library that loads, and under WEIGHTALIGN_BACKEND."""
 
 import importlib.util
 import os

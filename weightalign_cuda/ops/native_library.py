@@ -22,6 +22,7 @@ class Library:
 
     error: str | None = None
     architectures: tuple[int, ...] = ()  # of its CUDA kernels: 90 is sm_90
+    ptx: tuple[int, ...] = ()  # those of which it has PTX as well, which later ones can compile
     cuda_runtime: int = 0  # 13000 is CUDA 13.0; 0: built without CUDA
     # The newest runtime that this machine's driver supports; 0: no driver. Calling it initialises CUDA.
     cuda_driver: Callable[[], int] = lambda: 0
@@ -48,8 +49,10 @@ def load() -> Library:
         return _without(f"the native library does not load with torch {torch.__version__}: {reason}")
     native = ctypes.CDLL(str(PATH))
     native.wa_cuda_architectures.restype = native.wa_cpu_kernels.restype = ctypes.c_char_p
+    architectures = [a for a in native.wa_cuda_architectures().decode().split(",") if a]
     return Library(
-        architectures=tuple(int(a) for a in native.wa_cuda_architectures().decode().split(",") if a),
+        architectures=tuple(int(a.removesuffix("+PTX")) for a in architectures),
+        ptx=tuple(int(a.removesuffix("+PTX")) for a in architectures if a.endswith("+PTX")),
         cuda_runtime=native.wa_cuda_runtime_version(),
         cpu_kernels=lambda: native.wa_cpu_kernels().decode(),
         cuda_driver=native.wa_cuda_driver_version,
