@@ -5,6 +5,7 @@ import os
 import pathlib
 import platform
 import shutil
+import signal
 import subprocess
 import sys
 
@@ -32,6 +33,18 @@ def test_command():
     assert f"CPU kernels {library.cpu_kernels()} " in " ".join(done.stdout.split())
     for name, state in wa.backends().items():
         assert f"backend {name} {state}" in " ".join(done.stdout.split())
+    runtime = library.cuda_runtime
+    version = f"{runtime // 1000}.{runtime % 1000 // 10}" if runtime else "none"
+    assert f"CUDA of the library {version} CUDA of the driver" in " ".join(done.stdout.split())
+
+
+def test_command_whose_reader_leaves():
+    """As in `| head`."""
+    command = [sys.executable, "-m", "weightalign_cuda"]
+    environment = {**os.environ, "PYTHONPATH": str(PACKAGE.parent)}
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.close()
+        assert b"Traceback" not in process.stderr.read() and process.wait() == -signal.SIGPIPE
 
 
 USE_ON_CPU = """
