@@ -178,6 +178,21 @@ def test_with_an_older_torch():
     assert last.startswith("ImportError: weightalign_cuda: torch 2.10.1+cu128 is installed, 2.11 or later is needed")
 
 
+IMPORT_TIMES = """
+import time
+begin = time.process_time()
+import torch
+middle = time.process_time()
+import weightalign_cuda
+print((time.process_time() - middle) / (middle - begin))
+"""
+
+
+def test_import_adds_little_to_that_of_torch():
+    shares = [float(python("-c", IMPORT_TIMES).stdout) for _ in range(3)]
+    assert min(shares) < 0.1, shares
+
+
 OF_ENVIRONMENT = """
 import os, sys, torch
 before = set(sys.modules)
