@@ -52,6 +52,7 @@ NEEDS = {
     "test_gpu_report.py": ["matplotlib", "numpy"],
     "test_fx.py": ["timm", "torchvision"],
     "test_head_libraries.py": ["segmentation_models_pytorch", "torchvision", "transformers"],
+    "test_install.py": ["cmake", "ninja", "setuptools"],
     "test_layout.py": ["hypothesis"],
     "test_machine_code_model.py": ["numpy"] if shutil.which("cuobjdump") else ["numpy", "triton"],
     "test_peft.py": ["peft"],

@@ -9,6 +9,11 @@ from torch import nn
 from torch.autograd import forward_ad
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
+if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 11):
+    raise ImportError(
+        f"weightalign_cuda: torch {torch.__version__} is installed, 2.11 or later is needed: pip install 'torch>=2.11'"
+    )
+
 _missing: list[str] = []
 
 

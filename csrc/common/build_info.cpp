@@ -6,7 +6,7 @@
 #pragma GCC visibility push(default)
 extern "C" {
 
-// The architectures of the kernels, "75,80,90", or "" without CUDA.
+// The architectures of the kernels, "75,80,90+PTX", or "" without CUDA.
 const char* wa_cuda_architectures() {
 #ifdef WA_CUDA_ARCHITECTURES
     return WA_CUDA_ARCHITECTURES;

@@ -8,6 +8,10 @@
 #include "../common/register_ops.h"
 #include "kernels.h"
 
+#ifdef WA_CPU_X86
+#include <cpuid.h>
+#endif
+
 namespace wa::cpu {
 namespace {
 
@@ -22,7 +26,9 @@ std::vector<InstructionSet> instruction_sets() {
     std::vector<InstructionSet> sets{{"baseline", &baseline::kKernels}};
 #ifdef WA_CPU_X86
     __builtin_cpu_init();
-    bool v3 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c") &&
+    unsigned eax, ebx, ecx = 0, edx;
+    __get_cpuid(1, &eax, &ebx, &ecx, &edx);  // f16c: no name that clang's builtin knows before version 17
+    bool v3 = (ecx & bit_F16C) && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
               __builtin_cpu_supports("bmi2");
     bool v4 = v3 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
               __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
