@@ -131,6 +131,17 @@ def convolve_shards(
     )
 
 
+def ones_for(weight: Any, gain: Any) -> Tensor:
+    """Ones to load for `gain` from a checkpoint that has `weight`."""
+    # Assigned to a model that is not sharded yet, the checkpoint's DTensors make it one that is.
+    like = gain if is_sharded([gain]) or not is_sharded([weight]) else weight
+    if not is_sharded([like]):
+        return torch.ones(gain.shape, dtype=gain.dtype, device=weight.device)
+    from torch.distributed.tensor import ones
+
+    return ones(gain.shape, dtype=gain.dtype, device_mesh=like.device_mesh, placements=like.placements)
+
+
 def _check_filters(weight: Any, gain: Any, index: int | None) -> None:
     """index: None for a single weight."""
     name, of_gain = ("weight", "gain") if index is None else ("weights", "gains")

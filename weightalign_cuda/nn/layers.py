@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..functional.alignment import align
 from ..functional.checks import TENSORS, check_activation, check_number
 from ..functional.convolution import convolve, prepare_convolution
-from ..functional.dtensor import convolve_shards, is_sharded
+from ..functional.dtensor import convolve_shards, is_sharded, ones_for
 from ..ops.reference.activations import activate
 from ..torch_private import Convolution, TransposedConvolution
 from .fx import Proxy, call_module
@@ -88,7 +88,7 @@ class Aligned(nn.Module):
         if self._parameters.get("gain") is not None:
             own: Tensor = self._parameters["gain"]  # type: ignore[assignment]
             if gain is None and weight is not None:
-                state_dict[key] = torch.ones(own.shape, dtype=own.dtype, device=weight.device)
+                state_dict[key] = ones_for(weight, own)
             elif gain is not None and gain.shape[:1] == own.shape[:1] and gain.numel() == own.numel():
                 state_dict[key] = gain.reshape(own.shape)
         super()._load_from_state_dict(state_dict, prefix, *args)
