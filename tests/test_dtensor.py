@@ -430,3 +430,22 @@ def align_shards_of_shards(rank):
 
 def test_shards_of_shards(in_four_processes):
     in_four_processes(align_shards_of_shards)
+
+
+def refuse_sharded_models(rank):
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import DeviceMesh
+
+    plain = fully_shard(nn.Sequential(nn.Conv2d(3, 4, 3)), mesh=DeviceMesh("cpu", [0, 1]))
+    with pytest.raises(ValueError, match=r"model: .*got a DTensor at '0'; convert it before sharding"):
+        wa.convert(plain)
+    assert type(plain[0]).__name__.endswith("Conv2d") and not wa.gain_parameters(plain)
+    for inplace in (False, True):
+        with pytest.raises(
+            ValueError, match=r"model: .*got a DTensor at '0'; fold the unsharded model.*full state dict"
+        ):
+            wa.fold(sharded_network(), inplace=inplace)
+
+
+def test_sharded_models(in_two_processes):
+    in_two_processes(refuse_sharded_models)
