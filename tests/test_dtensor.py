@@ -1,4 +1,4 @@
-"""DTensors in several gloo processes: aligned, prepared and loaded where they lie; errors for what cannot be."""
+"""DTensors in several gloo processes: aligned, prepared and convolved where they lie; errors for what cannot be."""
 
 import copy
 
@@ -313,84 +313,6 @@ def test_meshes_are_compared_by_their_ranks(in_four_processes):
     in_four_processes(compare_meshes)
 
 
-def sharded_network(is_varied=False, device="cpu", gains=(), is_sharded=True):
-    """gains: the dimensions of each layer's gain, 1 if left out."""
-    from torch.distributed.fsdp import fully_shard
-    from torch.distributed.tensor import DeviceMesh
-
-    torch.manual_seed(1)
-    layers = [wa.WAConv2d(3, 5, 3, device=device), wa.WAConvTranspose2d(5, 4, 2, device=device)]
-    model = nn.Sequential(*layers, wa.WALinear(6, 1, device=device))
-    if is_varied:
-        vary(model)
-    for layer, rank in zip(model, gains, strict=False):
-        layer.gain = nn.Parameter(layer.gain.detach().reshape(-1, *[1] * (rank - 1)))
-    return fully_shard(model, mesh=DeviceMesh("cpu", [0, 1])) if is_sharded else model
-
-
-def assert_gains(model, values):
-    for layer, expected in zip(model, values, strict=True):
-        assert layer.gain.placements == layer.weight.placements and layer.gain.device.type == "cpu"
-        torch.testing.assert_close(whole(layer.gain).flatten(), expected, rtol=0, atol=0)
-    model(normal(2, 3, 6, 7)).sum().backward()
-    assert all(p.grad is not None for p in model.parameters())
-
-
-def without_gains(state):
-    return {name: t for name, t in state.items() if "gain" not in name}
-
-
-def load_sharded(rank):
-    from torch.distributed.checkpoint.state_dict import set_model_state_dict
-
-    varied, ones = (
-        [layer.gain.detach() for layer in sharded_network(True, is_sharded=False)],
-        [torch.ones(n) for n in (5, 4, 1)],
-    )
-    sharded = sharded_network(True).state_dict()
-    for state, expected in ((without_gains(sharded), ones), (sharded, varied)):
-        for is_assigned in (False, True):
-            for gains in ((), (4, 4, 2)):
-                model = sharded_network(expected is ones, gains=gains)
-                model.load_state_dict(dict(state), strict=True, assign=is_assigned)
-                assert_gains(model, expected)
-                assert [layer.gain.dim() for layer in model] == list(gains or (1, 1, 1))
-        for is_already_sharded in (True, False):
-            model = sharded_network(device="meta", is_sharded=is_already_sharded)
-            model.load_state_dict(dict(state), assign=True)
-            if is_already_sharded:
-                assert_gains(model, expected)
-            assert [layer.gain.placements for layer in model] == [layer.weight.placements for layer in model]
-        model = sharded_network(expected is ones)
-        set_model_state_dict(model, dict(state))
-        assert_gains(model, expected)
-    model = sharded_network()
-    model.load_state_dict(sharded_network(True, gains=(4, 4, 2)).state_dict())
-    assert_gains(model, varied)
-
-
-def load_full(rank):
-    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
-
-    state = sharded_network(True, is_sharded=False).state_dict()
-    ones = [torch.ones(n) for n in (5, 4, 1)]
-    varied = [layer.gain.detach() for layer in sharded_network(True, is_sharded=False)]
-    # Where each process has the whole, torch completes it with what the model has, which ours cannot tell from loaded.
-    for options, is_varied, expected in (
-        ({"broadcast_from_rank0": True}, True, ones),
-        ({}, False, ones),
-        ({}, True, varied),
-    ):
-        model = sharded_network(is_varied)
-        set_model_state_dict(model, without_gains(state), options=StateDictOptions(full_state_dict=True, **options))
-        assert_gains(model, expected)
-
-
-@pytest.mark.parametrize("load", [load_sharded, load_full])
-def test_loading(in_two_processes, load):
-    in_two_processes(load)
-
-
 def align_shards_of_shards(rank):
     """FSDP2 over tensor parallelism, which has a placement of its own: the weights as they are, and in a step."""
     from torch.distributed.device_mesh import init_device_mesh
@@ -430,22 +352,3 @@ def align_shards_of_shards(rank):
 
 def test_shards_of_shards(in_four_processes):
     in_four_processes(align_shards_of_shards)
-
-
-def refuse_sharded_models(rank):
-    from torch.distributed.fsdp import fully_shard
-    from torch.distributed.tensor import DeviceMesh
-
-    plain = fully_shard(nn.Sequential(nn.Conv2d(3, 4, 3)), mesh=DeviceMesh("cpu", [0, 1]))
-    with pytest.raises(ValueError, match=r"model: .*got a DTensor at '0'; convert it before sharding"):
-        wa.convert(plain)
-    assert type(plain[0]).__name__.endswith("Conv2d") and not wa.gain_parameters(plain)
-    for inplace in (False, True):
-        with pytest.raises(
-            ValueError, match=r"model: .*got a DTensor at '0'; fold the unsharded model.*full state dict"
-        ):
-            wa.fold(sharded_network(), inplace=inplace)
-
-
-def test_sharded_models(in_two_processes):
-    in_two_processes(refuse_sharded_models)
