@@ -184,7 +184,7 @@ def cuda_machine(monkeypatch):
 
 
 def test_why_cuda_is_not_available(cuda_machine, monkeypatch):
-    assert cuda_machine(architectures=()).startswith("the native library was built without CUDA kernels: put nvcc on PATH")
+    assert cuda_machine(architectures=()).startswith("the native library has no CUDA kernels: put nvcc on PATH")
     assert "built with CUDA 13.0, the driver serves up to 12.4: update" in cuda_machine(driver=12040)
     assert "cuda:1 is sm_70, the native library has sm_75, sm_80" in cuda_machine()
     assert cuda_machine().endswith("; the kernels need sm_75 or later")

@@ -52,7 +52,7 @@ def _cuda() -> str:
     if library.error:
         return library.error
     if not library.architectures:
-        return "the native library was built without CUDA kernels: put nvcc on PATH (or set CUDA_HOME) and install again"
+        return "the native library has no CUDA kernels: put nvcc on PATH (or set CUDA_HOME) and install again"
     if not torch.cuda.is_available():
         build = "is a CPU-only build" if torch.version.cuda is None else "sees no CUDA device"
         return f"torch {torch.__version__} {build}"
