@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map_only
+
+from ..torch_private import tree_leaves, tree_map_only
 
 if TYPE_CHECKING:
     from .shard_group import Member

@@ -9,6 +9,7 @@ from torch.compiler import is_compiling
 
 from ..functional.alignment import by_launch
 from ..nn.layers import Aligned
+from ..torch_private import queue_callback
 from .fingerprint import is_trained
 from .joint_alignment import JointAlignment
 from .placeholder import Placeholder
@@ -106,7 +107,7 @@ class ShardGroup:
     def take(self, member: Member, grad: Tensor) -> None:
         """FSDP2 calls it on the stream that has reduced the gradient."""
         if not self.reduced:  # for members whose gradient does not come
-            torch.autograd.Variable._execution_engine.queue_callback(self.deliver)
+            queue_callback(self.deliver)
         self.reduced[member] = grad, ReadyEvent(grad.device)
         if len(self.reduced) == sum(m.managed.requires_grad for m in self.members):
             self.deliver()
