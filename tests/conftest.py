@@ -58,6 +58,7 @@ NEEDS = {
     "test_peft.py": ["peft"],
     "test_prepare.py": ["hypothesis"],
     "test_readme.py": ["peft", "timm", "torchvision"],
+    "test_scaling.py": ["rich", "timm"],
     "test_step_benchmark.py": ["numpy", "timm", "torchvision"],
     "test_timm.py": ["timm", "torchvision"],
     "test_timm_models.py": ["timm", "torchvision"],
