@@ -516,7 +516,9 @@ def left_to_torch(rank, count, mesh):
         patch.setattr(
             logging.getLogger("weightalign_cuda"), "warning", lambda text, *args: warnings.append(text % args)
         )
-        wa.fully_shard(found, mesh=mesh, shard_placement_fn=placed.get)
+        # It is asked for the model's parameters alone: an error for any other.
+        of = dict.fromkeys(found.parameters()) | placed
+        wa.fully_shard(found, mesh=mesh, shard_placement_fn=of.__getitem__)
     assert len(warnings) == (4 if count == 2 else 3)
     assert "weights of 1, as torch's own: filters of transposed" in warnings[0]
     assert "weights of 2, as torch's own: weight or gain is made at each use" in warnings[1]
