@@ -1,5 +1,5 @@
 # make bench | bench-layers | bench-step | accuracy | test | simulated-gpu | static | fuzz | demo | gpu-report | lint |
-# docs: each first creates .venv.
+# docs | hub | matrix: each first creates .venv.
 #
 #   TORCH=torch==2.13.0   the torch to install
 #   PY=python3            an existing environment instead of .venv: nothing is downloaded, missing rivals are skipped
@@ -31,7 +31,7 @@ CPP := $(shell find csrc tests benchmarks -name '*.cpp' -o -name '*.h' -o -name 
 
 SEED ?= $(shell od -An -N4 -tu4 /dev/urandom | tr -d ' ')
 
-.PHONY: bench bench-layers bench-step accuracy test simulated-gpu static fuzz demo gpu-report lint docs format clean
+.PHONY: bench bench-layers bench-step accuracy test simulated-gpu static fuzz demo gpu-report lint docs hub matrix format clean
 
 bench: $(INSTALLED)
 	$(PY) -m benchmarks.align
@@ -87,6 +87,14 @@ lint: $(TOOLS)
 # The documentation, in build/site. Nothing is fetched; a broken link or anchor is an error.
 docs: $(INSTALLED)
 	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict -f docs/mkdocs.yml
+
+# The sources as Hugging Face's kernel-builder wants them, in build/hub.
+hub: $(TOOLS)
+	$(PY) csrc/hub/layout.py
+
+# The tests of one wheel on many versions of Python and torch: hours. MATRIX=3.13t:2.15.0 is one of them.
+matrix: $(TOOLS)
+	.ci/matrix $(MATRIX)
 
 format: $(TOOLS)
 	$(PY) -m ruff check --fix

@@ -1,4 +1,7 @@
 // What this library was built with, for `backends()` and `python -m weightalign_cuda`; called through ctypes.
+#ifdef CUDA_KERNEL  // by Hugging Face's kernel-builder, which writes the architectures into a file (csrc/hub)
+#define WA_CUDA_ARCHITECTURES ""
+#endif
 #ifdef WA_CUDA_ARCHITECTURES
 #include <cuda_runtime.h>
 #endif

@@ -1,9 +1,6 @@
-"""Loads the native library: the one that is installed in the package's folder, or that WEIGHTALIGN_LIBRARY names (for
-developers, who compare builds)."""
+"""Loads the native library."""
 
 import ctypes
-import os
-import pathlib
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,8 +9,7 @@ from typing import Any
 import torch
 
 from . import elf
-
-PATH = pathlib.Path(os.environ.get("WEIGHTALIGN_LIBRARY") or pathlib.Path(__file__).parents[1] / "_weightalign.so")
+from .installed import PATH, architectures_of
 
 
 @dataclass(frozen=True)
@@ -48,8 +44,8 @@ def load() -> Library:
         reason = failure.__cause__ or failure
         return _without(f"the native library does not load with torch {torch.__version__}: {reason}")
     native = ctypes.CDLL(str(PATH))
-    native.wa_cuda_architectures.restype = native.wa_cpu_kernels.restype = ctypes.c_char_p
-    architectures = [a for a in native.wa_cuda_architectures().decode().split(",") if a]
+    native.wa_cpu_kernels.restype = ctypes.c_char_p
+    architectures = architectures_of(native)
     return Library(
         architectures=tuple(int(a.removesuffix("+PTX")) for a in architectures),
         ptx=tuple(int(a.removesuffix("+PTX")) for a in architectures if a.endswith("+PTX")),
