@@ -1,5 +1,5 @@
 # make bench | bench-layers | bench-step | accuracy | test | simulated-gpu | static | fuzz | demo | gpu-report | lint |
-# docs: each first creates .venv.
+# docs | hub | matrix: each first creates .venv.
 #
 #   TORCH=torch==2.13.0   the torch to install
 #   PY=python3            an existing environment instead of .venv: nothing is downloaded, missing rivals are skipped
@@ -11,7 +11,7 @@ VENV ?= .venv
 ifdef PY
 INSTALLED := build/installed-in-$(subst /,_,$(PY))
 PYTEST = $(PY) -m pytest
-REPORTS :=
+TOOLS :=
 INSTALL = $(PY) -m pip install --no-build-isolation --no-deps -e .
 else
 PY := $(VENV)/bin/python
@@ -20,18 +20,18 @@ PASSIVE = OMP_WAIT_POLICY=passive
 PARALLEL = -n 2 --dist worksteal
 PYTEST = $(PASSIVE) $(PY) -m pytest $(PARALLEL)
 INSTALLED := $(VENV)/installed
-REPORTS := $(INSTALLED)
+TOOLS := $(INSTALLED)
 # torch first, so that the library is built against it, not against a second one in pip's build environment.
 INSTALL = $(PY) -m pip install -q "$(TORCH)" && $(PY) -m pip install -q "$(TORCH)" -e ".[test,libraries,bench,lint,docs]"
 $(INSTALLED): $(VENV)/bin/python
 endif
 # Editable, because the repository's root shadows an installed package; reinstalled when one of these changes.
 SOURCES := setup.py pyproject.toml CMakeLists.txt $(shell find csrc -type f)
-CPP := $(shell git ls-files -co --exclude-standard '*.cpp' '*.h' '*.cu' '*.cuh')
+CPP := $(shell find csrc tests benchmarks -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 SEED ?= $(shell od -An -N4 -tu4 /dev/urandom | tr -d ' ')
 
-.PHONY: bench bench-layers bench-step accuracy test simulated-gpu static fuzz demo gpu-report lint docs format clean
+.PHONY: bench bench-layers bench-step accuracy test simulated-gpu static fuzz demo gpu-report lint docs hub matrix format clean
 
 bench: $(INSTALLED)
 	$(PY) -m benchmarks.align
@@ -71,23 +71,35 @@ demo: $(INSTALLED)
 	$(PY) -m benchmarks.demo
 
 # On a GPU, in ten minutes: builds for it alone, tests, measures, judges. With PY nothing is installed, pip not needed.
-gpu-report: $(REPORTS)
+gpu-report: $(TOOLS)
 	$(PY) -m benchmarks.gpu_report $(if $(OUT),--out "$(OUT)")
 
-lint: $(INSTALLED)
+# With PY nothing is installed, as above.
+CLANG_FORMAT = $(dir $(shell command -v $(PY)))clang-format
+lint: $(TOOLS)
+	@$(PY) -c "import mypy, ruff, torch" 2>/dev/null && test -x $(CLANG_FORMAT) || \
+	    { echo "make lint needs torch, ruff, mypy and clang-format in the environment of $(PY)"; exit 1; }
 	$(PY) -m ruff check
 	$(PY) -m ruff format --check
 	$(PY) -m mypy
-	$(VENV)/bin/clang-format --dry-run --Werror $(CPP)
+	$(CLANG_FORMAT) --dry-run --Werror $(CPP)
 
 # The documentation, in build/site. Nothing is fetched; a broken link or anchor is an error.
 docs: $(INSTALLED)
 	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict -f docs/mkdocs.yml
 
-format: $(INSTALLED)
+# The sources as Hugging Face's kernel-builder wants them, in build/hub.
+hub: $(TOOLS)
+	$(PY) csrc/hub/layout.py
+
+# The tests of one wheel on many versions of Python and torch: hours. MATRIX=3.13t:2.15.0 is one of them.
+matrix: $(TOOLS)
+	.ci/matrix $(MATRIX)
+
+format: $(TOOLS)
 	$(PY) -m ruff check --fix
 	$(PY) -m ruff format
-	$(VENV)/bin/clang-format -i $(CPP)
+	$(CLANG_FORMAT) -i $(CPP)
 
 clean:
 	rm -rf build out $(VENV)

@@ -15,6 +15,7 @@ COMMANDS = {
     "instructions": "instructions",
     "launch-plan": "launch_plan",
     "machine-code": "machine_code",
+    "scaling": "scaling",
     "compare": "compare",
     "accuracy": "accuracy",
     "goals": "goals",

@@ -1,18 +1,18 @@
-"""python -m benchmarks.tables: regenerates the documents' tables from the records in benchmarks/results.
+"""python -m benchmarks.tables: regenerates the documents' tables from benchmarks/results and benchmarks/scaling.py.
 
-Each is between two comments, the first of which names it. A test checks that they match the records.
+Each is between two comments, the first of which names it. A test checks that they are up to date.
 """
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from statistics import geometric_mean
 from typing import Any
 
-from . import machine, report
+from . import machine, report, scaling
 from .report import Record, pick
 
-DOCUMENTS = (machine.ROOT / "README.md", machine.ROOT / "docs/pages/performance.md")
+DOCUMENTS = tuple(machine.ROOT / name for name in ("README.md", "docs/pages/performance.md", "docs/pages/scaling.md"))
 RESULTS = machine.ROOT / "benchmarks/results"
 DIRECTIONS = ("forward", "backward")
 END = "<!-- end of table -->"
@@ -191,7 +191,25 @@ def summary() -> list[str]:
     return lines
 
 
-TABLES = {"summary": summary, "align": align, "layers": layers, "steps": steps, "machine_code": machine_code}
+def in_markdown(table: Callable[[], scaling.Cells]) -> Callable[[], list[str]]:
+    def lines() -> list[str]:
+        first, *others = table()
+        return head(*first) + [row(*cells) for cells in others]
+
+    return lines
+
+
+TABLES = {
+    "summary": summary,
+    "align": align,
+    "layers": layers,
+    "steps": steps,
+    "machine_code": machine_code,
+    "models": in_markdown(scaling.models_table),
+    "bytes": in_markdown(scaling.bytes_table),
+    "communication": in_markdown(scaling.communication_table),
+    "alignment": in_markdown(scaling.alignment_table),
+}
 
 
 def with_tables(text: str) -> str:

@@ -153,40 +153,42 @@ def test_unavailable_backend_never_falls_back(plant):
 
 
 @pytest.mark.parametrize(
-    ("compiled", "serves", "serves_not"),
+    ("compiled", "ptx", "serves", "serves_not"),
     [
-        (ALL, (75, 80, 86, 87, 89, 90, 100, 103, 120, 121, 130), (50, 61, 70, 72, 110)),
-        ((80,), (80, 86, 89, 90, 120), (70, 75)),  # beyond 8.x: PTX
-        ((90,), (90, 100), (80, 89)),
-        ((75, 100), (75, 100, 103, 120), (80, 90)),
-        ((86, 90), (86, 89, 90), (75, 80)),  # machine code never serves an older minor version
+        (ALL, (100, 120), (75, 80, 86, 87, 89, 90, 100, 103, 110, 120, 121, 130), (50, 61, 70, 72)),
+        ((80,), (80,), (80, 86, 89, 90, 120), (70, 75)),  # beyond 8.x: PTX
+        ((90,), (90,), (90, 100), (80, 89)),
+        ((75, 100), (100,), (75, 100, 103, 120), (80, 90)),
+        ((75, 90), (75,), (75, 80, 90, 100), (70,)),
+        ((86, 90), (90,), (86, 89, 90), (75, 80)),  # machine code never serves an older minor version
     ],
     ids=str,
 )
-def test_architectures_that_a_library_supports(monkeypatch, compiled, serves, serves_not):
-    monkeypatch.setattr(ops_backend, "library", Library(architectures=compiled))
-    assert [c for c in (*serves, *serves_not) if ops_backend._runs_on(c)] == list(serves)
+def test_architectures_that_a_library_supports(monkeypatch, compiled, ptx, serves, serves_not):
+    monkeypatch.setattr(ops_backend, "library", Library(architectures=compiled, ptx=ptx))
+    assert [c for c in sorted((*serves, *serves_not)) if ops_backend._runs_on(c)] == list(serves)
 
 
 @pytest.fixture
 def cuda_machine(monkeypatch):
-    """Two devices, sm_90 and sm_70, with a given library and driver."""
+    """Two devices, sm_90 and one more, with a given library and driver."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: [(9, 0), (7, 0)][device])
 
-    def plant(architectures=ALL, runtime=13000, driver=13000):
-        monkeypatch.setattr(ops_backend, "library", Library(None, architectures, runtime, lambda: driver))
+    def plant(architectures=ALL, runtime=13000, driver=13000, second=(7, 0)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: [(9, 0), second][device])
+        monkeypatch.setattr(ops_backend, "library", Library(None, architectures, (), runtime, lambda: driver))
         return ops_backend._cuda()
 
     return plant
 
 
 def test_why_cuda_is_not_available(cuda_machine, monkeypatch):
-    assert cuda_machine(architectures=()).startswith("the native library was built without nvcc: put nvcc on PATH")
+    assert cuda_machine(architectures=()).startswith("the native library has no CUDA kernels: put nvcc on PATH")
     assert "built with CUDA 13.0, the driver serves up to 12.4: update" in cuda_machine(driver=12040)
     assert "cuda:1 is sm_70, the native library has sm_75, sm_80" in cuda_machine()
-    assert "WEIGHTALIGN_CUDA_ARCHS=70" in cuda_machine()
+    assert cuda_machine().endswith("; the kernels need sm_75 or later")
+    assert cuda_machine((75, 90), second=(8, 0)).endswith(": install again with TORCH_CUDA_ARCH_LIST=8.0")
     assert cuda_machine((60, 70, 90)) == "available"
     assert cuda_machine((60, 70, 90), runtime=12080, driver=12020) == "available"  # same major version
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)

@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import os
 import pathlib
 import re
 import subprocess
@@ -213,3 +214,20 @@ def test_without_rich_scipy_and_matplotlib(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["align.jsonl"]
     first = json.loads((tmp_path / "align.jsonl").read_text().splitlines()[0])
     assert first["speedups"]["eager"]["ratio"] > 0 and first["speedups"]["eager"]["low"] is None
+
+
+def test_a_package_that_is_missing_is_named(tmp_path):
+    (tmp_path / "rich.py").write_text("raise ModuleNotFoundError(\"No module named 'rich'\", name='rich')")
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    command = [sys.executable, "-m", "benchmarks.demo"]
+    done = subprocess.run(command, cwd=machine.ROOT, env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == "rich is not installed, which this needs: pip install -e '.[bench]'\n"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU to report on")
+def test_gpu_report_without_a_gpu(tmp_path):
+    command = [sys.executable, "-m", "benchmarks", "gpu-report", "--out", str(tmp_path)]
+    done = subprocess.run(command, cwd=machine.ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (1, "") and not list(tmp_path.iterdir())
+    assert done.stderr == f"the report is about a GPU, and torch {torch.__version__} sees no CUDA device\n"

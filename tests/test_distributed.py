@@ -1,149 +1,24 @@
-"""Two gloo processes: sharded weights aligned locally, and the losses of a single process under DDP and FSDP2."""
+"""Two gloo processes: the losses of a single process under DDP and FSDP2, and checkpoints of sharded models."""
 
 import contextlib
-import traceback
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing
-from count_ops import CountOps
+from processes import in_processes
 from torch import nn
-from truth import BF16, F64, formula, normal
-from varied import converted, numbers
+from truth import normal
+from varied import converted, vary
 
 import weightalign_cuda as wa
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch was built without torch.distributed")
 
 
-def serve(rank, folder, jobs, results):
-    """Each process runs jobs until it gets None."""
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
-    while (job := jobs.get()) is not None:
-        function, *arguments = job
-        try:
-            results.put((rank, function(rank, *arguments), None))
-        except BaseException:
-            results.put((rank, None, traceback.format_exc()))
-    dist.destroy_process_group()
-
-
 @pytest.fixture(scope="module")
-def in_two_processes(tmp_path_factory):
-    """A function that runs job(rank, *arguments) in two processes and returns rank 0's result. The processes are
-    started once, which takes longer than all the jobs."""
-    context = torch.multiprocessing.get_context("spawn")
-    folder, results, jobs = tmp_path_factory.mktemp("processes"), context.Queue(), [context.Queue() for _ in range(2)]
-    processes = [context.Process(target=serve, args=(r, folder, jobs[r], results), daemon=True) for r in range(2)]
-    for process in processes:
-        process.start()
-
-    def run(*job):
-        for queue in jobs:
-            queue.put(job)
-        answers = {}
-        for _ in processes:
-            rank, answers[rank], error = results.get(timeout=120)
-            assert error is None, f"process {rank}: {error}"
-        return answers[0]
-
-    yield run
-    for queue, process in zip(jobs, processes, strict=True):
-        queue.put(None)
-        process.join(10)
-        process.kill()
-
-
-def align_sharded(rank):
-    from torch.distributed.tensor import DeviceMesh, DTensor, Partial, Replicate, Shard, distribute_tensor
-    from torch.distributed.tensor.debug import CommDebugMode
-
-    mesh, grid = DeviceMesh("cpu", [0, 1]), DeviceMesh("cpu", [[0, 1]], mesh_dim_names=("a", "b"))
-    cases = [  # uneven, empty on the second process, even; mixed meshes; channels_last
-        ((5, 3, 3, 3), mesh, [Shard(0)]),
-        ((1, 4), mesh, [Shard(0)]),
-        ((4, 2, 3, 3), mesh, [Replicate()]),
-        ((6, 7), grid, [Replicate(), Shard(0)]),
-        ((4, 3, 2), grid, [Shard(0), Shard(0)]),
-    ]
-    plain, placed = [], []
-    for i, (shape, where, placements) in enumerate(cases):
-        weight, gain = normal(*shape, seed=i, dtype=F64), normal(shape[0], seed=50 + i, dtype=F64)
-        weight = weight.contiguous(memory_format=torch.channels_last) if i == 2 else weight
-        plain.append([t.clone().requires_grad_() for t in (weight, gain)])
-        placed.append([distribute_tensor(t, where, placements).requires_grad_() for t in (weight, gain)])
-    plain.append([normal(3, 4, dtype=F64).requires_grad_(), None])  # and one that is not a DTensor
-    placed.append([plain[-1][0].detach().requires_grad_(), None])
-    options = numbers(len(plain))
-    each = list(zip(*options.values(), strict=True))
-    expected = [formula(*pair, *own) for pair, own in zip(plain, each, strict=True)]
-    with CommDebugMode() as communication, CountOps() as ops:
-        together = wa.align_foreach(*zip(*placed, strict=True), **options)
-        alone = [wa.align(*pair, eps=eps, scale=scale) for pair, (eps, scale) in zip(placed, each, strict=True)]
-    assert ops.calls["align_forward"] == 1 + len(placed) and communication.get_total_counts() == 0
-    for pair, one, other, truth in zip(placed, together, alone, expected, strict=True):
-        outside = normal(*truth.shape, seed=9, dtype=F64)
-        grads = []
-        for result in (one, other):
-            grad = outside
-            if isinstance(pair[0], DTensor):
-                assert (result.device_mesh, result.placements) == (pair[0].device_mesh, pair[0].placements)
-                assert result.shape == pair[0].shape and result.stride() == pair[0].stride()
-                grad = distribute_tensor(outside, result.device_mesh, result.placements)
-            leaves = [t for t in pair if t is not None]
-            with communication:
-                grads.append(torch.autograd.grad(result, leaves, grad, retain_graph=True))
-            assert communication.get_total_counts() == 0  # each `with` starts from 0
-            assert all(
-                getattr(g, "placements", 0) == getattr(t, "placements", 0)
-                for g, t in zip(grads[-1], leaves, strict=True)
-            )
-            grads[-1] = [whole(t) for t in (result, *grads[-1])]
-        index = [id(t) for t in expected].index(id(truth))
-        leaves = [t for t in plain[index] if t is not None]
-        true = [truth.detach(), *torch.autograd.grad(truth, leaves, outside, retain_graph=True)]
-        for found in grads:
-            for a, b in zip(found, true, strict=True):
-                torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-13)
-    weight, gain = placed[0]
-    turned = DeviceMesh("cpu", [1, 0])
-    for bad, message in (
-        (Shard(1), r"weight: expected a DTensor placed by Shard\(0\).* got S(hard\(dim=)?\(?1"),
-        (Partial(), r"weight: expected a DTensor placed by Shard\(0\).*got P"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            wa.align(DTensor.from_local(normal(4, 4), mesh, [bad]))
-        with pytest.raises(ValueError, match=message.replace("weight", r"weights\[1\]")):
-            wa.align_foreach([normal(4, 4), DTensor.from_local(normal(4, 4), mesh, [bad])])
-    for pair in (
-        (weight, plain[0][1]),
-        (plain[0][0], gain),
-        (weight, distribute_tensor(plain[0][1], mesh, [Replicate()])),
-        (weight, distribute_tensor(plain[0][1], turned, [Shard(0)])),
-    ):
-        with pytest.raises(ValueError, match="gain: expected the weight's placement"):
-            wa.align(*pair)
-        with pytest.raises(ValueError, match=r"gains\[1\]: expected the weight's placement"):
-            wa.align_foreach([weight, pair[0]], [gain, pair[1]])
-    for last in (
-        wa.align(weight.detach(), memory_format=torch.channels_last),
-        *wa.align_foreach([weight.detach()], memory_format=torch.channels_last),
-    ):
-        assert last.stride() == (27, 1, 9, 3)
-        assert last.to_local().is_contiguous(memory_format=torch.channels_last)
-    pair = weight.detach().float(), gain.detach()
-    for low in (wa.align(*pair, dtype=BF16), *wa.align_foreach(*zip(pair), dtype=BF16)):
-        assert low.dtype == BF16 and low.placements == weight.placements
-
-
-def whole(t):
-    return (t.full_tensor() if hasattr(t, "full_tensor") else t).detach()
-
-
-def test_sharded_weights(in_two_processes):
-    in_two_processes(align_sharded)
+def in_two_processes():
+    with in_processes(2) as run:
+        yield run
 
 
 def network(**options):
@@ -287,3 +162,100 @@ def accumulate_wrongly(rank):
 
 def test_accumulation_without_synchronisation_is_an_error(in_two_processes):
     in_two_processes(accumulate_wrongly)
+
+
+def sharded_network(is_varied=False, device="cpu", gains=(), is_sharded=True):
+    """gains: the dimensions of each layer's gain, 1 if left out."""
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import DeviceMesh
+
+    torch.manual_seed(1)
+    layers = [wa.WAConv2d(3, 5, 3, device=device), wa.WAConvTranspose2d(5, 4, 2, device=device)]
+    model = nn.Sequential(*layers, wa.WALinear(6, 1, device=device))
+    if is_varied:
+        vary(model)
+    for layer, rank in zip(model, gains, strict=False):
+        layer.gain = nn.Parameter(layer.gain.detach().reshape(-1, *[1] * (rank - 1)))
+    return fully_shard(model, mesh=DeviceMesh("cpu", [0, 1])) if is_sharded else model
+
+
+def assert_gains(model, values):
+    for layer, expected in zip(model, values, strict=True):
+        assert layer.gain.placements == layer.weight.placements and layer.gain.device.type == "cpu"
+        torch.testing.assert_close(layer.gain.full_tensor().detach().flatten(), expected, rtol=0, atol=0)
+    model(normal(2, 3, 6, 7)).sum().backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
+def without_gains(state):
+    return {name: t for name, t in state.items() if "gain" not in name}
+
+
+def load_sharded(rank):
+    from torch.distributed.checkpoint.state_dict import set_model_state_dict
+
+    varied, ones = (
+        [layer.gain.detach() for layer in sharded_network(True, is_sharded=False)],
+        [torch.ones(n) for n in (5, 4, 1)],
+    )
+    sharded = sharded_network(True).state_dict()
+    for state, expected in ((without_gains(sharded), ones), (sharded, varied)):
+        for is_assigned in (False, True):
+            for gains in ((), (4, 4, 2)):
+                model = sharded_network(expected is ones, gains=gains)
+                model.load_state_dict(dict(state), strict=True, assign=is_assigned)
+                assert_gains(model, expected)
+                assert [layer.gain.dim() for layer in model] == list(gains or (1, 1, 1))
+        for is_already_sharded in (True, False):
+            model = sharded_network(device="meta", is_sharded=is_already_sharded)
+            model.load_state_dict(dict(state), assign=True)
+            if is_already_sharded:
+                assert_gains(model, expected)
+            assert [layer.gain.placements for layer in model] == [layer.weight.placements for layer in model]
+        model = sharded_network(expected is ones)
+        set_model_state_dict(model, dict(state))
+        assert_gains(model, expected)
+    model = sharded_network()
+    model.load_state_dict(sharded_network(True, gains=(4, 4, 2)).state_dict())
+    assert_gains(model, varied)
+
+
+def load_full(rank):
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+
+    state = sharded_network(True, is_sharded=False).state_dict()
+    ones = [torch.ones(n) for n in (5, 4, 1)]
+    varied = [layer.gain.detach() for layer in sharded_network(True, is_sharded=False)]
+    # Where each process has the whole, torch completes it with what the model has, which ours cannot tell from loaded.
+    for options, is_varied, expected in (
+        ({"broadcast_from_rank0": True}, True, ones),
+        ({}, False, ones),
+        ({}, True, varied),
+    ):
+        model = sharded_network(is_varied)
+        set_model_state_dict(model, without_gains(state), options=StateDictOptions(full_state_dict=True, **options))
+        assert_gains(model, expected)
+
+
+@pytest.mark.parametrize("load", [load_sharded, load_full])
+def test_loading(in_two_processes, load):
+    in_two_processes(load)
+
+
+def refuse_sharded_models(rank):
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import DeviceMesh
+
+    plain = fully_shard(nn.Sequential(nn.Conv2d(3, 4, 3)), mesh=DeviceMesh("cpu", [0, 1]))
+    with pytest.raises(ValueError, match=r"model: .*got a DTensor at '0'; convert it before sharding"):
+        wa.convert(plain)
+    assert type(plain[0]).__name__.endswith("Conv2d") and not wa.gain_parameters(plain)
+    for inplace in (False, True):
+        with pytest.raises(
+            ValueError, match=r"model: .*got a DTensor at '0'; fold the unsharded model.*full state dict"
+        ):
+            wa.fold(sharded_network(), inplace=inplace)
+
+
+def test_sharded_models(in_two_processes):
+    in_two_processes(refuse_sharded_models)

@@ -40,5 +40,7 @@ def test_library_works_without_python():
 def test_build_information():
     built_with_cuda = bool(ops.library.architectures)
     assert list(ops.library.architectures) == sorted(set(ops.library.architectures))
-    assert all(70 <= a < 200 for a in ops.library.architectures)
+    assert all(75 <= a < 200 for a in ops.library.architectures)
+    assert bool(ops.library.ptx) == built_with_cuda  # for later GPUs
+    assert set(ops.library.ptx) <= set(ops.library.architectures)
     assert (ops.library.cuda_runtime >= 12000) == built_with_cuda

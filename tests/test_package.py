@@ -1,16 +1,19 @@
-"""The package in separate processes: its command, without the native library, and under WEIGHTALIGN_BACKEND."""
+"""The package in separate processes: its command, with no library that loads, and under WEIGHTALIGN_BACKEND."""
 
 import importlib.util
 import os
 import pathlib
+import platform
 import shutil
+import signal
 import subprocess
 import sys
 
+import pytest
 import torch
 
 import weightalign_cuda as wa
-from weightalign_cuda.ops import library
+from weightalign_cuda.ops import elf, library, native_library
 
 PACKAGE = pathlib.Path(wa.__file__).parent
 HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -30,6 +33,18 @@ def test_command():
     assert f"CPU kernels {library.cpu_kernels()} " in " ".join(done.stdout.split())
     for name, state in wa.backends().items():
         assert f"backend {name} {state}" in " ".join(done.stdout.split())
+    runtime = library.cuda_runtime
+    version = f"{runtime // 1000}.{runtime % 1000 // 10}" if runtime else "none"
+    assert f"CUDA of the library {version} CUDA of the driver" in " ".join(done.stdout.split())
+
+
+def test_command_whose_reader_leaves():
+    """As in `| head`."""
+    command = [sys.executable, "-m", "weightalign_cuda"]
+    environment = {**os.environ, "PYTHONPATH": str(PACKAGE.parent)}
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.close()
+        assert b"Traceback" not in process.stderr.read() and process.wait() == -signal.SIGPIPE
 
 
 USE_ON_CPU = """
@@ -118,13 +133,64 @@ def test_without_the_native_library(tmp_path):
     assert refused == f"backend 'cpu' was asked for, but: {cpu}"
 
 
-def test_with_a_library_that_does_not_load(tmp_path):
+def for_another_machine(library):
+    return library[:18] + b"\xf7\x00" + library[20:]  # e_machine: BPF
+
+
+@pytest.mark.parametrize(
+    ("break_", "reason"),
+    [
+        (lambda library: b"not a library", "_weightalign.so is not a 64-bit ELF library"),
+        (lambda library: library[: len(library) // 2], "_weightalign.so is truncated: "),  # loaded: a bus error
+        (for_another_machine, f"_weightalign.so is not for {platform.machine()}, but for ELF's machine 247"),
+        (lambda library: library.replace(b"\0aoti_torch_", b"\0aoti_other_"), "undefined symbol: aoti_other_"),
+    ],
+    ids=["text", "truncated", "another machine", "another torch"],
+)
+def test_with_a_library_that_does_not_load(tmp_path, break_, reason):
+    """One warning, which gives the reason, and so does backends()."""
     shutil.copytree(PACKAGE, tmp_path / PACKAGE.name, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
-    (tmp_path / PACKAGE.name / "_weightalign.so").write_bytes(b"not a library")
-    done = python("-c", WITHOUT_LIBRARY, root=tmp_path)
+    (tmp_path / PACKAGE.name / "_weightalign.so").write_bytes(break_(native_library.PATH.read_bytes()))
+    done = python("-c", "import weightalign_cuda as wa; print(wa.backends()['cpu'])", root=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith(f"the native library does not load with torch {torch.__version__}: ")
-    assert "RuntimeWarning: weightalign_cuda: the native library does not load" in done.stderr
+    state = done.stdout.strip()
+    assert state.startswith(f"the native library does not load with torch {torch.__version__}: ") and reason in state
+    assert done.stderr.count("RuntimeWarning: weightalign_cuda: ") == 1 and state in done.stderr
+
+
+@pytest.mark.parametrize("kept", [0, 63, 64, 600, -1])
+def test_every_truncated_library_is_recognised(tmp_path, kept):
+    (tmp_path / "library.so").write_bytes(native_library.PATH.read_bytes()[:kept])
+    with pytest.raises(OSError, match="not a 64-bit ELF library" if 0 <= kept < 64 else "is truncated"):
+        elf.check(tmp_path / "library.so")
+
+
+OLDER_TORCH = """
+import torch
+torch.__version__ = torch.torch_version.TorchVersion("2.10.1+cu128")
+import weightalign_cuda
+"""
+
+
+def test_with_an_older_torch():
+    done = python("-c", OLDER_TORCH)
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("ImportError: weightalign_cuda: torch 2.10.1+cu128 is installed, 2.11 or later is needed")
+
+
+IMPORT_TIMES = """
+import time
+begin = time.process_time()
+import torch
+middle = time.process_time()
+import weightalign_cuda
+print((time.process_time() - middle) / (middle - begin))
+"""
+
+
+def test_import_adds_little_to_that_of_torch():
+    shares = [float(python("-c", IMPORT_TIMES).stdout) for _ in range(3)]
+    assert min(shares) < 0.1, shares
 
 
 OF_ENVIRONMENT = """

@@ -47,10 +47,11 @@ def test_examples(tmp_path):
 
 
 @pytest.mark.slow
-def test_training_script_in_two_processes(tmp_path):
+@pytest.mark.parametrize("option", [[], ["--fsdp"]], ids=["DDP", "FSDP2"])
+def test_training_script_in_two_processes(tmp_path, option):
     page = (ROOT / "docs/pages/training.md").read_text()
     (tmp_path / "train.py").write_text(next(code for code in BLOCK.findall(page) if code.startswith("# train.py")))
-    command = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "train.py"]
+    command = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "train.py", *option]
     assert_trained(2, run(*command, cwd=tmp_path))
 
 

@@ -56,11 +56,30 @@ def compiled(architecture):
         }
 
 
-def resources(architecture):
+def in_own_process(*command):
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = str(pathlib.Path(wa.__file__).parent.parent)
-    command = [sys.executable, __file__, str(architecture)]
-    return json.loads(subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE).stdout)
+    return subprocess.run(
+        [sys.executable, *command], env=environment, check=True, stdout=subprocess.PIPE, text=True
+    ).stdout
+
+
+def resources(architecture):
+    return json.loads(in_own_process(__file__, str(architecture)))
+
+
+ON_ROCM = """
+import torch
+torch.version.hip = "6.4"
+from triton.backends.amd.compiler import HIPOptions
+from weightalign_cuda.ops.triton.launch import OPTIONS
+print(sorted(set().union(*OPTIONS.values()) - set(HIPOptions.__dataclass_fields__)))
+"""
+
+
+def test_triton_for_amd_knows_all_options():
+    """It refuses others, such as maxnreg."""
+    assert in_own_process("-c", ON_ROCM) == "[]\n"
 
 
 @pytest.mark.parametrize("architecture", [90, *(pytest.param(a, marks=pytest.mark.slow) for a in (80, 100))])

@@ -15,6 +15,7 @@ from .model.convert import convert
 from .model.explain import explain
 from .model.fold import fold
 from .model.frozen import frozen
+from .model.fully_shard import fully_shard
 from .nn.layers import (
     WAConv1d,
     WAConv2d,
@@ -47,6 +48,7 @@ __all__ = [
     "explain",
     "fold",
     "frozen",
+    "fully_shard",
     "gain_parameters",
     "prepare",
     "use_backend",

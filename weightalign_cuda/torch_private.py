@@ -9,6 +9,11 @@ from torch import nn
 from torch.autograd import forward_ad
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
+if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 11):
+    raise ImportError(
+        f"weightalign_cuda: torch {torch.__version__} is installed, 2.11 or later is needed: pip install 'torch>=2.11'"
+    )
+
 _missing: list[str] = []
 
 
@@ -37,6 +42,12 @@ current_graph_task_id = _find("torch._C._current_graph_task_id")
 backward_keeps_graph = _find("torch._C._autograd._get_current_graph_task_keep_graph")
 # The innermost saved_tensors_hooks, by which activation checkpointing is detected.
 top_saved_tensors_hooks = _find("torch._C._autograd._top_saved_tensors_default_hooks")
+
+# Calls a function at the end of the backward that is running: as FSDP2 does.
+queue_callback = _find("torch.autograd.Variable._execution_engine.queue_callback")
+# For the arguments that __torch_dispatch__ is given.
+tree_leaves = _find("torch.utils._pytree.tree_leaves")
+tree_map_only = _find("torch.utils._pytree.tree_map_only")
 
 # Whether autocast is enabled for any device type, at a third of the cost of asking for one.
 is_any_autocast_enabled = _find("torch._C._is_any_autocast_enabled")
@@ -109,7 +120,8 @@ _ATTRIBUTES: dict[str, tuple[Any, tuple[str, ...]]] = {
     ),
     "torch.nn.Conv2d": (nn.Conv2d, ("_conv_forward",)),
     "torch.nn.ConvTranspose2d": (nn.ConvTranspose2d, ("_output_padding",)),
-    "torch.Tensor": (torch.Tensor, ("_version",)),  # counts in-place writes
+    # counts in-place writes; a tensor without data; the hooks that who sets a gradient has to call
+    "torch.Tensor": (torch.Tensor, ("_version", "_make_wrapper_subclass", "_post_accumulate_grad_hooks")),
     "torch.autograd.forward_ad": (forward_ad, ("_current_level",)),
     "torch.autograd.profiler": (profiler, ("_is_profiler_enabled",)),
     # the overload's C++ function, without the Python wrapper

@@ -23,14 +23,14 @@ def main() -> None:
     parser.add_argument("--steps", nargs="+", choices=every, default=every, help="only these; others stay as they were")
     arguments = parser.parse_args()
     end = time.monotonic() + 60 * arguments.minutes
-    has_device = torch.cuda.is_available()
-    facts, console = machine.facts("cuda" if has_device else "cpu"), Console()
-    name = facts["gpu"] or "no GPU"
-    folder = arguments.out.absolute() / re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+    if not torch.cuda.is_available():
+        raise SystemExit(f"the report is about a GPU, and torch {torch.__version__} sees no CUDA device")
+    facts, console = machine.facts("cuda"), Console()
+    folder = arguments.out.absolute() / re.sub(r"[^a-z0-9]+", "-", facts["gpu"].lower()).strip("-")
     report = page.Report.of(folder, facts, is_new=len(arguments.steps) == len(every))
     for step in (every[each] for each in every if each in arguments.steps):
         console.print(f"{step.name}: {step.about}, within {step.limit:.0f} s", highlight=False)
-        report.outcomes[step.name] = outcome = run(step, folder / step.name, end - time.monotonic(), has_device)
+        report.outcomes[step.name] = outcome = run(step, folder / step.name, end - time.monotonic())
         console.print(f"  {outcome.state}, {outcome.seconds:.0f} s: {outcome.note}", highlight=False, soft_wrap=True)
         report.write()
     console.print(f"wrote {folder / 'report.md'}: {report.summary}", highlight=False, soft_wrap=True)

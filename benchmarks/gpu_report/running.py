@@ -39,13 +39,11 @@ def missing(step: Step) -> list[str]:
     return programs + [name for name in step.modules if importlib.util.find_spec(name) is None]
 
 
-def run(step: Step, folder: pathlib.Path, left: float, has_device: bool) -> Outcome:
+def run(step: Step, folder: pathlib.Path, left: float) -> Outcome:
     """`folder` is the step's own, emptied first; `left`: seconds that the whole report may still take."""
     shutil.rmtree(folder, ignore_errors=True)
     if absent := missing(step):
         return Outcome("left out", f"not installed: {', '.join(absent)}")
-    if step.on_device and not has_device:
-        return Outcome("failed", "torch sees no CUDA device")
     limit = min(step.limit, left)
     if limit < LEAST:
         return Outcome("not run", "no time left")

@@ -25,7 +25,6 @@ class Step:
     command: tuple[str, ...]
     programs: tuple[str, ...] = ()  # without which it is left out
     modules: tuple[str, ...] = ()
-    on_device: bool = True
     environment: dict[str, str] = field(default_factory=dict)
 
 
@@ -58,8 +57,8 @@ def steps() -> list[Step]:
     network, layer, host = (("align", "--out-dtype", "bfloat16", "--suites", s) for s in ("network", "layer", "host"))
     resnet = ("step", "--only", "resnet50", "--no-compile", "--seconds", "3")
     return [
-        Step("build", "the native library, for this GPU only", 180, own[0], on_device=False),
-        Step("static", "what the machine code predicts", 75, code, modules=("rich",), on_device=False),
+        Step("build", "the native library, for this GPU only", 180, own[0]),
+        Step("static", "what the machine code predicts", 75, code, modules=("rich",)),
         benchmark("model", "all weights of ResNet-50 in one launch", 60, *network, "--no-compile", "--seconds", "0.5"),
         tests(),
         sanitizer("memcheck"),

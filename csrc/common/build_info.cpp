@@ -1,4 +1,7 @@
 // What this library was built with, for `backends()` and `python -m weightalign_cuda`; called through ctypes.
+#ifdef CUDA_KERNEL  // by Hugging Face's kernel-builder, which writes the architectures into a file (csrc/hub)
+#define WA_CUDA_ARCHITECTURES ""
+#endif
 #ifdef WA_CUDA_ARCHITECTURES
 #include <cuda_runtime.h>
 #endif
@@ -6,7 +9,7 @@
 #pragma GCC visibility push(default)
 extern "C" {
 
-// The architectures of the kernels, "75,80,90", or "" without CUDA.
+// The architectures of the kernels, "75,80,90+PTX", or "" without CUDA.
 const char* wa_cuda_architectures() {
 #ifdef WA_CUDA_ARCHITECTURES
     return WA_CUDA_ARCHITECTURES;

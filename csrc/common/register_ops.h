@@ -4,6 +4,14 @@
 #include "prepare_host.h"
 #include "python_calls.h"
 
+// The namespace of the ops. Hugging Face's kernel-builder names another, unique to each build (csrc/hub).
+#ifndef TORCH_EXTENSION_NAME
+#define TORCH_EXTENSION_NAME weightalign_cuda
+#endif
+// STABLE_TORCH_LIBRARY_IMPL for that namespace: it is expanded on the way, before the macro pastes it into names.
+#define WA_IMPLEMENT(device, library) WA_IMPLEMENT_IN(TORCH_EXTENSION_NAME, device, library)
+#define WA_IMPLEMENT_IN(name, device, library) STABLE_TORCH_LIBRARY_IMPL(name, device, library)
+
 namespace wa {
 
 // An op of one backend: call(arguments...) = function(backend, arguments...).

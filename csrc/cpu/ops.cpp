@@ -8,6 +8,10 @@
 #include "../common/register_ops.h"
 #include "kernels.h"
 
+#ifdef __x86_64__
+#include <cpuid.h>
+#endif
+
 namespace wa::cpu {
 namespace {
 
@@ -20,9 +24,11 @@ struct InstructionSet {
 // 2.1x as fast as baseline on Zen 3; AVX-512 against AVX2 is unmeasured, even where it lowers the clock (Skylake).
 std::vector<InstructionSet> instruction_sets() {
     std::vector<InstructionSet> sets{{"baseline", &baseline::kKernels}};
-#ifdef WA_CPU_X86
+#ifdef __x86_64__
     __builtin_cpu_init();
-    bool v3 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c") &&
+    unsigned eax, ebx, ecx = 0, edx;
+    __get_cpuid(1, &eax, &ebx, &ecx, &edx);  // f16c: no name that clang's builtin knows before version 17
+    bool v3 = (ecx & bit_F16C) && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
               __builtin_cpu_supports("bmi2");
     bool v4 = v3 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
               __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
@@ -136,6 +142,6 @@ extern "C" __attribute__((visibility("default"))) const char* wa_cpu_kernels() {
     }
 }
 
-STABLE_TORCH_LIBRARY_IMPL(weightalign_cuda, CPU, library) {
+WA_IMPLEMENT(CPU, library) {
     wa::implement_ops<wa::cpu::kForward, wa::cpu::kBackward>(library, aoti_torch_device_type_cpu());
 }

@@ -45,6 +45,6 @@ constexpr AlignBackend kBackward{run<Direction::kBackward>, kMaxTransposed};
 }  // namespace
 }  // namespace wa::cuda
 
-STABLE_TORCH_LIBRARY_IMPL(weightalign_cuda, CUDA, library) {
+WA_IMPLEMENT(CUDA, library) {
     wa::implement_ops<wa::cuda::kForward, wa::cuda::kBackward>(library, aoti_torch_device_type_cuda());
 }

@@ -7,10 +7,13 @@ import gc
 import pytest
 import simcuda
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
 from truth import normal
 
 import weightalign_cuda as wa
+from weightalign_cuda.model.streams import ReadyEvent
 
 LATE, LATE_HERE = 0, 1  # every work as late as it may be; those of the current stream last
 SEEDS = range(12)
@@ -100,11 +103,43 @@ def accumulated_gradients(seed):
     return flat(p.grad for p in aligned), 2 * flat(grads)
 
 
+def sharded_gradients(seed):
+    """Filters are aligned on one stream of FSDP2's, their gradients reduced on another; the rest may be left to the
+    stream of the backward. FSDP2's own waits would hide a missing one: its calls are made here."""
+    if not dist.is_initialized():
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    plain, model = network(), wa.fully_shard(network(), mesh=init_device_mesh("cuda", (1,)))
+    layers = plain[0], plain[2]
+    aligned = [layer.align_filters() for layer in layers]
+    outside = [normal(*t.shape, seed=i, device="cuda") for i, t in enumerate(aligned)]
+    expected = torch.autograd.grad(aligned, [p for x in layers for p in (x.weight, x.gain)], outside)
+    group = model[0].aligned_by.member.group
+    begin(seed)
+    gathering, reducing = torch.cuda.Stream(), torch.cuda.Stream()
+    with torch.cuda.stream(gathering):
+        for member in group.members:
+            group.filters_of(member, None)
+    with torch.cuda.stream(reducing):
+        for member, grad in zip(group.members, outside, strict=True):
+            group.reduced[member] = grad.clone(), ReadyEvent(grad.device)
+    group.deliver()
+    group.alignments.clear()
+    current = torch.cuda.current_stream()
+    with torch.cuda.stream(gathering):  # whose allocator is given back the statistics
+        end(seed, current)
+    return flat(p.grad.to_local() for x in (model[0], model[2]) for p in (x.weight, x.gain)), flat(expected)
+
+
 def flat(tensors):
     return torch.cat([t.flatten() for t in tensors])
 
 
-SCENARIOS = {"frozen": frozen_outputs, "foreach": foreach_outputs, "accumulate": accumulated_gradients}
+SCENARIOS = {
+    "frozen": frozen_outputs,
+    "foreach": foreach_outputs,
+    "accumulate": accumulated_gradients,
+    "fully_shard": sharded_gradients,
+}
 
 
 def wrong_seeds(scenario):
@@ -126,7 +161,7 @@ def test_right_in_every_order(scenario):
 
 @pytest.mark.parametrize("scenario", SCENARIOS)
 def test_a_missing_wait_is_seen(scenario, monkeypatch):
-    monkeypatch.setattr(torch.cuda.Stream, "wait_event", lambda *_: None)
+    monkeypatch.setattr(ReadyEvent, "wait", lambda *_: None)
     assert wrong_seeds(scenario)
 
 

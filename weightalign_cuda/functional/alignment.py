@@ -43,7 +43,8 @@ def align(
 
     Args:
         weight: (K, ...), rank 2 or more; float32, float16, bfloat16 or float64. Any strides. A DTensor placed by
-            Shard(0) or Replicate() is aligned locally, without communication; the result has the same placement.
+            Shard(0), FSDP2's shard of such a shard, or Replicate() is aligned locally, without communication; the
+            result has the same placement.
         gain: (K,) or, as in timm, (K, 1, ...); any of these dtypes; device and placement as the weight's. None means 1.
         eps: added to n/2 * var; greater than 0. A constant filter gives exactly 0.
         scale: a constant factor.

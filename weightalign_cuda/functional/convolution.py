@@ -1,6 +1,7 @@
 """Convolutions on aligned weights: one launch aligns the weight and prepares the input, then torch convolves."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,6 +14,8 @@ from ..ops.exporters import wants_plain_operations
 from ..ops.layout import CHANNELS_LAST_RANK, looks_channels_last
 from ..ops.reference.activations import ACTIVATIONS
 from .checks import (
+    PLAIN,
+    TENSORS,
     autocast_dtype,
     check_activation,
     check_gain,
@@ -23,6 +26,7 @@ from .checks import (
     device_type,
     result_dtype,
 )
+from .dtensor import convolve_shards, is_sharded, prepare_shards
 from .padding import (
     Pairs,
     check_padding_mode,
@@ -51,6 +55,9 @@ def prepare(
 
     The input becomes pad(cast(activation(input))) in the convolution's layout; the weight is aligned as by `align`
     (arXiv 2010.07160, eq. 10). The backward is one launch, too. Twice differentiable.
+
+    DTensors, as input and weight must then both be, are prepared locally and keep their placements: the weight's as for
+    `align`, the input's Replicate() or, along a dimension that is not padded here, Shard().
 
     Args:
         input: (N, C_in, spatial...) or (C_in, spatial...), of the weight's rank or one less; 1 to 3 spatial dimensions.
@@ -121,6 +128,11 @@ def prepare_convolution(
     is_implicit = are_sizes_known and is_left_to_convolution(pairs, padding_mode)
     implicit_padding = [before if is_implicit else 0 for before, _ in pairs]
     explicit = [0 if is_implicit else n for pair in pairs for n in pair]
+    are_plain = type(input) in TENSORS and type(weight) in TENSORS and type(gain) in PLAIN
+    if not are_plain and is_sharded((input, weight, gain)):
+        same: dict[str, Any] = {"pairs": pairs, "padding_mode": padding_mode, "activation": activation, "eps": eps}
+        same |= {"scale": scale, "dtype": dtype, "memory_format": memory_format, "is_aligned": is_aligned}
+        return *prepare_shards(prepare_convolution, input, weight, gain, explicit, **same), implicit_padding
     # Already aligned: pass an empty weight, so that only the input is prepared.
     raw, raw_gain = (weight.detach()[:0], None) if is_aligned else (weight, gain)
     weights = [raw], [raw_gain], [eps], [scale], dtype, memory_format
@@ -203,6 +215,8 @@ def convolve(
         pairs = parse_padding(padding, spatial)
     preparation = pairs, padding_mode, activation, eps, scale
     prepared, aligned, implicit_padding = prepare_convolution(input, weight, gain, *preparation, is_aligned=is_aligned)
+    if type(aligned) not in TENSORS and is_sharded([aligned]):
+        convolution = partial(convolve_shards, convolution, groups=groups)
     return convolution(prepared, aligned, bias, stride, implicit_padding, dilation, groups)
 
 
@@ -230,6 +244,8 @@ def conv1d(
     scale: float = 1.0,
 ) -> Tensor:
     """`torch.nn.functional.conv1d` with the aligned weight, after `prepare` (arXiv 2010.07160, eq. 10).
+
+    Of DTensors, the input may be sharded by batch, or else weight, gain and bias by filters, if groups is 1.
 
     Args:
         input: (N, C_in, L) or (C_in, L).

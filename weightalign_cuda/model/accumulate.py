@@ -12,10 +12,9 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from ..functional.checks import check_module, result_dtype
 from ..nn.layers import Aligned, aligned_by, aligned_layers
-from ..ops.autograd import in_their_places, of_used
-from ..ops.backend import serving
 from ..torch_private import are_functorch_transforms_active
 from .fingerprint import fingerprint, has_plain_parameters, is_trained
+from .joint_alignment import JointAlignment
 from .streams import ReadyEvent, is_captured
 from .unsharded import check_unsharded
 
@@ -58,7 +57,7 @@ def accumulate(model: nn.Module) -> Iterator[nn.Module]:
     check_unsharded(
         list(model.modules()),
         "wa.accumulate: the layers cannot be aligned for all micro-batches",
-        "accumulate without it",
+        "accumulate without it; under FSDP2 by set_requires_gradient_sync(False), all micro-batches but the last",
     )
     layers = [layer for layer in aligned_layers(model.modules()) if has_plain_parameters(layer)]
     shared = _Accumulation(model, layers)
@@ -213,21 +212,14 @@ class _Group:
     def __init__(self, layers: Sequence[Aligned], dtype: torch.dtype) -> None:
         self.layers = layers
         self.is_captured = is_captured(layers[0].weight)
-        # Not inference tensors: they may be used after an inner inference_mode has ended.
         with torch.inference_mode(False), torch.no_grad():
-            self.tensors = *(layer.filters() for layer in layers), *(layer.gain for layer in layers)
-            self.scales = [layer.scale for layer in layers]
-            # The backward uses the same backend.
-            self.served = serving(layers[0].weight.device.type)
-            count, eps = len(layers), [layer.eps for layer in layers]
-            options = eps, self.scales, dtype, torch.preserve_format
-            weights, gains = list(self.tensors[:count]), list(self.tensors[count:])
-            aligned, self.statistics = self.served.align_forward(weights, gains, *options)
-        self.made = ReadyEvent(layers[0].weight.device)
-        self.sums = [_Sum(self.statistics.dtype) for _ in layers]
+            weights, gains = [layer.filters() for layer in layers], [layer.gain for layer in layers]
+        numbers = [layer.eps for layer in layers], [layer.scale for layer in layers]
+        self.alignment = JointAlignment(weights, gains, *numbers, dtype)
+        self.sums = [_Sum(self.alignment.statistics.dtype) for _ in layers]
         with torch.inference_mode(False), torch.enable_grad():
             dummy = torch.empty(0, device=layers[0].weight.device, requires_grad=True)
-            triples = zip(layers, aligned, self.sums, strict=True)
+            triples = zip(layers, self.alignment.filters, self.sums, strict=True)
             self.filters = {x: _Summed.apply(t, total, dummy) if is_trained(x) else t for x, t, total in triples}
 
     def filters_of(self, layer: Aligned) -> Tensor:
@@ -237,19 +229,12 @@ class _Group:
                 "sums, of this one time at each replay; capture all of the context, or none of it"
             )
         filters = self.filters[layer]
-        self.made.wait(filters)
+        self.alignment.ready.wait(filters)
         return filters
 
     def gradients(self) -> list[tuple[Tensor, Tensor]]:
         """Weights and gains, as tensors of the autograd graph, and their gradients."""
-        grads = [total.get() for total in self.sums]
-        used = [i for i, grad in enumerate(grads) if grad is not None]
-        if not used:
-            return []
-        self.made.wait(self.statistics)
-        with torch.no_grad():
-            results = self.served.align_backward(*of_used(used, grads, self.tensors, self.statistics, self.scales))
-            placed = in_their_places(used, self.tensors, *results)
+        placed = self.alignment.gradients([total.get() for total in self.sums])
         with torch.enable_grad():
             targets = *(layer.filters() for layer in self.layers), *(layer.gain for layer in self.layers)
         pairs = zip(targets, placed, strict=True)

@@ -72,8 +72,9 @@ def convert(
 
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what was given; for weights under
-            torch.nn.utils.parametrize, weight_norm, spectral_norm or pruning, unless excluded; for quantised
-            convolutions; for scripted and wrapped (DDP, FSDP, torch.compile) models. The model is then unchanged.
+            torch.nn.utils.parametrize, weight_norm, spectral_norm or pruning, and DTensors, unless excluded; for
+            quantised convolutions; for scripted and wrapped (DDP, FSDP, torch.compile) models. The model is then
+            unchanged.
         RuntimeError: for foreach in a model sharded by FSDP or containing torch.nn.DataParallel, where each layer has
             to align itself; in the forward, if that was applied later.
     """

@@ -52,7 +52,7 @@ def explain(model: nn.Module) -> Explanation:
     Returns:
         A tuple with one `LayerExplanation` (name, layer, filters, aligned, why) for each layer of this package and each
         plain convolution. `aligned` is "together" (one launch with others), "alone" (a launch of its own), "by frozen"
-        or "by accumulate" (inside these contexts), or "no".
+        or "by accumulate" (inside these contexts), "by fully_shard", or "no".
 
     Raises:
         TypeError: for a model that is not a torch.nn.Module.
@@ -95,7 +95,7 @@ def _aligned(model: nn.Module) -> Iterator[tuple[nn.Module, tuple[str, str]]]:
             yield layer, ("alone", why_not_plain(layer) or without)
         else:
             source = getattr(layer.aligned_by, "name", repr(layer.aligned_by))
-            yield layer, (f"by {source}", "its filters are kept")
+            yield layer, (f"by {source}", getattr(layer.aligned_by, "why", "its filters are kept"))
 
 
 def _plain(model: nn.Module) -> Iterator[tuple[nn.Module, tuple[str, str]]]:

@@ -33,13 +33,13 @@ def fold(model: nn.Module, *, inplace: bool = False) -> nn.Module:
 
     Raises:
         TypeError: if the model is not a torch.nn.Module, or is scripted or wrapped (DDP, FSDP, torch.compile).
-        ValueError: for layers parametrized or pruned by torch.nn.utils, compiled, or of subclasses of ours that
-            override methods. The model is then unchanged.
+        ValueError: for layers parametrized or pruned by torch.nn.utils, compiled, sharded (DTensors), or of subclasses
+            of ours that override methods. The model is then unchanged.
     """
     check_model(model)
     for name, layer in model.named_modules():
         if isinstance(layer, Aligned):
-            check_plain(name, layer)
+            check_plain(name, layer, "fold the unsharded model, with the full state dict loaded into it")
             if own := overridden_methods(layer, CLASSES[torch_class(layer)]):
                 got = f"{type(layer).__name__} at {name!r}, which has its own {', '.join(sorted(own))}"
                 raise ValueError(f"model: expected layers of this package, got {got}")

@@ -1,7 +1,7 @@
 """For inference: each layer's weight is aligned once, not in each forward."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, NoReturn
 
 import torch
@@ -14,6 +14,7 @@ from ..nn.layers import Aligned, aligned_by, aligned_layers
 from ..nn.parameters import parameter
 from ..torch_private import are_functorch_transforms_active, is_functorch_wrapped
 from .fingerprint import fingerprint_with
+from .shard_group import GatheredFilters
 from .streams import ReadyEvent, is_captured
 
 
@@ -29,7 +30,8 @@ def frozen(model: nn.Module) -> Iterator[nn.Module]:
 
     Weights and gains get no gradients: in eval mode they are constants (gradients of inputs are correct); in training
     mode the layer's backward raises. Nothing is kept inside torch.compile, for parameters transformed by torch.func,
-    and during CUDA graph capture (replays outlive the context): each call, or replay, aligns.
+    during CUDA graph capture (replays outlive the context) and for layers sharded by `fully_shard`: each call, replay
+    or gather aligns.
 
     Args:
         model: any module.
@@ -43,7 +45,9 @@ def frozen(model: nn.Module) -> Iterator[nn.Module]:
             torch.inference_mode, whose changes torch does not version.
     """
     check_module(model)
-    kept = {layer: _Kept(layer) for layer in aligned_layers(model.modules())}
+    layers = aligned_layers(model.modules())
+    sharded = {x: _Gathered(x, x.aligned_by) for x in layers if isinstance(x.aligned_by, GatheredFilters)}
+    kept = {layer: _Kept(layer) for layer in layers if layer not in sharded}
 
     def forget(*_: Any) -> None:
         for each in kept.values():
@@ -52,7 +56,7 @@ def frozen(model: nn.Module) -> Iterator[nn.Module]:
     # Fused optimizers change parameters without increasing their version.
     handle = register_optimizer_step_post_hook(forget)
     try:
-        with aligned_by(kept):
+        with aligned_by({**kept, **sharded}):
             yield model
     finally:
         handle.remove()
@@ -87,10 +91,30 @@ class _Kept:
                 self.filters = layer.align_filters()
             self.ready = ReadyEvent(self.filters.device)
             self.made_from, self.alive = made_from, (sources, [t.detach() for t in sources])
-            if layer.training and any(t.requires_grad for t in sources):
-                self.filters.requires_grad_().register_hook(_refuse)
+            _forbid_training(layer, self.filters, sources)
         self.ready.wait(self.filters)
         return self.filters
+
+
+class _Gathered:
+    """The aligned filters of one layer sharded by `fully_shard`: they last until FSDP2 frees them."""
+
+    name = "frozen"
+
+    def __init__(self, layer: Aligned, source: GatheredFilters) -> None:
+        self.layer = layer
+        self.source = source
+
+    def __call__(self) -> Tensor:
+        gathered = self.source()
+        filters = gathered.detach()
+        _forbid_training(self.layer, filters, (gathered,))
+        return filters
+
+
+def _forbid_training(layer: Aligned, filters: Tensor, sources: Iterable[Tensor]) -> None:
+    if layer.training and any(t.requires_grad for t in sources):
+        filters.requires_grad_().register_hook(_refuse)
 
 
 def _refuse(_: Tensor) -> NoReturn:

@@ -79,7 +79,7 @@ def select(model: nn.Module, include: Rule, exclude: Rule) -> Selection:
         elif reason is None and (what := _own_forward(module)):
             selection.unknown.setdefault(what, []).append(own[0])
         elif reason is None:
-            check_plain(own[0], original(module))
+            check_plain(own[0], original(module), "convert it before sharding")
             selection.chosen[module] = own[0]
     return selection
 

@@ -9,6 +9,7 @@ import torch.nn.utils.parametrize
 from torch import nn
 
 from ..functional.checks import DTYPES, check_module
+from ..functional.dtensor import is_sharded
 
 Layer = TypeVar("Layer", bound=nn.Module)
 # Wrappers that hold lists of the parameters, or a compiled function, of the layers they found.
@@ -30,14 +31,16 @@ def check_model(model: Any) -> None:
             )
 
 
-def check_plain(name: str, layer: nn.Module) -> None:
+def check_plain(name: str, layer: nn.Module, if_sharded: str) -> None:
     """Checks that the layer's weight is a plain parameter and its forward not compiled: what takes their place would
-    still refer to the old layer.
+    still refer to the old layer. if_sharded: what to do instead, for the error message.
 
     Raises:
         TypeError: for an unsupported dtype.
         ValueError: otherwise, saying what was found instead.
     """
+    if is_sharded(layer._parameters.values()):
+        raise ValueError(f"model: expected a model that is not sharded, got a DTensor at {name!r}; {if_sharded}")
     hooks = [type(hook) for hook in layer._forward_pre_hooks.values()]
     makers = [hook.__name__ for hook in hooks if hook.__module__.startswith("torch.nn.utils.")]
     if torch.nn.utils.parametrize.is_parametrized(layer):

@@ -3,6 +3,7 @@
 import contextlib
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from types import FrameType
 from typing import Any
 
@@ -11,8 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..functional.alignment import align
-from ..functional.checks import check_activation, check_number
+from ..functional.checks import TENSORS, check_activation, check_number
 from ..functional.convolution import convolve, prepare_convolution
+from ..functional.dtensor import convolve_shards, is_sharded, ones_for
 from ..ops.reference.activations import activate
 from ..torch_private import Convolution, TransposedConvolution
 from .fx import Proxy, call_module
@@ -86,7 +88,7 @@ class Aligned(nn.Module):
         if self._parameters.get("gain") is not None:
             own: Tensor = self._parameters["gain"]  # type: ignore[assignment]
             if gain is None and weight is not None:
-                state_dict[key] = torch.ones(own.shape, dtype=own.dtype, device=weight.device)
+                state_dict[key] = ones_for(weight, own)
             elif gain is not None and gain.shape[:1] == own.shape[:1] and gain.numel() == own.numel():
                 state_dict[key] = gain.reshape(own.shape)
         super()._load_from_state_dict(state_dict, prefix, *args)
@@ -205,6 +207,7 @@ class _TransposedConvolution(Aligned, TransposedConvolution):
     def forward(self, input: Tensor, output_size: Sequence[int] | None = None) -> Tensor:
         if isinstance(input, Proxy):
             return call_module(self, input, output_size)
+        convolution = self.convolution
         if self.activation is None:
             filters = self.aligned_filters()
         else:
@@ -212,11 +215,13 @@ class _TransposedConvolution(Aligned, TransposedConvolution):
             pairs = [(0, 0)] * len(self.kernel_size)
             options = pairs, "zeros", self.activation, self.eps, self.scale
             input, filters, _ = prepare_convolution(input, raw, gain, *options, is_aligned=is_aligned)
+            if type(filters) not in TENSORS and is_sharded([filters]):
+                convolution = partial(convolve_shards, convolution, groups=self.groups, by=1)
         stride, padding, dilation = self.stride, self.padding, self.dilation
         size = output_size, stride, padding, self.kernel_size, len(self.kernel_size), dilation
         output_padding = self._output_padding(input, *size)  # type: ignore[arg-type]
         sizes = stride, padding, output_padding, self.groups, dilation
-        return self.convolution(input, self.as_weight(filters), self.bias, *sizes)
+        return convolution(input, self.as_weight(filters), self.bias, *sizes)
 
 
 class WAConv1d(_Convolution, nn.Conv1d):

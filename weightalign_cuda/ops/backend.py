@@ -21,6 +21,7 @@ from .schemas import library
 
 NAMES = ("cuda", "cpu", "triton", "reference")
 NATIVE = ("cuda", "cpu")
+OLDEST = 7, 5  # compute capability that the CUDA kernels can be compiled for
 ORDER = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}  # other devices: reference
 
 _forced: contextvars.ContextVar[str | None] = contextvars.ContextVar("weightalign_backend", default=None)
@@ -51,23 +52,24 @@ def _cuda() -> str:
     if library.error:
         return library.error
     if not library.architectures:
-        return "the native library was built without nvcc: put nvcc on PATH (or set CUDA_HOME) and install again"
+        return "the native library has no CUDA kernels: put nvcc on PATH (or set CUDA_HOME) and install again"
     if not torch.cuda.is_available():
         build = "is a CPU-only build" if torch.version.cuda is None else "sees no CUDA device"
         return f"torch {torch.__version__} {build}"
     driver = library.cuda_driver()
     if driver // 1000 < library.cuda_runtime // 1000:
         return (
-            f"the native library was built with CUDA {_version(library.cuda_runtime)}, the driver serves up to "
-            f"{_version(driver)}: update the driver, or install again with an older nvcc"
+            f"the native library was built with CUDA {version(library.cuda_runtime)}, the driver serves up to "
+            f"{version(driver)}: update the driver, or install again with an older nvcc"
         )
     for device in range(torch.cuda.device_count()):
         major, minor = torch.cuda.get_device_capability(device)
         if not _runs_on(10 * major + minor):
             compiled = ", ".join(f"sm_{a}" for a in library.architectures)
-            return (
-                f"cuda:{device} is sm_{major}{minor}, the native library has {compiled}: install again with "
-                f"WEIGHTALIGN_CUDA_ARCHS={major}{minor}"
+            return f"cuda:{device} is sm_{major}{minor}, the native library has {compiled}" + (
+                f": install again with TORCH_CUDA_ARCH_LIST={major}.{minor}"
+                if (major, minor) >= OLDEST
+                else "; the kernels need sm_75 or later"
             )
     return "available"
 
@@ -84,13 +86,14 @@ def _triton() -> str:
 
 
 def _runs_on(capability: int) -> bool:
-    """Machine code runs on later devices of the same major version; the last architecture's PTX on all later ones."""
-    compiled = library.architectures
-    return capability >= compiled[-1] or any(a <= capability and a // 10 == capability // 10 for a in compiled)
+    """Machine code runs on later devices of the same major version, PTX on all later ones."""
+    same_major = [a for a in library.architectures if a // 10 == capability // 10]
+    return any(a <= capability for a in (*same_major, *library.ptx))
 
 
-def _version(code: int) -> str:
-    return f"{code // 1000}.{code % 1000 // 10}"
+def version(code: int) -> str:
+    """Of CUDA, by its own numbers: 13020 is 13.2, 0 is none."""
+    return f"{code // 1000}.{code % 1000 // 10}" if code else "none"
 
 
 def check_name(name: str, source: str) -> str:

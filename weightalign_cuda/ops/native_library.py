@@ -1,9 +1,6 @@
-"""Loads the native library: the one that is installed in the package's folder, or that WEIGHTALIGN_LIBRARY names (for
-developers, who compare builds)."""
+"""Loads the native library."""
 
 import ctypes
-import os
-import pathlib
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,7 +8,8 @@ from typing import Any
 
 import torch
 
-PATH = pathlib.Path(os.environ.get("WEIGHTALIGN_LIBRARY") or pathlib.Path(__file__).parents[1] / "_weightalign.so")
+from . import elf
+from .installed import PATH, architectures_of
 
 
 @dataclass(frozen=True)
@@ -20,6 +18,7 @@ class Library:
 
     error: str | None = None
     architectures: tuple[int, ...] = ()  # of its CUDA kernels: 90 is sm_90
+    ptx: tuple[int, ...] = ()  # those of which it has PTX as well, which later ones can compile
     cuda_runtime: int = 0  # 13000 is CUDA 13.0; 0: built without CUDA
     # The newest runtime that this machine's driver supports; 0: no driver. Calling it initialises CUDA.
     cuda_driver: Callable[[], int] = lambda: 0
@@ -39,13 +38,17 @@ def load() -> Library:
             "install with 'pip install .' (in a source tree, 'pip install -e .')"
         )
     try:
+        elf.check(PATH)
         torch.ops.load_library(str(PATH))
-    except OSError as failure:
-        return _without(f"the native library does not load with torch {torch.__version__}: {failure}")
+    except OSError as failure:  # torch's names the file alone, its cause says why
+        reason = failure.__cause__ or failure
+        return _without(f"the native library does not load with torch {torch.__version__}: {reason}")
     native = ctypes.CDLL(str(PATH))
-    native.wa_cuda_architectures.restype = native.wa_cpu_kernels.restype = ctypes.c_char_p
+    native.wa_cpu_kernels.restype = ctypes.c_char_p
+    architectures = architectures_of(native)
     return Library(
-        architectures=tuple(int(a) for a in native.wa_cuda_architectures().decode().split(",") if a),
+        architectures=tuple(int(a.removesuffix("+PTX")) for a in architectures),
+        ptx=tuple(int(a.removesuffix("+PTX")) for a in architectures if a.endswith("+PTX")),
         cuda_runtime=native.wa_cuda_runtime_version(),
         cpu_kernels=lambda: native.wa_cpu_kernels().decode(),
         cuda_driver=native.wa_cuda_driver_version,

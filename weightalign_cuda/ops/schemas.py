@@ -21,9 +21,9 @@ import torch
 from torch import Tensor
 
 from . import native_library, reference
+from .installed import NAMESPACE
 from .layout import empty_in, empty_permuted, empty_result, padded_shape, statistics_dtype
 
-NAMESPACE = "weightalign_cuda"
 SCHEMAS = {
     "align_forward": "(Tensor[] weights, Tensor?[] gains, float[] eps, float[] scales, ScalarType dtype, "
     "MemoryFormat memory_format) -> (Tensor[] aligned, Tensor statistics)",
@@ -61,7 +61,7 @@ def _define(prefix: str, implementation: Callable[[str], Callable[..., Any]]) ->
     for name, schema in SCHEMAS.items():
         definitions.define(prefix + name + schema, tags=(torch.Tag.pt2_compliant_tag,))
         definitions.impl(prefix + name, implementation(name), "CompositeExplicitAutograd")
-    return OpSet(*(getattr(torch.ops.weightalign_cuda, prefix + name).default for name in OpSet._fields))
+    return OpSet(*(getattr(getattr(torch.ops, NAMESPACE), prefix + name).default for name in OpSet._fields))
 
 
 native = _define("", lambda name: getattr(reference, name))

@@ -32,10 +32,10 @@ TYPES = {
     torch.float64: tl.float64,
 }
 # For each accumulation type. Two programs of 256 threads and 128 registers fit on a multiprocessor; by default ptxas
-# may choose fewer, and spill (sm_100).
+# may choose fewer, and spill (sm_100). Triton for AMD's GPUs refuses the option.
 OPTIONS = {
-    torch.float32: {"num_warps": WARPS, "maxnreg": 128},
-    torch.float64: {"num_warps": WARPS, "maxnreg": 255},
+    sums: {"num_warps": WARPS} | ({"maxnreg": registers} if torch.version.hip is None else {})
+    for sums, registers in ((torch.float32, 128), (torch.float64, 255))
 }
 IS_INTERPRETED = not isinstance(kernels.forward, triton.JITFunction)
 TABLES_KEPT = 4096  # several for each layer of a large model, 512 bytes or more each
