@@ -183,7 +183,7 @@ def wait_for(condition):
         time.sleep(0.05)
 
 
-CHOOSE = f"""
+CHOOSE = f"""cmake_minimum_required(VERSION 3.25)
 include("{ROOT}/csrc/cuda/nvcc.cmake")
 wa_find_nvcc()
 wa_check_nvcc()
