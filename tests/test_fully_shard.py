@@ -1,5 +1,6 @@
 """wa.fully_shard on gloo processes: a step equals that of one process, in float64, whatever FSDP2 is asked to do."""
 
+import contextlib
 import functools
 import gc
 import logging
@@ -486,6 +487,16 @@ def counted(rank, count, mesh):
     assert ops.calls["align_forward"] == 3 and ops.calls["align_backward"] == 0
 
 
+@contextlib.contextmanager
+def warned():
+    """What the package's logger warns of."""
+    warnings = []
+    with pytest.MonkeyPatch.context() as patch:
+        logger = logging.getLogger("weightalign_cuda")
+        patch.setattr(logger, "warning", lambda text, *args: warnings.append(text % args))
+        yield warnings
+
+
 def left_to_torch(rank, count, mesh):
     """Layers that torch's way is taken for are named, and right; those that the user has excluded are not."""
     from torch.distributed.tensor import Shard
@@ -511,11 +522,7 @@ def left_to_torch(rank, count, mesh):
 
     found = model()
     placed = {found[0].gain: Shard(0), found[5].weight: Shard(1) if count == 2 else Shard(0)}
-    with pytest.MonkeyPatch.context() as patch:
-        warnings = []
-        patch.setattr(
-            logging.getLogger("weightalign_cuda"), "warning", lambda text, *args: warnings.append(text % args)
-        )
+    with warned() as warnings:
         # It is asked for the model's parameters alone: an error for any other.
         of = dict.fromkeys(found.parameters()) | placed
         wa.fully_shard(found, mesh=mesh, shard_placement_fn=of.__getitem__)
@@ -530,11 +537,7 @@ def left_to_torch(rank, count, mesh):
 
     found = network()
     ignored = {found[2].weight, found[2].gain, found[4].gain}
-    with pytest.MonkeyPatch.context() as patch:
-        warnings.clear()
-        patch.setattr(
-            logging.getLogger("weightalign_cuda"), "warning", lambda text, *args: warnings.append(text % args)
-        )
+    with warned() as warnings:
         wa.fully_shard(found, mesh=mesh, ignored_params=ignored)
     assert [type(found[i].weight).__name__ for i in (0, 2, 4)] == ["DTensor", "Parameter", "DTensor"]
     assert len(warnings) == 1 and "weights of 4, as torch's own: only one of weight and gain is in" in warnings[0]
@@ -546,18 +549,12 @@ def tensor_parallel(rank, count, mesh):
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import Replicate, distribute_tensor
 
-    grid = init_device_mesh("cpu", (count, 1), mesh_dim_names=("dp", "tp")) if count == 4 else None
-    if grid is None:
-        return
+    grid = init_device_mesh("cpu", (count, 1), mesh_dim_names=("dp", "tp"))
     model = network()
     for name in ("weight", "gain", "bias"):
         whole = getattr(model[4], name)
         setattr(model[4], name, nn.Parameter(distribute_tensor(whole, grid["tp"], [Replicate()])))
-    warnings = []
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            logging.getLogger("weightalign_cuda"), "warning", lambda text, *args: warnings.append(text % args)
-        )
+    with warned() as warnings:
         wa.fully_shard(model, mesh=grid["dp"])
     assert "weights of 4, as torch's own: weight or gain is a DTensor, as under tensor parallelism" in warnings[0]
 

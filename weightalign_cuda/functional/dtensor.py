@@ -180,7 +180,7 @@ def _aligned_as(weight: Any, local: Tensor, memory_format: torch.memory_format) 
     if not is_sharded([weight]):
         return local
     whole = torch.empty_strided(weight.shape, weight.stride(), device="meta")
-    return _placed_as(weight, local, empty_result(whole, local.dtype, memory_format))
+    return placed_as(weight, local, empty_result(whole, local.dtype, memory_format))
 
 
 def _prepared_as(input: Any, local: Tensor, spatial: int, memory_format: torch.memory_format) -> Tensor:
@@ -188,10 +188,10 @@ def _prepared_as(input: Any, local: Tensor, spatial: int, memory_format: torch.m
     shape = [(input if d in sharded else local).shape[d] for d in range(input.dim())]
     is_batched = input.dim() == spatial + 2
     whole = empty_in(torch.empty(0, device="meta"), [1, *shape][is_batched:], local.dtype, memory_format)
-    return _placed_as(input, local, whole if is_batched else whole[0])
+    return placed_as(input, local, whole if is_batched else whole[0])
 
 
-def _placed_as(sharded: Any, local: Tensor, whole: Any) -> Tensor:
+def placed_as(sharded: Any, local: Tensor, whole: Any) -> Tensor:
     """`local` as the shard of a DTensor with the placement of `sharded`, and shape and strides of `whole`."""
     from torch.distributed.tensor import DTensor
 

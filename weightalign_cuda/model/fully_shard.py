@@ -73,21 +73,21 @@ def fully_shard(
         _check_options(mesh, reshard_after_forward, options.get("offload_policy"))
     group = ShardGroup()
     device = _device(mesh)
-    members = {layer: Member(layer, device, group) for layer in layers}
+    members = [Member(layer, device, group) for layer in layers]
     if shard_placement_fn is not None:
-        ours = {member.managed for member in members.values()}
+        ours = {member.managed for member in members}
         options["shard_placement_fn"] = lambda p: None if p in ours else shard_placement_fn(p)
-    before = {layer: (layer._parameters["weight"], layer._parameters["gain"]) for layer in layers}
-    for layer, member in members.items():
-        layer._parameters["weight"] = layer._parameters["gain"] = None
-        layer._modules["_member"] = member  # where torch's function finds it
+    before = [(member.layer, *member.sources()) for member in members]
+    for member in members:
+        member.layer._parameters.update(weight=None, gain=None)
+        member.layer._modules["_member"] = member  # where torch's function finds it
     try:
         fsdp.fully_shard(module, **options)
     finally:
-        for layer, (weight, gain) in before.items():
+        for layer, weight, gain in before:
             del layer._modules["_member"]
-            layer._parameters["weight"], layer._parameters["gain"] = weight, gain
-    _start(group, members.values(), roots, device)
+            layer._parameters.update(weight=weight, gain=gain)
+    _start(group, members, roots, device)
     return module
 
 

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 
 from ..functional.alignment import by_launch
+from ..functional.dtensor import placed_as
 from ..nn.layers import Aligned
 from ..torch_private import queue_callback
 from .fingerprint import is_trained
@@ -166,12 +167,8 @@ def _check_dtype(members: list[Member], dtype: torch.dtype) -> None:
 
 
 def _add(parameter: Any, grad: Tensor) -> None:
-    from torch.distributed.tensor import DTensor
-
     if parameter.grad is None:
-        placed = parameter.device_mesh, parameter.placements
-        whole = {"shape": parameter.shape, "stride": parameter.stride()}
-        parameter.grad = DTensor.from_local(grad, *placed, run_check=False, **whole)
+        parameter.grad = placed_as(parameter, grad, parameter)
     else:
         parameter.grad.to_local().add_(grad)
 
