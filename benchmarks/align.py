@@ -71,7 +71,7 @@ def main() -> None:
     parser.add_argument("--suites", nargs="+", choices=SUITES, default=SUITES, help="parts (default: all)")
     parser.add_argument("--no-compile", action="store_true", help="without torch.compile, which takes long to compile")
     arguments = parser.parse_args()
-    limits = Limits(arguments.rounds, arguments.seconds)
+    limits = harness.limits(arguments.device, arguments.rounds, arguments.seconds)
     todo = cases(layers.load("resnet50"), arguments.suites, arguments.only)
     run = command.Run(arguments.device, arguments.out / "align.jsonl")
     for setting in settings(arguments.device, arguments.dtype, arguments.out_dtype):

@@ -163,8 +163,7 @@ def measure(layer: Layer, batch: int, device: str, limits: Limits) -> list[dict[
     first = buffers(layer, batch, device)
     errors = check(layer, first)
     footprint = sum(t.nbytes for name in ("prep ours", "conv plain") for ts in first[name] for t in ts)
-    count = max(1, min(harness.MAX_SETS[device], math.ceil(3 * harness.cache_bytes(device) / footprint)))
-    sets = [first, *(buffers(layer, batch, device) for _ in range(count - 1))]
+    sets = [first, *(buffers(layer, batch, device) for _ in range(harness.sets(device, footprint) - 1))]
     timers = {}
     for name, step in steps(layer).items():
         chosen = [each[name] for each in sets]
@@ -183,7 +182,7 @@ def measure(layer: Layer, batch: int, device: str, limits: Limits) -> list[dict[
             "clock": "wall", "dtype": "float32", "out_dtype": "float32", "layout": "contiguous_format",
             "out_layout": "preserve_format", "shape": layer.shape, "n_layers": 1, "batch": batch, "size": layer.size,
             "stride": layer.stride, "padding": layer.pairs, "padding_mode": layer.mode, "activation": layer.activation,
-            "groups": layer.groups, "sets": count, "calls": timers[name][1], "max_error": errors[name],
+            "groups": layer.groups, "sets": len(sets), "calls": timers[name][1], "max_error": errors[name],
             **spread(own), "speedups": ratios, "overhead": overhead,
         })  # fmt: skip
     return records
@@ -213,7 +212,7 @@ def main() -> None:
     parser = command.parser(__doc__, 1.0, "groups and layers, of all of them, such as reflect")
     parser.add_argument("--all", action="store_true", help="all distinct layers of ResNet-50, not some of each stage")
     arguments = parser.parse_args()
-    limits = Limits(arguments.rounds, arguments.seconds)
+    limits = harness.limits(arguments.device, arguments.rounds, arguments.seconds)
     has_resnet = importlib.util.find_spec("torchvision") is not None
     every = [*(resnet50() if has_resnet else ()), *EXPLICIT]
     chosen = [e for e in every if arguments.all or arguments.only or e.group != "ResNet-50" or e.name in SUBSET]

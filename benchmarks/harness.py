@@ -17,14 +17,12 @@ from typing import Any, TypeVar
 
 import torch
 
+from . import machine
 from .layers import Shape
 from .providers import DIRECTIONS, Direction, Inputs, Provider, Setting, make_inputs
 from .stats import Ratio, median_ratio, quantiles, spread
 
 MIN_ROUNDS = 10
-MAX_SETS = {"cpu": 8, "cuda": 200}
-COPY_BYTES = {"cpu": 1 << 27, "cuda": 1 << 29}  # more than any cache holds
-GRAPH_BYTES = 1 << 30  # limit for the calls of one CUDA graph, whose results are all kept
 Call = Callable[[], Any]
 Timer = Callable[[], float]
 Key = TypeVar("Key")
@@ -60,6 +58,33 @@ class Limits:
 
     rounds: int = 30
     seconds: float = 2.0
+
+
+@dataclass(frozen=True)
+class Repeats:
+    """How much more than one call it takes to time a kind of device."""
+
+    sets: int  # of random buffers, at most
+    copied: int  # bytes: more than any cache holds
+    graph_calls: int = 200  # in a CUDA graph, at most
+    graph_bytes: int = 1 << 30  # of those calls, whose results are all kept
+
+
+# The times of a simulated device mean nothing, but each call on one takes seconds.
+REPEATS = {"cpu": Repeats(8, 1 << 27), "cuda": Repeats(200, 1 << 29), "simulated": Repeats(1, 1 << 20, graph_calls=1)}
+
+
+def repeats(device: str) -> Repeats:
+    return REPEATS[machine.kind(device)]
+
+
+def limits(device: str, rounds: int, seconds: float) -> Limits:
+    return Limits(1, 0) if machine.kind(device) == "simulated" else Limits(rounds, seconds)
+
+
+def sets(device: str, footprint: int) -> int:
+    """How many sets of buffers of that many bytes to rotate through."""
+    return max(1, min(repeats(device).sets, math.ceil(3 * cache_bytes(device) / footprint)))
 
 
 def interleave(timers: dict[Key, Timer], limits: Limits) -> dict[Key, list[float]]:
@@ -192,7 +217,7 @@ def copy_rate(device: str) -> float:
     cuda = device == "cuda"
     stream = torch.cuda.Stream() if cuda else None
     with torch.cuda.stream(stream):
-        source = torch.rand(COPY_BYTES[device] // 4, device=device)
+        source = torch.rand(repeats(device).copied // 4, device=device)
         target = torch.zeros_like(source)
         calls = [lambda: target.copy_(source)]
         timer, _ = wall_timer(calls, False) if stream is None else graph_timer(calls, 10, stream)
@@ -215,16 +240,16 @@ def measure(
     records = []
     with torch.cuda.stream(stream):
         footprint = case.bytes_min("both", setting)
-        sets = max(1, min(MAX_SETS[setting.device], math.ceil(3 * cache_bytes(setting.device) / footprint)))
-        inputs = [make_inputs(case.shapes, setting) for _ in range(sets)]
+        inputs = [make_inputs(case.shapes, setting) for _ in range(sets(setting.device, footprint))]
         for direction in directions:
             errors = {p.name: largest_error(p, direction, inputs[0]) for p in entrants}
             calls = {p.name: [p.call(direction, each) for each in inputs] for p in entrants}
             launches = {name: count_launches(each[0]) if cuda else None for name, each in calls.items()}
             timings = {"wall": {name: wall_timer(each, cuda) for name, each in calls.items()}}
             if stream is not None:
-                count = max(1, 200 // len(case.shapes), sets if len(case.shapes) > 1 else 1)
-                count = max(min(count, GRAPH_BYTES // footprint), 2)
+                most = repeats(setting.device)
+                count = max(1, most.graph_calls // len(case.shapes), len(inputs) if len(case.shapes) > 1 else 1)
+                count = max(min(count, most.graph_bytes // footprint), 2)
                 timings["graph"] = {name: graph_timer(each, count, stream) for name, each in calls.items()}
             bytes_min = case.bytes_min(direction, setting)
             for clock, pairs in timings.items():
@@ -233,8 +258,8 @@ def measure(
                     "suite": suite, "case": case.name, "direction": direction, "clock": clock,
                     **setting.fields,
                     "shape": list(case.shapes[0]) if len(case.shapes) == 1 else None, "n_layers": len(case.shapes),
-                    "batch": None, "bytes_min": bytes_min, "sets": sets,
-                    "bytes_rotated": sets * footprint,
+                    "batch": None, "bytes_min": bytes_min, "sets": len(inputs),
+                    "bytes_rotated": len(inputs) * footprint,
                 }  # fmt: skip
                 for p in entrants:
                     extra = {"calls": pairs[p.name][1], "launches": launches[p.name], "max_error": errors[p.name]}

@@ -70,13 +70,18 @@ def triton_version() -> str | None:
     return str(triton.__version__)
 
 
+def kind(device: str) -> str:
+    """cpu, cuda or simulated."""
+    return "simulated" if device == "cuda" and torch.cuda.get_device_name().startswith(SIMULATED) else device
+
+
 def facts(device: str) -> dict[str, Any]:
     """Fields for every record of a run on `device`."""
     cuda = device == "cuda"
     gpu = torch.cuda.get_device_name() if cuda else None
     driver = output_of("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") if cuda else None
     return {
-        "device": "simulated" if gpu and gpu.startswith(SIMULATED) else device,
+        "device": kind(device),
         "gpu": gpu,
         "backend": backend.choose(device),
         "cpu": cpu_name(),

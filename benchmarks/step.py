@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import command, console, goals, harness, report
+from . import command, console, goals, harness, machine, report
 from .console import Console
 from .harness import Limits, WrongResultError
 from .providers import Setting, short, why_no_compile
@@ -180,13 +180,14 @@ def print_report(screen: Console, records: Sequence[Record], left_out: Sequence[
 
 def main() -> None:
     parser = command.parser(__doc__, 20.0, f"networks and batches such as '{RESNET.name} batch 1'")
-    parser.add_argument("--size", type=int, default=224, help="height and width of the images")
+    parser.add_argument("--size", type=int, help="height and width of the images (default: 224, simulated devices 32)")
     parser.add_argument("--no-compile", action="store_true", help="without torch.compile, which takes long to compile")
     arguments = parser.parse_args()
-    limits = Limits(arguments.rounds, arguments.seconds)
+    limits = harness.limits(arguments.device, arguments.rounds, arguments.seconds)
     run = command.Run(arguments.device, arguments.out / "step.jsonl")
     left_out = [f"{n.name}: {n.package} is not installed" for n in NETWORKS if not n.is_installed]
-    possible = {case.name: case for case in cases(arguments.device, arguments.size)}
+    size = arguments.size or (32 if machine.is_simulated(run.facts) else 224)
+    possible = {case.name: case for case in cases(arguments.device, size)}
     chosen = command.chosen(possible, arguments.only) if possible else []
     with console.progress(run.console) as progress:
         task = progress.add_task("torch.compile, first try", total=sum(case.cost for case in chosen))

@@ -5,6 +5,7 @@ other cases always run are skipped as well, unless -m selects them. With WEIGHTA
 package that is not installed is an error.
 """
 
+import dataclasses
 import gc
 import importlib.util
 import logging
@@ -205,4 +206,4 @@ def quick(monkeypatch, restore_threads):
     from benchmarks import harness
 
     torch.set_num_threads(1)
-    monkeypatch.setitem(harness.MAX_SETS, "cpu", 2)
+    monkeypatch.setitem(harness.REPEATS, "cpu", dataclasses.replace(harness.REPEATS["cpu"], sets=2))

@@ -10,19 +10,15 @@ import test_readme
 import test_step_benchmark as step_tests
 import torch
 
-from benchmarks import align, conv_layers, demo, harness, step
+from benchmarks import align, conv_layers, demo, step
 
 
 @pytest.fixture
 def run(monkeypatch, tmp_path, quick):
     """Runs a command in this process; returns its records."""
-    monkeypatch.setitem(harness.MAX_SETS, "cuda", 2)
-    monkeypatch.setitem(harness.COPY_BYTES, "cuda", 1 << 20)
-    monkeypatch.setattr(harness, "GRAPH_BYTES", 1 << 20)
 
     def command(module, *arguments):
-        options = ["--device", "cuda", "--rounds", "10", "--seconds", "0.01", "--out", str(tmp_path)]
-        monkeypatch.setattr(sys, "argv", [module.__name__, *options, *arguments])
+        monkeypatch.setattr(sys, "argv", [module.__name__, "--device", "cuda", "--out", str(tmp_path), *arguments])
         module.main()
         (records,) = tmp_path.glob("*.jsonl")
         return [json.loads(line) for line in records.read_text().splitlines()]
