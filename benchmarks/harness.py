@@ -22,6 +22,7 @@ from .layers import Shape
 from .providers import DIRECTIONS, Direction, Inputs, Provider, Setting, make_inputs
 from .stats import Ratio, median_ratio, quantiles, spread
 
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else each start and stop of the profiler prints a line to stderr
 MIN_ROUNDS = 10
 Call = Callable[[], Any]
 Timer = Callable[[], float]
@@ -196,7 +197,6 @@ def peak_bytes(call: Call, cuda: bool) -> int:
         call()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # otherwise each start and stop prints a line to stderr
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         call()
     events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
