@@ -1,5 +1,5 @@
 # make bench | bench-layers | bench-step | accuracy | test | simulated-gpu | static | fuzz | demo | gpu-report | lint |
-# docs | hub | matrix: each first creates .venv.
+# docs | hub | wheel | matrix: each first creates .venv.
 #
 #   TORCH=torch==2.13.0   the torch to install
 #   PY=python3            an existing environment instead of .venv: nothing is downloaded, missing rivals are skipped
@@ -22,7 +22,7 @@ PYTEST = $(PASSIVE) $(PY) -m pytest $(PARALLEL)
 INSTALLED := $(VENV)/installed
 TOOLS := $(INSTALLED)
 # torch first, so that the library is built against it, not against a second one in pip's build environment.
-INSTALL = $(PY) -m pip install -q "$(TORCH)" && $(PY) -m pip install -q "$(TORCH)" -e ".[test,libraries,bench,lint,docs]"
+INSTALL = $(PY) -m pip install -q "$(TORCH)" && $(PY) -m pip install -q "$(TORCH)" -e ".[test,libraries,bench,lint,docs,release]"
 $(INSTALLED): $(VENV)/bin/python
 endif
 # Editable, because the repository's root shadows an installed package; reinstalled when one of these changes.
@@ -31,7 +31,7 @@ CPP := $(shell find csrc tests benchmarks -name '*.cpp' -o -name '*.h' -o -name 
 
 SEED ?= $(shell od -An -N4 -tu4 /dev/urandom | tr -d ' ')
 
-.PHONY: bench bench-layers bench-step accuracy test simulated-gpu static fuzz demo gpu-report lint docs hub matrix format clean
+.PHONY: bench bench-layers bench-step accuracy test simulated-gpu static fuzz demo gpu-report lint docs hub wheel matrix format clean
 
 bench: $(INSTALLED)
 	$(PY) -m benchmarks.align
@@ -91,6 +91,10 @@ docs: $(INSTALLED)
 # The sources as Hugging Face's kernel-builder wants them, in build/hub.
 hub: $(TOOLS)
 	$(PY) csrc/hub/layout.py
+
+# The wheel of a release, for other machines, in build/wheel.
+wheel: $(TOOLS)
+	.ci/wheel $(PY)
 
 # The tests of one wheel on many versions of Python and torch: hours. MATRIX=3.13t:2.15.0 is one of them.
 matrix: $(TOOLS)
