@@ -94,7 +94,7 @@ if importlib.util.find_spec("hypothesis"):
     quiet = {"deadline": None, "suppress_health_check": [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]}
     # The same examples every time; `make fuzz`, which selects the other profile, draws others and many more, after
     # those that failed before.
-    settings.register_profile("same", derandomize=True, max_examples=60, **quiet)
+    settings.register_profile("same", derandomize=True, max_examples=30, **quiet)
     most = int(os.environ.get("WEIGHTALIGN_FUZZ_EXAMPLES", 1_000_000))
     settings.register_profile("fuzz", max_examples=most, print_blob=True, **quiet)
     settings.load_profile("same")
