@@ -1,5 +1,5 @@
-# make bench | bench-layers | bench-step | accuracy | test | simulated-gpu | static | fuzz | demo | gpu-report | lint |
-# docs | hub | wheel | matrix: each first creates .venv.
+# make bench | bench-layers | bench-step | accuracy | test | simulated-gpu | static | fuzz | sanitize | demo |
+# gpu-report | lint | docs | hub | wheel | matrix: each first creates .venv.
 #
 #   TORCH=torch==2.13.0   the torch to install
 #   PY=python3            an existing environment instead of .venv: nothing is downloaded, missing rivals are skipped
@@ -30,8 +30,10 @@ SOURCES := setup.py pyproject.toml CMakeLists.txt $(shell find csrc -type f)
 CPP := $(shell find csrc tests benchmarks -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 SEED ?= $(shell od -An -N4 -tu4 /dev/urandom | tr -d ' ')
+MINUTES ?= 5
+EXAMPLES ?= 1000000
 
-.PHONY: bench bench-layers bench-step accuracy test simulated-gpu static fuzz demo gpu-report lint docs hub wheel matrix format clean
+.PHONY: bench bench-layers bench-step accuracy test simulated-gpu static fuzz sanitize demo gpu-report lint docs hub wheel matrix format clean
 
 bench: $(INSTALLED)
 	$(PY) -m benchmarks.align
@@ -62,10 +64,20 @@ simulated-gpu: $(INSTALLED)
 static: $(INSTALLED)
 	$(PY) -m benchmarks.machine_code --static
 
-# The Hypothesis tests on thousands of random examples. `make fuzz SEED=...` repeats a run, the blob that a failure
-# prints (for @reproduce_failure) a single example.
+# The Hypothesis tests on random examples: on every backend, then on the CPU's other sets of instructions, each for
+# MINUTES or until each test has had EXAMPLES. What failed before (.hypothesis) comes first. `make fuzz SEED=...` repeats a
+# run, the blob that a failure prints (for @reproduce_failure) a single example.
+FUZZ = WEIGHTALIGN_FUZZ_EXAMPLES=$(EXAMPLES) WEIGHTALIGN_FUZZ_MINUTES=$(MINUTES) $(PYTEST) -m hypothesis \
+    --hypothesis-profile=fuzz --hypothesis-seed=$(SEED)
+OTHERS = ['baseline', 'avx2'][:{'AVX2': 1, 'AVX512': 2}.get(torch.backends.cpu.get_cpu_capability(), 0)]
 fuzz: $(INSTALLED)
-	$(PYTEST) -m hypothesis --hypothesis-profile=fuzz --hypothesis-seed=$(SEED)
+	$(FUZZ)
+	for set in $$($(PY) -c "import torch; print(*$(OTHERS))"); do WEIGHTALIGN_CPU=$$set $(FUZZ) -k cpu || exit 1; done
+
+# Tests on a library compiled with g++'s sanitizers: addresses and undefined behaviour, then races (tests/sanitize.py).
+sanitize: $(INSTALLED)
+	$(PASSIVE) $(PY) tests/sanitize.py address,undefined
+	$(PASSIVE) $(PY) tests/sanitize.py thread
 
 demo: $(INSTALLED)
 	$(PY) -m benchmarks.demo

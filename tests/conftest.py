@@ -8,6 +8,7 @@ package that is not installed is an error.
 import dataclasses
 import gc
 import importlib.util
+import itertools
 import logging
 import os
 import shutil
@@ -44,20 +45,18 @@ NEEDS = {
     "test_accuracy_report.py": ["matplotlib", "numpy", "rich", "scipy", "torchvision"],
     "test_accelerate.py": ["accelerate", "timm"],
     "test_abi_audit.py": ["torch_abi_audit"],
+    "test_any_input.py": ["hypothesis"],
     "test_benchmarks.py": ["matplotlib", "numpy", "scipy", "torchvision"],
     "test_compare.py": ["numpy", "scipy"],
     "test_conv_layers_benchmark.py": ["numpy", "torchvision"],
-    "test_cpu_instruction_sets.py": ["hypothesis"],
     "test_exporters.py": ["onnx", "onnxruntime", "onnxscript"],
     "test_cubin.py": [] if shutil.which("cuobjdump") else ["triton"],  # Triton brings a cuobjdump
     "test_gpu_report.py": ["matplotlib", "numpy"],
     "test_fx.py": ["timm", "torchvision"],
     "test_head_libraries.py": ["segmentation_models_pytorch", "torchvision", "transformers"],
     "test_install.py": ["cmake", "ninja", "setuptools"],
-    "test_layout.py": ["hypothesis"],
     "test_machine_code_model.py": ["numpy"] if shutil.which("cuobjdump") else ["numpy", "triton"],
     "test_peft.py": ["peft"],
-    "test_prepare.py": ["hypothesis"],
     "test_readme.py": ["peft", "timm", "torchvision"],
     "test_scaling.py": ["rich", "timm"],
     "test_step_benchmark.py": ["numpy", "timm", "torchvision"],
@@ -65,7 +64,7 @@ NEEDS = {
     "test_timm_models.py": ["timm", "torchvision"],
     "test_transformers.py": ["transformers"],
     "test_triton_compiled.py": ["triton"],
-    "test_triton_kernels.py": ["hypothesis", "triton"],
+    "test_triton_kernels.py": ["triton"],
 }
 left_out = {
     name: absent
@@ -90,11 +89,15 @@ if left_out and ALL:
     raise pytest.UsageError(f"WEIGHTALIGN_TESTS=all, but packages are not installed: {left_out}")
 
 if importlib.util.find_spec("hypothesis"):
-    from hypothesis import settings
+    from hypothesis import HealthCheck, settings
 
-    # The same examples every time; `make fuzz`, which selects the other profile, draws others and many more.
-    settings.register_profile("same", derandomize=True, deadline=None, max_examples=60)
-    settings.register_profile("fuzz", deadline=None, max_examples=3000, print_blob=True)
+    # Fixtures are not reset between examples: the backend should stay the same.
+    quiet = {"deadline": None, "suppress_health_check": [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]}
+    # The same examples every time; `make fuzz`, which selects the other profile, draws others and many more, after
+    # those that failed before.
+    settings.register_profile("same", derandomize=True, max_examples=30, **quiet)
+    most = int(os.environ.get("WEIGHTALIGN_FUZZ_EXAMPLES", 1_000_000))
+    settings.register_profile("fuzz", max_examples=most, print_blob=True, **quiet)
     settings.load_profile("same")
 
 
@@ -106,7 +109,7 @@ def pytest_configure(config):
 def pytest_collection_modifyitems(config, items):
     """Marks what runs on the device. On a simulated one, all else is left out: it runs where there is none."""
     for item in items:
-        fixtures = {"device", "backend", "any_backend", "native", "ops"} & set(item.fixturenames)
+        fixtures = {"device", "backend", "any_backend", "fuzzed", "native", "ops"} & set(item.fixturenames)
         is_about = item.path.name in ("test_cuda.py", "test_several_devices.py") or item.path.parent.name == "simcuda"
         if fixtures or is_about:
             item.add_marker("device")
@@ -119,6 +122,8 @@ def pytest_collection_modifyitems(config, items):
 def pytest_terminal_summary(terminalreporter):
     if terminalreporter.config.option.markexpr == "not slow":
         terminalreporter.write_line("left out: slow tests, which -m slow or WEIGHTALIGN_TESTS=all runs")
+    if count := sum(map(examples_of, itertools.chain(*terminalreporter.stats.values()))):
+        terminalreporter.write_line(f"{count} examples of the Hypothesis tests")
     if DEVICE == "cpu":
         terminalreporter.write_line(
             "left out: tests/test_cuda.py, because torch sees no CUDA device: make simulated-gpu"
@@ -131,6 +136,11 @@ def pytest_terminal_summary(terminalreporter):
             terminalreporter.write_line(f"left out: {name}: {reason}")
     for name, absent in left_out.items():
         terminalreporter.write_line(f"left out: tests/{name}, because {', '.join(absent)} is not installed")
+
+
+def examples_of(report):
+    """How many a Hypothesis test ran, in its last report: the earlier ones do not have the number yet."""
+    return dict(report.user_properties).get("examples", 0) if getattr(report, "when", None) == "teardown" else 0
 
 
 @pytest.fixture(autouse=IS_SIMULATED)
@@ -170,6 +180,13 @@ def backend(request):
 @pytest.fixture(params=ALL_BACKENDS)
 def any_backend(request):
     """Like `backend`, plus Triton even if it is interpreted."""
+    with wa.use_backend(request.param):
+        yield request.param
+
+
+@pytest.fixture(params=[pytest.param(b, marks=[pytest.mark.slow] if b in RARE else []) for b in ALL_BACKENDS])
+def fuzzed(request):
+    """Like `any_backend`, of which the slow ones are left to `make fuzz` and CI."""
     with wa.use_backend(request.param):
         yield request.param
 

@@ -146,13 +146,21 @@ def test_tensors_that_are_declined(change, device, capfd):
 
 
 def test_negated_tensors_are_read_with_their_sign(device):
-    weight, _ = usual(device)
+    """(Which torch itself sees to for all ops, but not in lists of optional tensors.)"""
+    weight, gain = usual(device)
     grad = normal(4, 3, 2, 2, device=device, seed=2)
-    negated = torch._neg_view(weight).requires_grad_()
-    aligned = wa.align(negated)
-    results = aligned, *torch.autograd.grad(aligned, negated, torch._neg_view(grad))
-    for result, truth in zip(results, true_results(-weight, None, -grad), strict=False):
-        assert_near("result", result, truth, 1e-5)
+    negated = [torch._neg_view(t).requires_grad_() for t in (weight, gain)]
+    for given in negated, [negated[0], (-gain).requires_grad_()], [(-weight).requires_grad_(), negated[1]]:
+        aligned = wa.align(*given)
+        results = aligned, *torch.autograd.grad(aligned, given, torch._neg_view(grad))
+        for result, truth in zip(results, true_results(-weight, -gain, -grad), strict=True):
+            assert_near("result", result, truth, 1e-5)
+
+
+def test_gains_that_are_zeros_without_memory(device):
+    weight, gain = usual(device)
+    zeros = torch._efficientzerotensor(gain.shape, device=device)
+    assert torch.equal(wa.align(weight, zeros), torch.zeros_like(weight))
 
 
 TWICE = {"gains": None, "eps": 1.0, "scales": 1.0}

@@ -174,7 +174,7 @@ def plain_class(cls):
 
 def truth(layer, arguments, image, eps=1e-5, scale=1.0):
     """The output of torch's layer with the aligned weight; filters of transposed layers are indexed one by one."""
-    plain = plain_class(type(layer))(*arguments, dtype=F64, device=image.device)
+    plain = make(plain_class(type(layer)), arguments, dtype=F64, device=image.device)
     leaves, groups = dict(layer.named_parameters()), getattr(layer, "groups", 1)
     weight, gain = leaves["weight"], leaves.pop("gain")
     if isinstance(layer, nn.modules.conv._ConvTransposeNd):

@@ -1,9 +1,7 @@
 """Strides of results and gradients, and correct values in every layout of weight and incoming gradient."""
 
-import hypothesis.strategies as st
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
 from truth import BF16, F32, F64, PAIRS, check_align, dense, name, normal, true_results
 
 import weightalign_cuda as wa
@@ -144,45 +142,3 @@ def test_gradients_of_any_layout(native, device, grad, order, dtype, result_dtyp
     incoming = GRADS[grad](normal(8, 5, 3, 4, seed=2, device=device, dtype=result_dtype))
     _, grad_weight, _ = check_align(weight, torch.ones(8, device=device), incoming, dtype=result_dtype)
     assert grad_weight.stride() == weight.stride()
-
-
-@st.composite
-def strided(draw, shape, dtype, seed):
-    """A tensor of this shape with any order of dimensions, perhaps with gaps, an offset, an expanded dimension."""
-    order = draw(st.permutations(range(len(shape))))
-    steps = [draw(st.sampled_from([1, 1, 1, 2, 3])) for _ in shape]
-    starts = [draw(st.sampled_from([0, 0, 1, 3])) for _ in shape]
-    cut = [slice(a, a + step * n, step) for a, step, n in zip(starts, steps, shape, strict=True)]
-    expanded = draw(st.sampled_from([None, None, *range(len(shape))]))
-    if expanded is not None:
-        cut[expanded] = slice(0, 1)
-    t = dense(normal(*(c.stop for c in cut), seed=seed, dtype=dtype), order)
-    return t[tuple(cut)].expand(shape)
-
-
-@st.composite
-def cases(draw):
-    shape = draw(st.lists(st.integers(1, 7), min_size=2, max_size=5))
-    dtype, result_dtype = draw(st.sampled_from(PAIRS))
-    formats = [torch.preserve_format, torch.contiguous_format, FORMATS.get(len(shape), torch.preserve_format)]
-    return {
-        "weight": draw(strided(shape, dtype, 0)),
-        "grad": draw(strided(shape, result_dtype, 1)),
-        "gain": draw(st.none() | strided(shape[:1], draw(st.sampled_from([F32, BF16, F64])), 2)),
-        "dtype": result_dtype,
-        "memory_format": draw(st.sampled_from(formats)),
-    }
-
-
-@given(case=cases())
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_any_shape_and_strides(backend, device, case):
-    """(The health check is about fixtures not being reset between examples; the backend should stay the same.)"""
-    tensors = {key: case[key] if case[key] is None else case[key].to(device) for key in ("weight", "grad", "gain")}
-    aligned, *_ = check_align(**tensors, dtype=case["dtype"], memory_format=case["memory_format"])
-    weight, memory_format = tensors["weight"], case["memory_format"]
-    if memory_format != torch.preserve_format:
-        assert aligned.is_contiguous(memory_format=memory_format)
-    else:
-        is_dense = torch.ops.aten.is_non_overlapping_and_dense(weight)
-        assert aligned.stride() == (weight.stride() if is_dense else contiguous_strides(weight.shape))

@@ -120,8 +120,12 @@ _ATTRIBUTES: dict[str, tuple[Any, tuple[str, ...]]] = {
     ),
     "torch.nn.Conv2d": (nn.Conv2d, ("_conv_forward",)),
     "torch.nn.ConvTranspose2d": (nn.ConvTranspose2d, ("_output_padding",)),
-    # counts in-place writes; a tensor without data; the hooks that who sets a gradient has to call
-    "torch.Tensor": (torch.Tensor, ("_version", "_make_wrapper_subclass", "_post_accumulate_grad_hooks")),
+    # counts in-place writes; a tensor without data; the hooks that who sets a gradient has to call; zeros that have no
+    # memory
+    "torch.Tensor": (
+        torch.Tensor,
+        ("_version", "_make_wrapper_subclass", "_post_accumulate_grad_hooks", "_is_zerotensor"),
+    ),
     "torch.autograd.forward_ad": (forward_ad, ("_current_level",)),
     "torch.autograd.profiler": (profiler, ("_is_profiler_enabled",)),
     # the overload's C++ function, without the Python wrapper

@@ -55,9 +55,13 @@ public:
             STD_TORCH_CHECK(w.dim() >= 2, "weights: want rank 2 or more, got rank ", w.dim());
             STD_TORCH_CHECK(w.scalar_type() == type_ && on_same_device(w, first_),
                             "weights: want one dtype and one device in a list");
+            check_memory("weights", w);
+            STD_TORCH_CHECK(w.size(0) < std::numeric_limits<uint32_t>::max() - filters_,
+                            "weights: more than 2^32 filters in a list");
             filters_ += w.size(0);
         }
-        STD_TORCH_CHECK(filters_ < std::numeric_limits<uint32_t>::max(), "weights: more than 2^32 filters in a list");
+        for (const auto& gain : gains)
+            if (gain) check_memory("gains", *gain);
         tasks_.reserve(weights.size());
     }
 
@@ -67,6 +71,7 @@ public:
         STD_TORCH_CHECK(t.dim() == 2 && t.size(0) == filters_ && t.size(1) == 2 &&
                             t.scalar_type() == statistics_dtype() && on_same_device(t, first_),
                         "statistics: want those of the forward, (", filters_, ", 2) on the weights' device");
+        check_memory("statistics", t);
     }
     int64_t max_transposed(const AlignBackend& backend) const {
         return backend.max_transposed / (type_ == ScalarType::Double ? 8 : 4);
@@ -207,6 +212,9 @@ AlignBackwardResult backward_beside(const InputWork* input, const AlignBackend& 
         STD_TORCH_CHECK(grad.scalar_type() == grads[0].scalar_type() && grad.sizes().equals(weights[i].sizes()) &&
                             on_same_device(grad, weights[i]),
                         "grads: want the weight's shape and device, and one dtype in a list");
+        STD_TORCH_CHECK((grad.scalar_type() == ScalarType::Double) == (list.weight_dtype() == ScalarType::Double),
+                        "grads: want float64 exactly if the weights are");
+        check_memory("grads", grad);
         sources.emplace_back(weights[i]);
         targets.emplace_back(sources[i], result_strides(weights[i], MemoryFormat::Preserve, storage),
                              list.weight_dtype(), 0);

@@ -45,6 +45,16 @@ Strides contiguous_strides(const Tensor& t) {
     return strides_in(sizes_of(t), order_of(MemoryFormat::Contiguous, t.dim()));
 }
 
+void check_memory(const char* name, const Tensor& t) {
+    if (t.numel() == 0) return;
+    auto sizes = t.sizes(), strides = t.strides();
+    int64_t last = t.storage_offset(), bytes = 0, element = int64_t(t.element_size());
+    for (size_t d = 0; d < sizes.size(); ++d) last += (sizes[d] - 1) * strides[d];
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_size(t.get(), &bytes));
+    STD_TORCH_CHECK(last < bytes / element, name, ": a tensor's storage of ", bytes, " bytes ends before its element ",
+                    last, " of ", element, " bytes");
+}
+
 bool is_dense(const Tensor& t) {
     if (t.is_contiguous()) return true;
     auto sizes = t.sizes(), strides = t.strides();

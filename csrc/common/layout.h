@@ -20,6 +20,9 @@ std::vector<int> order_of(MemoryFormat memory_format, int64_t rank);
 std::vector<int64_t> sizes_of(const Tensor& t);
 Strides contiguous_strides(const Tensor& t);
 
+// Throws if a tensor's memory ends before its elements do: a storage can be resized, and FSDP's are freed that way.
+void check_memory(const char* name, const Tensor& t);
+
 // Whether the tensor is non-overlapping and dense, in any order of its dimensions.
 bool is_dense(const Tensor& t);
 

@@ -9,6 +9,8 @@
 namespace wa {
 namespace {
 
+constexpr int64_t kMost = std::numeric_limits<int32_t>::max();  // of a dimension, its padding, an image's positions
+
 ImageSide side_of(const Tensor& t) {
     ImageSide side{};
     side.batch = t.stride(0);
@@ -71,10 +73,9 @@ PrepareTask task_of(const Tensor& from, const Tensor& to, const Tensor& unpadded
         task.before[d] = uint32_t(before);
         task.after[d] = uint32_t(after);
         positions *= std::max<int64_t>(1, size + before + after);
+        STD_TORCH_CHECK(positions <= kMost, "input: more than 2^31 positions");
     }
-    int64_t limit = std::numeric_limits<int32_t>::max();
-    STD_TORCH_CHECK(positions <= limit && to.size(0) <= limit && to.size(1) <= limit,
-                    "input: more than 2^31 images, channels or positions");
+    STD_TORCH_CHECK(to.size(0) <= kMost && to.size(1) <= kMost, "input: more than 2^31 images or channels");
     merge_rows(task);
     return task;
 }
@@ -86,7 +87,9 @@ std::vector<int64_t> padded_sizes(const Tensor& t, const std::vector<int64_t>& p
                     "padding: want two numbers for each spatial dimension");
     std::vector<int64_t> sizes = sizes_of(t);
     for (size_t i = 0; i < padding.size(); ++i) {
-        STD_TORCH_CHECK(padding[i] >= 0, "padding: want numbers of at least 0, got ", padding[i]);
+        STD_TORCH_CHECK(padding[i] >= 0 && padding[i] <= kMost, "padding: want numbers from 0 to 2^31 - 1, got ",
+                        padding[i]);
+        STD_TORCH_CHECK(t.size(i / 2 + 2) <= kMost, "input: more than 2^31 positions");
         sizes[i / 2 + 2] += sign * padding[i];
     }
     for (int64_t size : sizes) STD_TORCH_CHECK(size >= 0, "padding: more than the whole of a gradient");
@@ -108,6 +111,7 @@ PrepareForwardResult prepare_forward(const AlignBackend& backend, const Tensor& 
     bool is_double = dtype == ScalarType::Double;
     STD_TORCH_CHECK(is_double == (input.scalar_type() == ScalarType::Double),
                     "dtype: float64 goes to float64 only, and nothing else does");
+    check_memory("input", input);
     std::vector<int64_t> sizes = padded_sizes(input, padding, 1);
     bool is_empty = std::find(sizes.begin(), sizes.end(), 0) != sizes.end();
     std::vector<int> order = order_of(is_empty ? MemoryFormat::Contiguous : memory_format, input.dim());
@@ -128,6 +132,7 @@ PrepareBackwardResult prepare_backward(const AlignBackend& backend, const Tensor
     bool is_double = input_dtype == ScalarType::Double;
     STD_TORCH_CHECK(is_double == (grad_prepared.scalar_type() == ScalarType::Double),
                     "input_dtype: float64 goes with a gradient of float64 only");
+    check_memory("grad_prepared", grad_prepared);
     check_activation(activation);
     const bool is_from_result = Activations::is_from_result(activation);
     STD_TORCH_CHECK(saved.has_value() == (activation != 0), "saved: want a tensor exactly if there is an activation");
@@ -148,6 +153,7 @@ PrepareBackwardResult prepare_backward(const AlignBackend& backend, const Tensor
         STD_TORCH_CHECK(sizes_of(*saved) == sizes_of(shape) && saved->scalar_type() == shape.scalar_type() &&
                             on_same_device(*saved, grad_prepared),
                         "saved: want ", is_from_result ? "the prepared input" : "the input", " for this activation");
+        check_memory("saved", *saved);
         if (is_from_result) grad = in_order(grad, strides_of(source = *saved));
         else source = in_order(*saved, strides_of(grad_input));
     }

@@ -15,6 +15,7 @@
 #include <sys/types.h>
 
 #include <cmath>
+#include <limits>
 #include <map>
 
 extern "C" {
@@ -172,9 +173,11 @@ Owned forward(PyObject* const* a, PyObject* none) {
     auto eps = list<double>(a[2], none), scales = list<double>(a[3], none);
     for (double each : eps) require(each > 0 && std::isfinite(each));
     for (double each : scales) require(std::isfinite(each));
-    auto dtype = torch::stable::detail::to<ScalarType>(torch::stable::detail::from(int32_t(PyLong_AsLong(a[4]))));
-    auto format = MemoryFormat(PyLong_AsLong(a[5]));
-    require(!PyErr_Occurred());
+    const long dtype_number = PyLong_AsLong(a[4]), format_number = PyLong_AsLong(a[5]);
+    require(!PyErr_Occurred() && dtype_number >= 0 && dtype_number <= std::numeric_limits<int8_t>::max());
+    require(format_number >= 0 && format_number <= long(MemoryFormat::ChannelsLast3d));
+    auto dtype = torch::stable::detail::to<ScalarType>(torch::stable::detail::from(int32_t(dtype_number)));
+    auto format = MemoryFormat(format_number);
     const AlignBackend& backend = *backends_of(weights, gains).forward;
     return from([&] {
         AsAnOp scope;

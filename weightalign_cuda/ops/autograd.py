@@ -32,7 +32,8 @@ def align_forward(
         return results
     if _is_transformed():
         return reference.align_forward(weights, gains, eps, scales, dtype, memory_format)
-    options = eps, scales, _NUMBERS[dtype], _FORMATS[memory_format]
+    options = eps, scales, _NUMBERS.get(dtype, dtype), _FORMATS[memory_format]
+    _check_length(weights, gains)
     try:
         if _wants_gradients(weights, gains):
             return _apply(call := _Call(served, options), None, *weights, *gains), call.statistics
@@ -67,7 +68,8 @@ def prepare_forward(
     if _is_transformed():
         return reference.prepare_forward(input, weights, gains, *options)
     eps, scales, dtype, memory_format, *rest = options
-    options = eps, scales, _NUMBERS[dtype], _FORMATS[memory_format], *rest
+    options = eps, scales, _NUMBERS.get(dtype, dtype), _FORMATS[memory_format], *rest
+    _check_length(weights, gains)
     try:
         if _wants_gradients((input,), weights, gains):
             prepared, *aligned = _apply(call := _Call(served, options), input, *weights, *gains)
@@ -87,6 +89,12 @@ for _ops in (schemas.native, schemas.in_triton):
 # `_op` of an overload is the same call without a Python frame. c10's enum values as ints save 1 us of argument parsing.
 _NUMBERS = {torch.float16: 5, torch.float32: 6, torch.float64: 7, torch.bfloat16: 15}
 _FORMATS = {torch.contiguous_format: 0, torch.preserve_format: 1, torch.channels_last: 2, torch.channels_last_3d: 3}
+
+
+def _check_length(weights: Sequence[Tensor], gains: Sequence[Tensor | None]) -> None:
+    """As autograd takes both lists as one."""
+    if len(gains) != len(weights):
+        raise RuntimeError(f"gains: want one gain or None for each of the {len(weights)} weights, got {len(gains)}")
 
 
 def _typed(error: RuntimeError) -> RuntimeError:

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..torch_private import tree_leaves, tree_map_only
 from . import native_library, reference
 from .installed import NAMESPACE
 from .layout import empty_in, empty_permuted, empty_result, padded_shape, statistics_dtype
@@ -67,13 +68,30 @@ def _define(prefix: str, implementation: Callable[[str], Callable[..., Any]]) ->
 native = _define("", lambda name: getattr(reference, name))
 in_triton = _define("triton_", _in_triton)
 
+
+def _after(change: Callable[[Tensor], Tensor], op: Any) -> Callable[..., Any]:
+    return lambda *arguments: op(*tree_map_only(Tensor, change, arguments))
+
+
+# For tensors whose values are not those in memory: negated ones, zeros without memory. What torch itself does for all
+# ops passes over tensors in a list of optional ones, such as the gains.
+for _op in (*native, *in_triton):
+    definitions.impl(_op, _after(Tensor.resolve_neg, _op), "Negative")
+    definitions.impl(_op, _after(lambda t: torch.zeros_like(t) if t._is_zerotensor() else t, _op), "ZeroTensor")
+
 library = native_library.load()
 
 
 def _fake(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     def register(kernel: Callable[..., Any]) -> Callable[..., Any]:
+        def checked(*arguments: Any) -> Any:
+            # A meta tensor among others brings them here.
+            if len(devices := {t.device for t in tree_leaves(arguments) if isinstance(t, Tensor)}) > 1:
+                raise RuntimeError(f"{name}: want tensors of one device, got {', '.join(map(str, devices))}")
+            return kernel(*arguments)
+
         for op in (getattr(native, name), getattr(in_triton, name)):
-            torch.library.register_fake(op, kernel, lib=definitions)
+            torch.library.register_fake(op, checked, lib=definitions)
         return kernel
 
     return register

@@ -42,6 +42,8 @@ ACTIVATIONS = (None, *_ACTIVATIONS)  # the ops use the indices
 
 def find(number: int) -> Activation | None:
     """The activation with this number; None for 0."""
+    if not 0 <= number < len(ACTIVATIONS):
+        raise ValueError(f"activation: want 0 to {len(ACTIVATIONS) - 1}, got {number}")
     name = ACTIVATIONS[number]
     return None if name is None else _ACTIVATIONS[name]
 

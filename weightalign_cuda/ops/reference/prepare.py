@@ -10,10 +10,16 @@ from torch import Tensor
 
 from ..exporters import wants_plain_operations
 from ..layout import empty_in, empty_permuted, statistics_dtype
-from .activations import ACTIVATIONS, activate, find
+from .activations import find
 from .align import align_backward, align_forward
 
 PADDING_MODES = ("zeros", "reflect", "replicate", "circular")  # the ops use the indices
+
+
+def mode_of(number: int) -> str:
+    if not 0 <= number < len(PADDING_MODES):
+        raise ValueError(f"padding_mode: want 0 to {len(PADDING_MODES) - 1}, got {number}")
+    return PADDING_MODES[number]
 
 
 def at_most(padding_mode: str, size: int, wanted: int) -> int:
@@ -38,12 +44,13 @@ def prepare_input(
     activation: int,
 ) -> Tensor:
     """(N, C, spatial...) -> (N, C, padded spatial...) in `dtype` and `memory_format`, rounded once."""
-    x = activate(input.to(statistics_dtype(input.dtype)), ACTIVATIONS[activation])
+    x, formula, mode = input.to(statistics_dtype(input.dtype)), find(activation), mode_of(padding_mode)
+    x = formula.value(x) if formula else x
     if wants_plain_operations():
-        return pad(x, padding, PADDING_MODES[padding_mode]).to(dtype)
+        return pad(x, padding, mode).to(dtype)
     if any(padding):
         # F.pad cannot reflect or repeat if there are no elements; zeros then give the same result.
-        x = pad(x, padding, "zeros" if input.numel() == 0 else PADDING_MODES[padding_mode])
+        x = pad(x, padding, "zeros" if input.numel() == 0 else mode)
     return empty_in(x, x.shape, dtype, memory_format).copy_(x)
 
 
@@ -66,7 +73,7 @@ def prepare_input_backward(
     g = grad.to(statistics_dtype(input_dtype))
     pairs = list(zip(padding[::2], padding[1::2], strict=True))
     for dim, (before, after) in enumerate(pairs, start=2):
-        g = _unpad(g, dim, before, after, PADDING_MODES[padding_mode])
+        g = _unpad(g, dim, before, after, mode_of(padding_mode))
     if formula := find(activation):
         if formula.is_from_result:
             for dim, (before, _) in enumerate(pairs, start=2):
