@@ -41,12 +41,10 @@ def run(*command, **options):
 
 
 def runtime(sanitizer):
-    """g++'s library, to be loaded before all others."""
-    name = {"address,undefined": "libasan.so", "thread": "libtsan.so"}[sanitizer]
-    asked = subprocess.run(
-        ["g++", f"-print-file-name={name}"], capture_output=True, text=True, check=True
-    ).stdout.strip()
-    return asked if os.path.isabs(asked) else None
+    """g++'s library, to be loaded before all others, and the one whose exceptions it watches. None if there is none."""
+    names = {"address,undefined": "libasan.so", "thread": "libtsan.so"}[sanitizer], "libstdc++.so"
+    paths = [subprocess.check_output(["g++", f"-print-file-name={name}"], text=True).strip() for name in names]
+    return " ".join(paths) if all(map(os.path.isabs, paths)) else None
 
 
 def build(sanitizer):

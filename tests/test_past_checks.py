@@ -173,7 +173,7 @@ TENSORS = {
     "2^40 values": lambda t: t.flatten()[0].expand(2**20, 2**20),
     "2^33 in a filter": lambda t: t.flatten()[0].expand(2, 2**33),
     "2^40 empty filters": lambda t: torch.empty(1, 0).expand(2**40, 0),
-    "2^62 values of no filter": lambda t: torch.empty(0, 1, 1).expand(0, 2**31, 2**31),
+    "2^80 values of no filter": lambda t: torch.empty(0, 1, 1).expand(0, 2**40, 2**40),
     "NaN": lambda t: t * math.nan,
     "infinite": lambda t: t * math.inf,
 }

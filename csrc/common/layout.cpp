@@ -27,7 +27,8 @@ Strides strides_in(const std::vector<int64_t>& sizes, const std::vector<int>& or
     int64_t next = 1;
     for (auto d = order.rbegin(); d != order.rend(); ++d) {
         strides[*d] = next;
-        next *= std::max<int64_t>(sizes[*d], 1);
+        bool overflows = __builtin_mul_overflow(next, std::max<int64_t>(sizes[*d], 1), &next);
+        STD_TORCH_CHECK(!overflows, "more than 2^63 values in a tensor");
     }
     return strides;
 }

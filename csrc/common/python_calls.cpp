@@ -14,6 +14,7 @@
 #include <dlfcn.h>
 #include <sys/types.h>
 
+#include <algorithm>
 #include <cmath>
 #include <limits>
 #include <map>
@@ -133,7 +134,7 @@ std::vector<T> list(PyObject* sequence, PyObject* none) {
     std::vector<T> values;
     ssize_t size = PySequence_Size(sequence);
     require(size > 0);
-    values.reserve(size);
+    values.reserve(std::min<ssize_t>(size, 1024));  // whatever a sequence of the user says its size is
     for (ssize_t i = 0; i < size; ++i)
         values.push_back(to(Owned(PySequence_GetItem(sequence, i)).get(), none, static_cast<T*>(nullptr)));
     return values;
