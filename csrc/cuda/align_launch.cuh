@@ -55,8 +55,11 @@ constexpr size_t kMostSharedBytes = 42 << 10;
 template <class Acc>
 constexpr bool kFitsWithoutOptIn =
     AlignShape<Acc>::values(kVectorChunk<Acc>) * AlignShape<Acc>::kThreads * sizeof(Acc) <= kMostSharedBytes &&
-    prepare_shared_bytes<Acc>(kMinChannelsLog2, false) <= kMostSharedBytes &&
-    prepare_shared_bytes<Acc>(kMinChannelsLog2 + 1, true) <= kMostSharedBytes;
+    tile_bytes<Acc>(kMinChannelsLog2, odd_pitch<Acc>(kMinChannelsLog2)) + table_bytes<Acc>(kMinChannelsLog2) <=
+        kMostSharedBytes &&
+    2 * tile_bytes<Acc>(kMinChannelsLog2 + 1, odd_pitch<Acc>(kMinChannelsLog2 + 1)) +
+            table_bytes<Acc>(kMinChannelsLog2 + 1) <=
+        kMostSharedBytes;
 static_assert(kFitsWithoutOptIn<float> && kFitsWithoutOptIn<double>);
 
 template <Direction kDirection, class Acc, class Table>
@@ -77,8 +80,8 @@ cudaError_t launch_list(const AlignList& list, const std::vector<uint32_t>& orde
     size_t shared_bytes = 0;
     if constexpr (Table::kTakesInput)
         if (list.input) {
-            tiles = tiles_of<Acc>(*list.input, table->input);
-            shared_bytes = prepare_shared_bytes<Acc>(table->input.channels_log2, list.input->saved);
+            tiles = tiles_of<Acc>(*list.input, kDirection == Direction::kBackward, table->input);
+            shared_bytes = prepare_shared_bytes<Acc>(table->input);
         }
     cudaError_t error = cudaSuccess;  // the first one; what comes after it is not launched
     auto flush = [&] {

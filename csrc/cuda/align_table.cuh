@@ -27,18 +27,19 @@ struct Divisor {
     __device__ uint32_t quotient(uint32_t n) const { return (high_product(n, multiplier) + n) >> shift; }
 };
 
-// How a side of an input is accessed: value by value; in 16 aligned bytes; or so, and at a constant distance between
-// positions and no padding, so that a thread steps through it.
-enum class Access : uint8_t { kSingle, kWide, kStepwise };
-
 // A convolution's input and its tiling (prepare.cuh).
 struct PrepareEntry {
     PrepareTask task;
-    uint32_t positions;  // of an image of the result
+    uint32_t positions;       // which tiles divide: those of the input if is_direct, else those of `to`
+    Divisor width, to_width;  // rows of the input and of `to`
     Divisor position_tiles, channel_tiles;
-    uint8_t channels_log2;                  // of a tile
+    int pitch;  // of a tile's channels in shared memory, in values
+    uint8_t channels_log2;
     bool from_by_channels, to_by_channels;  // whether channels are innermost in memory, else positions
-    Access from_access, to_access;
+    bool from_is_wide, to_is_wide;          // accessed in 16 aligned bytes, else value by value
+    bool is_direct;                         // each position's place is computed where it is used, without a table
+    bool is_padded;
+    bool is_run;  // a tile's channels are whole images, one after another: one run of memory on sides by positions
 };
 
 // Blocks first_block ... belong to the entry; each takes (threads in the block >> lanes_log2) of its filters.

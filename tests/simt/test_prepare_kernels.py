@@ -198,7 +198,9 @@ def test_activations_and_dtypes(
         ((2, 64, 8, 8), (F32, F32), (True, True)),
         ((1, 128, 16, 12), (F32, BF16), (True, True)),
         ((1, 8, 32, 32), (BF16, BF16), (True, True)),
-        ((1, 64, 7, 7), (F32, F32), (False, True)),  # 49 positions: only the channels_last side is wide
+        ((2, 72, 7, 7), (F32, F32), (True, True)),  # 49 positions are no whole accesses, but all channels' are
+        ((1, 40, 14, 14), (F32, BF16), (True, True)),
+        ((1, 16, 23, 23), (F32, F32), (False, True)),  # 529 positions: eight channels of them do not fit in a tile
         ((1, 33, 8, 8), (F32, F32), (True, False)),  # odd channels: only the contiguous side
         ((1, 4, 8, 8), (F64, F64), (True, True)),
     ],
@@ -212,6 +214,31 @@ def test_accesses_are_wide_on_both_sides_of_a_transposition(
 ) -> None:
     wide = is_wide if direction == "forward" else is_wide[::-1]
     run(check, direction, shape, [0] * 4, 0, 0, dtypes, channels_last=(False, True), is_wide=wide)
+
+
+@both_directions
+@pytest.mark.parametrize("activation", [0, 1, 2])
+@pytest.mark.parametrize(
+    ("shape", "padding"),
+    [
+        ((2, 24, 8, 8), [1, 1, 1, 1]),
+        ((1, 64, 9, 20), [3, 3, 3, 3]),
+        ((1, 72, 12, 12), [0, 1, 2, 0]),
+        ((2, 40, 7, 7), [1, 1, 1, 1]),  # a run of whole channels
+        ((1, 16, 1, 32), [0, 0, 5, 90]),
+    ],
+)
+def test_padding_with_zeros_leaves_accesses_wide(
+    check: Emulator, direction: str, shape: tuple[int, ...], padding: list[int], activation: int
+) -> None:
+    """From contiguous to channels_last. Each tile writes the zeros behind its values."""
+    dtypes = (F32, BF16) if shape[2] % 8 else (BF16, F16)
+    run(check, direction, shape, padding, 0, activation, dtypes, (False, True), is_wide=(True, True))
+
+
+def test_padding_of_nothing(check: Emulator) -> None:
+    result = run(check, "forward", (2, 8, 0, 4), [1, 1, 1, 1], channels_last=(False, True))
+    assert not result.any()
 
 
 @both_directions
