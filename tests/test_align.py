@@ -156,6 +156,12 @@ def test_constant_filter_gives_exactly_0(backend, device, n, value, dtype):
     assert bool(grad_weight.isfinite().all() and grad_gain.isfinite().all())
 
 
+def test_constant_filter_with_the_smallest_eps(backend, device):
+    weight = torch.full((2, 147), 3.3, device=device)
+    aligned, grad_weight, grad_gain = check_align(weight, torch.ones(2, device=device), eps=2.0**-126)
+    assert not aligned.any() and grad_weight.isfinite().all() and grad_gain.isfinite().all()
+
+
 @pytest.mark.parametrize("n", [9, 576, 4608, 20000])
 @pytest.mark.parametrize(("mean", "std"), [(1e4, 1e-3), (-300.0, 1e-4), (1.0, 1e-6), (1e-20, 1e-25)], ids=str)
 def test_mean_far_above_the_deviations(backend, device, n, mean, std):

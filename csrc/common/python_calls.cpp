@@ -172,7 +172,7 @@ Owned forward(PyObject* const* a, PyObject* none) {
     auto weights = list<Tensor>(a[0], none);
     auto gains = list<std::optional<Tensor>>(a[1], none);
     auto eps = list<double>(a[2], none), scales = list<double>(a[3], none);
-    for (double each : eps) require(each > 0 && std::isfinite(each));
+    for (double each : eps) require(each >= std::numeric_limits<float>::min() && std::isfinite(each));
     for (double each : scales) require(std::isfinite(each));
     const long dtype_number = PyLong_AsLong(a[4]), format_number = PyLong_AsLong(a[5]);
     require(!PyErr_Occurred() && dtype_number >= 0 && dtype_number <= std::numeric_limits<int8_t>::max());

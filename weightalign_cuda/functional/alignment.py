@@ -46,7 +46,7 @@ def align(
             Shard(0), FSDP2's shard of such a shard, or Replicate() is aligned locally, without communication; the
             result has the same placement.
         gain: (K,) or, as in timm, (K, 1, ...); any of these dtypes; device and placement as the weight's. None means 1.
-        eps: added to n/2 * var; greater than 0. A constant filter gives exactly 0.
+        eps: added to n/2 * var; greater than 0 (at least 1.18e-38). A constant filter gives exactly 0.
         scale: a constant factor.
         dtype: of the result. Default: the autocast dtype if autocast is enabled for the device and the weight is not
             float64, else the weight's dtype. float64 if and only if the weight is float64.

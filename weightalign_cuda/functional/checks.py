@@ -19,6 +19,8 @@ from ..torch_private import is_any_autocast_enabled
 TENSORS = {Tensor, nn.Parameter}  # no __torch_function__ overrides
 PLAIN = {*TENSORS, type(None)}  # None: a gain of 1
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+# Of an eps: the root of less may be 0 in float32, and a constant filter, of whose deviations it is the divisor, NaN.
+SMALLEST = torch.finfo(torch.float32).tiny
 _FLOATS = "float32, float16, bfloat16 or float64"
 
 
@@ -75,8 +77,10 @@ def check_number(name: str, value: Any, positive: bool = False, index: int | Non
     if isinstance(value, bool) or not isinstance(value, (float, int)):
         raise TypeError(f"{at(name, index)}: expected a number, got {type(value).__name__}")
     # Not math.isfinite: torch.compile passes symbolic values. Also rejects integers beyond a float's range.
-    if not abs(value) <= sys.float_info.max or (positive and value <= 0):
+    if not abs(value) <= sys.float_info.max or (positive and value < SMALLEST):
         wanted = "a finite number greater than 0" if positive else "a finite number"
+        if positive and 0 < value < SMALLEST:
+            wanted = f"at least {SMALLEST:.3g}, float32's smallest normal number"
         raise ValueError(f"{at(name, index)}: expected {wanted}, got {value}")
 
 
@@ -91,9 +95,9 @@ def per_weight(name: str, value: Any, count: int, positive: bool = False) -> lis
     if not isinstance(value, (list, tuple)):
         check_number(name, value, positive)
         return [value] * count
-    values, low = check_list(name, value, count), 0 if positive else -math.inf
+    values, low = check_list(name, value, count), SMALLEST if positive else -sys.float_info.max
     for i, each in enumerate(values):
-        if type(each) is not float or not low < each < math.inf:
+        if type(each) is not float or not low <= each < math.inf:
             check_number(name, each, positive, i)
     return values
 
