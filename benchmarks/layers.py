@@ -1,10 +1,11 @@
 """python -m benchmarks.layers: the convolutions of real networks, as JSON files that are generated from the models.
 
-They lie in benchmarks/layers/; needs torchvision.
+They lie in benchmarks/layers/; needs torchvision and timm.
 """
 
 import collections
 import functools
+import importlib
 import json
 import math
 import pathlib
@@ -14,7 +15,12 @@ from typing import Any
 import torch
 
 FOLDER = pathlib.Path(__file__).with_name("layers")
-NETWORKS = ("resnet50",)
+# Where each is, and its options. ConvNeXt's linear layers as the 1x1 convolutions that they are.
+NETWORKS: dict[str, tuple[str, dict[str, Any]]] = {
+    "resnet50": ("torchvision.models", {}),
+    "convnext_tiny": ("timm.models", {"conv_mlp": True}),
+    "eca_nfnet_l0": ("timm.models", {}),
+}
 Shape = tuple[int, ...]
 
 
@@ -40,7 +46,7 @@ class Network:
 
     def to_json(self) -> dict[str, Any]:
         return {
-            "network": f"torchvision.models.{self.name}",
+            "network": f"{NETWORKS[self.name][0]}.{self.name}",
             "weights": self.weights,
             "filters": self.filters,
             "layers": [{"name": name, "shape": list(shape)} for name, shape in self.layers],
@@ -49,11 +55,10 @@ class Network:
 
 
 def from_model(name: str) -> Network:
-    """Every Conv2d of torchvision.models.<name>."""
-    import torchvision
-
+    """Every Conv2d of the network."""
+    module, options = NETWORKS[name]
     with torch.device("meta"):
-        model = getattr(torchvision.models, name)()
+        model = getattr(importlib.import_module(module), name)(**options)
     convolutions = [(n, m) for n, m in model.named_modules() if isinstance(m, torch.nn.Conv2d)]
     return Network(name, tuple((n, tuple(m.weight.shape)) for n, m in convolutions))
 

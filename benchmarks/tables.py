@@ -152,23 +152,28 @@ def steps() -> list[str]:
 
 
 def machine_code() -> list[str]:
-    """Predicted for ResNet-50 and for inputs, by the machine code that the model executed."""
+    """Predicted for the weights of networks and for inputs, by the machine code that the model executed."""
     found = json.loads((RESULTS / "machine-code.json").read_text())
-    layouts = {"weights, one layout": found, "weights, contiguous to channels_last": found["channels_last"]}
-    lines = head(
-        "float32 to bfloat16", "instructions a value", *(f"{name}, of the copy rate" for name in found["predicted"])
-    )
-    for layout, figures in layouts.items():
+    parts = {
+        "resnet50": found,
+        "resnet50, contiguous to channels_last": found["channels_last"],
+        **found["networks"],
+    }
+    chips, own_chips = found["predicted"], found["channels_last"]["predicted"]
+    lines = head("float32 to bfloat16", "instructions a value", *(f"{name}, of the copy rate" for name in chips))
+
+    def add(what: str, instructions: Sequence[float], shares: Sequence[Sequence[float]]) -> None:
+        cells = ["; ".join(f"{share:.0%}" for share in both) for both in shares]
+        empty = [""] * (len(chips) - len(cells))
+        lines.append(row(what, "; ".join(f"{count:.1f}" for count in instructions), *cells, *empty))
+
+    for name, figures in parts.items():
         (whole,) = pick(figures["instructions_per_value"], n=None)
-        shares = ([chip[f"{d}_copy_fraction"] for d in DIRECTIONS] for chip in figures["predicted"].values())
-        instructions = "; ".join(f"{whole[d]:.1f}" for d in DIRECTIONS)
-        lines.append(row(layout, instructions, *("; ".join(f"{share:.1%}" for share in both) for both in shares)))
+        shares = [[chip[f"{d}_copy_fraction"] for d in DIRECTIONS] for chip in figures["predicted"].values()]
+        add(name, [whole[d] for d in DIRECTIONS], shares)
     for r in found["inputs"]:
-        instructions = "; ".join(f"{r[f'{d}_instructions_per_value']:.1f}" for d in DIRECTIONS)
-        shares = ([r[f"{d}_copy_fraction_{name}"] for d in DIRECTIONS] for name in found["predicted"])
-        lines.append(
-            row(f"input {r['input']}", instructions, *("; ".join(f"{share:.1%}" for share in both) for both in shares))
-        )
+        instructions = [r[f"{d}_instructions_per_value"] for d in DIRECTIONS]
+        add(f"input {r['input']}", instructions, [[r[f"{d}_copy_fraction_{c}"] for d in DIRECTIONS] for c in own_chips])
     return lines
 
 

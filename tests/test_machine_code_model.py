@@ -49,6 +49,10 @@ INPUTS = [
     Image(2, 40, 9, 13, padding=1),
     Image(2, 24, 30, 20, padding=2, from_channels_last=True),
     Image(3, 3, 1, 1000),
+    Image(2, 72, 12, 28, padding=3),
+    Image(2, 72, 7, 7, padding=1),  # a run of whole channels
+    Image(2, 40, 1, 196),
+    Image(2, 40, 1, 49, to_channels_last=False),
 ]
 
 
@@ -138,9 +142,11 @@ RECORD = pathlib.Path(__file__).parent.parent / "benchmarks/results/machine-code
 def test_instructions_are_as_recorded():
     """A path that takes more of them does so on purpose: with `--out` as below its record is made anew."""
     recorded, now = json.loads(RECORD.read_text()), report.full_report(native_library.PATH)
-    layouts = [(recorded, now), (recorded["channels_last"], now["channels_last"])]
+    parts = [(r, r["channels_last"], *r["networks"].values()) for r in (recorded, now)]
     paths = [
-        pair for old, new in layouts for pair in zip(*(r["instructions_per_value"] for r in (old, new)), strict=True)
+        pair
+        for both in zip(*parts, strict=True)
+        for pair in zip(*(part["instructions_per_value"] for part in both), strict=True)
     ]
     for old, new in [*paths, *zip(recorded["inputs"], now["inputs"], strict=True)]:
         for name in (name for name in old if name.endswith(("forward", "backward", "instructions_per_value"))):
@@ -157,5 +163,5 @@ def test_no_spills():
 @pytest.mark.skipif(not flat.has_compiler(), reason="needs nvcc")
 @pytest.mark.parametrize("where", chip.CHIPS, ids=lambda where: where.name)
 def test_flat_cast_runs_at_the_copy_rate(where):
-    """But for the start and the end of the launch."""
-    assert 0.9 < flat.Flat("forward").copy_fraction(where, RESNET50) < 1
+    """But for the start and the end of the launch, 6 % of the time on a B200."""
+    assert 0.89 < flat.Flat("forward").copy_fraction(where, RESNET50) < 1

@@ -1,9 +1,9 @@
 """python -m benchmarks.machine_code: the compiled CUDA kernels judged without a GPU.
 
-Registers, spills and sizes of each kernel; instructions a value; and the time of ResNet-50's launch and of inputs,
-float32 to bfloat16, on an H200 and an H100 by a model of the chip. Several libraries are compared side by side. Needs
-cuobjdump, g++ and CUDA's headers; with nvcc, the model also runs a flat cast and a flat add, which on a GPU reach the
-copy rate.
+Registers, spills and sizes of each kernel; instructions a value; and the time of networks' launches and of inputs,
+float32 to bfloat16, by a model of four chips. It executes the machine code of sm_90, which on an A100 and a B200 stands
+in for that of sm_80 and sm_100. Several libraries are compared side by side. Needs cuobjdump, g++ and CUDA's headers;
+with nvcc, the model also runs a flat cast and a flat add, which on a GPU reach the copy rate.
 """
 
 import argparse
@@ -17,8 +17,8 @@ from rich.table import Table
 
 from weightalign_cuda.ops import native_library
 
-from . import chip, flat
-from .report import DIRECTIONS, Report, flat_report, full_report, static_report
+from . import flat
+from .report import DIRECTIONS, OTHER_NETWORKS, OWN_CHIPS, Report, flat_report, full_report, static_report
 
 STATIC = ("registers", "stack", "shared", "constant", "spill_loads", "spill_stores", "code_bytes")
 
@@ -40,20 +40,18 @@ def static_table(reports: Sequence[Report]) -> Table:
     return table
 
 
-def instructions_table(reports: Sequence[Report], layout: str) -> Table:
-    table = Table("n", *DIRECTIONS, title=f"Instructions of threads a value, sm_90, float32 to bfloat16, {layout}")
+def instructions_table(reports: Sequence[Report], what: str) -> Table:
+    table = Table("n", *DIRECTIONS, title=f"Instructions of threads a value, sm_90, float32 to bfloat16, {what}")
     found = [{row["n"]: row for row in report["instructions_per_value"]} for report in reports]
     for n in found[0]:
         cells = (side_by_side([f"{rows[n][direction]:.1f}" for rows in found]) for direction in DIRECTIONS)
-        table.add_row("ResNet-50" if n is None else str(n), *cells)
+        table.add_row("all" if n is None else str(n), *cells)
     return table
 
 
-def prediction_table(
-    reports: Sequence[Report], layout: str, flat_fractions: dict[str, dict[str, float]] | None
-) -> Table:
-    table = Table("", *DIRECTIONS, title=f"ResNet-50 in the model of the chip, {layout}")
-    for name in (where.name for where in chip.CHIPS):
+def prediction_table(reports: Sequence[Report], what: str, flat_fractions: dict[str, dict[str, float]] | None) -> Table:
+    table = Table("", *DIRECTIONS, title=f"{what} in the model of the chip")
+    for name in reports[0]["predicted"]:
         predicted = [report["predicted"][name] for report in reports]
         times = (side_by_side([f"{p[f'{d}_us']:.1f}" for p in predicted]) for d in DIRECTIONS)
         shares = (side_by_side([f"{p[f'{d}_copy_fraction']:.1%}" for p in predicted]) for d in DIRECTIONS)
@@ -75,7 +73,7 @@ def inputs_table(reports: Sequence[Report]) -> Table:
     for rows in zip(*(report["inputs"] for report in reports), strict=True):
         for figure, form in (
             ("instructions_per_value", "{:.1f} instructions a value"),
-            *((f"copy_fraction_{where.name}", f"{where.name}: {{:.1%}} of the copy rate") for where in chip.CHIPS),
+            *((f"copy_fraction_{where.name}", f"{where.name}: {{:.1%}} of the copy rate") for where in OWN_CHIPS),
         ):
             cells = (side_by_side([form.format(row[f"{d}_{figure}"]) for row in rows]) for d in DIRECTIONS)
             table.add_row(rows[0]["input"], *cells)
@@ -95,11 +93,13 @@ def main() -> None:
     if not options.static:
         flat_fractions = flat_report() if flat.has_compiler() else None
         reports = [report | {"flat": flat_fractions} for report in reports]
-        for layout, found in (
-            ("one layout", reports),
-            ("contiguous to channels_last", [report["channels_last"] for report in reports]),
-        ):
-            console.print(instructions_table(found, layout), prediction_table(found, layout, flat_fractions))
+        parts = {
+            "ResNet-50, one layout": reports,
+            "ResNet-50, contiguous to channels_last": [report["channels_last"] for report in reports],
+            **{name: [report["networks"][name] for report in reports] for name in OTHER_NETWORKS},
+        }
+        for what, found in parts.items():
+            console.print(instructions_table(found, what), prediction_table(found, what, flat_fractions))
         console.print(inputs_table(reports))
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps(reports[0] if len(reports) == 1 else reports, indent=1) + "\n")

@@ -12,18 +12,27 @@ from .compile import HERE, compiled
 from .cubin import Resources
 from .trace import Trace
 
-SM_THREADS, SM_BLOCKS, SM_REGISTERS, SM_SHARED = 2048, 32, 65536, 227 << 10  # of sm_90
+SM_THREADS, SM_BLOCKS, SM_REGISTERS = 2048, 32, 65536
 RESERVED_SHARED = 1 << 10  # bytes a block, which cuobjdump counts with the kernel's
 
 
 @dataclass(frozen=True)
 class Chip:
     name: str
+    sms: int
     ghz: float
     copy_rate: float  # of memory, GB/s: what a copy reaches, reads and writes together
+    l2_rate: float  # GB/s; judged, as is the copy rate: 0.9 of memory's own
+    shared: int  # of an SM, bytes
+    runs_sm_90: bool  # else it stands in for the chip's own machine code
 
 
-CHIPS = (Chip("H200", 1.755, 4300), Chip("H100", 1.755, 3000))
+CHIPS = (
+    Chip("H200", 132, 1.755, 4300, 6000, 227 << 10, True),
+    Chip("H100", 132, 1.755, 3000, 6000, 227 << 10, True),
+    Chip("A100", 108, 1.410, 1800, 4000, 163 << 10, False),
+    Chip("B200", 148, 1.850, 7200, 10000, 227 << 10, False),
+)
 
 
 @dataclass(frozen=True)
@@ -36,11 +45,11 @@ class Run:
     issue_slots_used: float
 
 
-def blocks_per_sm(resources: Resources, threads: int, dynamic_shared: int) -> int:
-    """How many blocks of a kernel an SM of sm_90 holds."""
+def blocks_per_sm(chip: Chip, resources: Resources, threads: int, dynamic_shared: int) -> int:
+    """How many blocks of a kernel an SM holds."""
     registers = -(-resources.registers // 8) * 8 * threads
     shared = max(resources.shared + dynamic_shared, RESERVED_SHARED)
-    return min(SM_THREADS // threads, SM_BLOCKS, SM_REGISTERS // registers, SM_SHARED // shared)
+    return min(SM_THREADS // threads, SM_BLOCKS, SM_REGISTERS // registers, chip.shared // shared)
 
 
 def run(chip: Chip, kinds: Sequence[Trace], launch: Sequence[int], blocks: int) -> Run:
@@ -51,7 +60,8 @@ def run(chip: Chip, kinds: Sequence[Trace], launch: Sequence[int], blocks: int) 
         for array in _flattened(kinds, launch):
             file.write(np.uint64(len(array)).tobytes() + array.tobytes())
         file.flush()
-        command = [program, file.name, str(chip.ghz), str(chip.copy_rate), str(blocks)]
+        rates = (chip.sms, chip.ghz, chip.copy_rate, chip.l2_rate)
+        command = [program, file.name, *map(str, rates), str(blocks)]
         return Run(**json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout))
 
 

@@ -8,7 +8,7 @@
 #include "chip_traces.h"
 
 constexpr int kChannels = 96;
-constexpr double kL2 = 150, kL2GbPerSecond = 6000;
+constexpr double kL2 = 150;
 constexpr double kDramNanoseconds = 600;  // from L1 to DRAM and back, without queues
 constexpr size_t kSharingBlocks = 16;     // neighbouring blocks that use the same sectors of gains and statistics
 constexpr uint64_t kOddConstant = 0x9E3779B97F4A7C15ull, kMixer = 0xD6E8FEB86659FD93ull;
@@ -27,10 +27,10 @@ struct Server {
 // L2 and DRAM.
 class Memory {
 public:
-    Memory(double ghz, double gb_per_second)
+    Memory(double ghz, double gb_per_second, double l2_gb_per_second)
         : dram_latency_(kDramNanoseconds * ghz),
           per_byte_(kChannels * ghz / gb_per_second),
-          per_l2_byte_(kChannels * ghz / kL2GbPerSecond) {}
+          per_l2_byte_(kChannels * ghz / l2_gb_per_second) {}
 
     // When a segment of a block has come from memory; `salt`: of the block, whose addresses its trace does not know.
     double load(const Segment& segment, uint64_t salt, double now) { return move(segment, salt, now) + dram_latency_; }

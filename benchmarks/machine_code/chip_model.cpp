@@ -1,11 +1,11 @@
-// A model in time of an H100 or H200, driven by traces of a launch's blocks (trace.py).
+// A model in time of a GPU, driven by traces of a launch's blocks (trace.py).
 //
 // An SM has four schedulers that issue an instruction a cycle, of the warp that was last or else of the oldest that is
 // ready: its stall counts, scoreboards and barriers decide, as they stand in the machine code. Pipes, the constant
 // caches and the load/store unit are servers with a rate; L2 and DRAM are queues, one for each channel. Not modelled:
 // the instruction cache, DRAM's turnaround between reads and writes, clocks that vary.
 //
-//     chip_model TRACES GHZ GB_PER_SECOND BLOCKS_PER_SM    prints a JSON object
+//     chip_model TRACES SMS GHZ GB_PER_SECOND L2_GB_PER_SECOND BLOCKS_PER_SM    prints a JSON object
 #include <algorithm>
 #include <cstdint>
 #include <cstdio>
@@ -24,7 +24,7 @@
 namespace {
 
 // Times are cycles of the SMs' clock, unless they say otherwise.
-constexpr int kSms = 132, kSchedulers = 4, kScoreboards = 6;
+constexpr int kSchedulers = 4, kScoreboards = 6;
 constexpr double kBeforeNanoseconds = 700;  // from the start of the launch to the first block
 constexpr double kAfterNanoseconds = 400;   // from the last instruction to the end of the launch
 constexpr double kBlockStart = 300;         // from the end of a block to the first instruction of the next one
@@ -90,11 +90,11 @@ struct Scheduler {
 
 class Chip {
 public:
-    Chip(const Traces& traces, double ghz, double gb_per_second, int blocks_per_sm)
-        : traces_(traces), ghz_(ghz), memory_(ghz, gb_per_second), sms_(kSms), schedulers_(kSms * kSchedulers) {
+    Chip(const Traces& traces, int sms, double ghz, const Memory& memory, int blocks_per_sm)
+        : traces_(traces), ghz_(ghz), memory_(memory), sms_(sms), schedulers_(sms * kSchedulers) {
         for (int i = 0; i < blocks_per_sm; ++i)
-            for (int sm = 0; sm < kSms; ++sm)
-                start_block(sm, kBeforeNanoseconds * ghz + (double(i) * kSms + sm) / kBlocksPerCycle);
+            for (int sm = 0; sm < sms; ++sm)
+                start_block(sm, kBeforeNanoseconds * ghz + (double(i) * sms + sm) / kBlocksPerCycle);
     }
 
     void run() {
@@ -272,7 +272,9 @@ private:
 }  // namespace
 
 int main(int count, char** arguments) {
-    if (count != 5) return std::cerr << "chip_model TRACES GHZ GB_PER_SECOND BLOCKS_PER_SM\n", 2;
+    if (count != 7) return std::cerr << "chip_model: want the arguments that its comment names\n", 2;
     const Traces traces(arguments[1]);
-    Chip(traces, atof(arguments[2]), atof(arguments[3]), atoi(arguments[4])).run();
+    const double ghz = atof(arguments[3]);
+    const Memory memory(ghz, atof(arguments[4]), atof(arguments[5]));
+    Chip(traces, atoi(arguments[2]), ghz, memory, atoi(arguments[6])).run();
 }

@@ -44,5 +44,5 @@ class Flat:
     def copy_fraction(self, where: chip.Chip, values: int) -> float:
         """Of the copy rate, for as many values."""
         blocks = values // VALUES
-        run = chip.run(where, [self._trace], [0] * blocks, chip.blocks_per_sm(self._resources, THREADS, 0))
+        run = chip.run(where, [self._trace], [0] * blocks, chip.blocks_per_sm(where, self._resources, THREADS, 0))
         return BYTES[self.direction] * blocks * VALUES / run.microseconds / 1e3 / where.copy_rate

@@ -5,7 +5,6 @@ import dataclasses
 import numpy as np
 from numpy.typing import NDArray
 
-from . import chip
 from .interpreter import Block
 from .launches import Direction, PlacedInput, input_launch
 from .memory import GlobalMemory
@@ -54,17 +53,21 @@ class InputProblem:
 
 
 def execute(library: Library, image: Image, direction: Direction) -> ExecutedLaunch:
-    """The launch for the image, with some tiles of one of its images executed in the place of all."""
+    """The launch for the image, with some tiles of one of its images executed in the place of all: the first and the
+    last, which write more padding, and some between them."""
     problem = InputProblem(image, direction)
     launch = input_launch(library.tree, problem.placed, direction)
     kernel, tiles = library.kernel(launch), len(launch.layers) // image.batch
     stride, first = -(-tiles // EXECUTED_TILES), image.batch // 2 * tiles
+    between = range(stride // 2, tiles, stride)
+    executed_tiles = sorted({0, *between, tiles - 1})
     kinds, written = [], 0
-    for tile in range(0, tiles, stride):
+    for tile in executed_tiles:
         executed = Block(kernel, first + tile, problem.memory).run()
         error, values = problem.error()
         kinds.append(Kind(image, values - written, Trace(executed, problem.memory), error))
         written = values
-    blocks = [tile // stride for _ in range(image.batch) for tile in range(tiles)]
-    on_an_sm = chip.blocks_per_sm(library.resources[launch.kernel], launch.threads, launch.shared_bytes)
-    return ExecutedLaunch(kinds, blocks, on_an_sm)
+    stands_in = [between[min(tile // stride, len(between) - 1)] for tile in range(tiles)]
+    stands_in[0], stands_in[-1] = 0, tiles - 1
+    blocks = [executed_tiles.index(tile) for _ in range(image.batch) for tile in stands_in]
+    return ExecutedLaunch(kinds, blocks, launch, library.resources[launch.kernel])

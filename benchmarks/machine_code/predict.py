@@ -40,7 +40,8 @@ class ExecutedLaunch:
 
     kinds: list[Kind]
     blocks: list[int]
-    blocks_per_sm: int
+    launch: Launch
+    resources: cubin.Resources
 
     @property
     def instructions(self) -> int:
@@ -53,7 +54,8 @@ class ExecutedLaunch:
         return sum(self.kinds[kind].trace.bytes_moved for kind in self.blocks)
 
     def on(self, where: chip.Chip) -> chip.Run:
-        return chip.run(where, [kind.trace for kind in self.kinds], self.blocks, self.blocks_per_sm)
+        on_an_sm = chip.blocks_per_sm(where, self.resources, self.launch.threads, self.launch.shared_bytes)
+        return chip.run(where, [kind.trace for kind in self.kinds], self.blocks, on_an_sm)
 
 
 class Library:
@@ -97,8 +99,9 @@ class Library:
         blocks = [_kind(layers[i]) for i in launch.layers]
         used = list(dict.fromkeys(blocks))
         numbers = {kind: number for number, kind in enumerate(used)}
-        on_an_sm = chip.blocks_per_sm(self.resources[launch.kernel], launch.threads, launch.shared_bytes)
-        return ExecutedLaunch([kinds[kind] for kind in used], [numbers[kind] for kind in blocks], on_an_sm)
+        return ExecutedLaunch(
+            [kinds[kind] for kind in used], [numbers[kind] for kind in blocks], launch, self.resources[launch.kernel]
+        )
 
 
 def _kind(layer: Layer) -> tuple[int, int]:
