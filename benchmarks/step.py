@@ -180,13 +180,13 @@ def print_report(screen: Console, records: Sequence[Record], left_out: Sequence[
 
 def main() -> None:
     parser = command.parser(__doc__, 20.0, f"networks and batches such as '{RESNET.name} batch 1'")
-    parser.add_argument("--size", type=int, help="height and width of the images (default: 224, simulated devices 32)")
+    parser.add_argument("--size", type=int, help="height and width of the images (default: 224, simulated devices 128)")
     parser.add_argument("--no-compile", action="store_true", help="without torch.compile, which takes long to compile")
     arguments = parser.parse_args()
     limits = harness.limits(arguments.device, arguments.rounds, arguments.seconds)
     run = command.Run(arguments.device, arguments.out / "step.jsonl")
     left_out = [f"{n.name}: {n.package} is not installed" for n in NETWORKS if not n.is_installed]
-    size = arguments.size or (32 if machine.is_simulated(run.facts) else 224)
+    size = arguments.size or (128 if machine.is_simulated(run.facts) else 224)
     possible = {case.name: case for case in cases(arguments.device, size)}
     chosen = command.chosen(possible, arguments.only) if possible else []
     with console.progress(run.console) as progress:
