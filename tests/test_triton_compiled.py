@@ -97,5 +97,12 @@ def test_registers_spills_shared_memory_and_accesses(architecture):
         assert not any(re.match("LDL|STL|ATOM|RED", i) for i in instructions), kernel
 
 
+def test_instructions():
+    """Of a thread that has 16 values: 47.6 and 50.7 each, by Triton 3.9."""
+    code = "from benchmarks.machine_code.triton_kernels import *; print(*(instructions(each, 3) for each in BOTH))"
+    forward, backward = map(int, in_own_process("-c", code).split())
+    assert 16 * 30 < forward < 16 * 55 and 16 * 30 < backward < 16 * 55
+
+
 if __name__ == "__main__":
     print(json.dumps(list(compiled(int(sys.argv[1])))))

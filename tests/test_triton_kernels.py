@@ -26,9 +26,12 @@ SHAPES = {
     "n=256": (9, 16, 4, 4),
     "n=576": (5, 64, 3, 3),
     "n=1024": (3, 1024),
-    "n=1025": (2, 1025),
+    "n=512": (9, 512),
+    "n=1025": (3, 1025),
     "n=4096": (2, 4096),
-    "n=4097, in parts": (2, 4097),
+    "n=4097": (2, 4097),
+    "n=8192": (2, 8192),
+    "n=8193, in parts": (2, 8193),
     "n=9216, in parts": (2, 1024, 3, 3),
     "one filter": (1, 5, 7),
     "n=1": (5, 1, 1, 1),
@@ -65,7 +68,7 @@ def test_values_and_gradients(device, shape, dtype, result_dtype):
 
 
 @pytest.mark.parametrize(("dtype", "result_dtype"), PAIRS, ids=name)
-@pytest.mark.parametrize("shape", ["n=75", "n=4097, in parts"])
+@pytest.mark.parametrize("shape", ["n=75", "n=8193, in parts"])
 def test_dtypes(device, shape, dtype, result_dtype):
     test_values_and_gradients(device, shape, dtype, result_dtype)
 

@@ -7,9 +7,10 @@ once, kept in registers for its sums, and written once, in 16-byte accesses if i
 Filters longer than the last width are read in parts for the sums, and again for the output. No sum spans programs:
 fixed order, no atomics.
 
-Why these shapes: up to 4096 values are 16 for each of a program's 256 threads and, at two or more programs per
+Why these shapes: 4096 values are 16 for each of a program's 256 threads and, at two or more programs per
 multiprocessor, 32 KB in flight, enough to hide an H100's latency; narrow tiles are smaller, as each filter needs
-registers of its own. Widths in steps of four leave at most three of four lanes idle, and masked lanes access no memory.
+registers of its own. Lanes beyond the end of a filter access no memory, but execute what the others do: widths in steps
+of two leave at most half of them idle. 8192 values are the most that 128 registers a thread hold.
 """
 
 from typing import NamedTuple
@@ -18,9 +19,10 @@ import triton
 import triton.language as tl
 
 WARPS = 8
-WIDTHS = tl.constexpr((64, 256, 1024, 4096))
-FILTERS = tl.constexpr((16, 8, 4, 1, 1))
-LONG = tl.constexpr(4)  # the `shape` of filters longer than the last width
+WIDTHS = tl.constexpr((64, 256, 512, 1024, 2048, 4096, 8192))
+FILTERS = tl.constexpr((16, 8, 8, 4, 2, 1, 1, 1))
+LONG = tl.constexpr(7)  # the `shape` of filters longer than the last width
+PART = tl.constexpr(4096)  # values of theirs at a time
 WIDE = tl.constexpr(8)  # filters of a multiple of this many values use 16-byte accesses if addresses allow
 GAIN_TYPES = tl.constexpr((tl.float32, tl.float16, tl.bfloat16, tl.float64))
 
@@ -224,11 +226,11 @@ def align_forward(row, statistics, WEIGHT: tl.constexpr, ALIGNED: tl.constexpr, 
     """scale * gain * (w - mean) / sqrt(n/2 * var + eps) of this program's filters, and their statistics."""
     shape, is_wide = number(row, "shape"), number(row, "is_wide")
     for w in tl.static_range(2):
-        for i in tl.static_range(4):
+        for i in tl.static_range(LONG):
             if (shape == i) & (is_wide == w):
                 forward_on_chip(row, statistics, WEIGHT, ALIGNED, ACC, FILTERS[i], WIDTHS[i], w == 1)
         if (shape == LONG) & (is_wide == w):
-            forward_in_parts(row, statistics, WEIGHT, ALIGNED, ACC, WIDTHS[3], w == 1)
+            forward_in_parts(row, statistics, WEIGHT, ALIGNED, ACC, PART, w == 1)
 
 
 @triton.jit
@@ -323,8 +325,8 @@ def align_backward(row, statistics, grad_gain, WEIGHT: tl.constexpr, ALIGNED: tl
     """
     shape, is_wide = number(row, "shape"), number(row, "is_wide")
     for w in tl.static_range(2):
-        for i in tl.static_range(4):
+        for i in tl.static_range(LONG):
             if (shape == i) & (is_wide == w):
                 backward_on_chip(row, statistics, grad_gain, WEIGHT, ALIGNED, ACC, FILTERS[i], WIDTHS[i], w == 1)
         if (shape == LONG) & (is_wide == w):
-            backward_in_parts(row, statistics, grad_gain, WEIGHT, ALIGNED, ACC, WIDTHS[3], w == 1)
+            backward_in_parts(row, statistics, grad_gain, WEIGHT, ALIGNED, ACC, PART, w == 1)
