@@ -373,10 +373,11 @@ def test_nan_and_infinity_propagate_as_in_float64(device, activation):
 
 
 def test_empty_tensors(device):
-    for shape in [(0, 4), (0, 3, 3, 3), (3, 0), (3, 0, 3, 3), (0, 0, 3)]:
-        weight, gain = torch.zeros(shape, device=device), torch.ones(shape[0], device=device)
+    dense = [torch.zeros(shape, device=device) for shape in [(0, 4), (0, 3, 3, 3), (3, 0), (3, 0, 3, 3), (0, 0, 3)]]
+    for weight in (*dense, torch.zeros(0, 2, device=device)[:, ::2]):
+        gain = torch.ones(len(weight), device=device)
         (aligned,), (grad,), (grad_gain,) = align([weight], [gain], [weight], [EPS], [1.0], F32)
-        assert aligned.shape == grad.shape == shape
+        assert aligned.shape == grad.shape == weight.shape
         assert torch.equal(grad_gain, torch.zeros_like(gain))
     lists = [normal(2, 9, device=device)], [None], [EPS], [1.0]
     for size in [(0, 3, 5), (2, 3, 0), (2, 0, 5)]:

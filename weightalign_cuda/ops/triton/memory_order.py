@@ -39,7 +39,7 @@ def have_same_order(a: Tensor, b: Tensor) -> bool:
 
 def transposed_columns(source: Tensor, aligned: Tensor) -> int | None:
     """As in `Task`: 0 if both have the same order in memory, None if the kernels do not support that of `aligned`."""
-    if have_same_order(source, aligned):
+    if source.numel() == 0 or have_same_order(source, aligned):
         return 0
     if source.shape[1:].numel() > WIDTHS.value[-1] or not is_dense(aligned):
         return None
