@@ -329,10 +329,10 @@ def check(which):
 def test_exception_or_right_answer(which):
     if which == "in_triton":
         pytest.importorskip("triton")
-    path = os.pathsep.join([str(pathlib.Path(wa.__file__).parents[1]), str(TESTS)])
+    path = str(pathlib.Path(wa.__file__).parents[1])
     code = f"import test_past_checks as t; t.check({which!r})"
     env = {**os.environ, "PYTHONPATH": path, "TRITON_INTERPRET": "1"}
     command = [sys.executable, "-W", "ignore", "-c", code]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, cwd=TESTS, env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, f"{done.stdout.splitlines()[-1:]}, then {done.stderr[-2000:]}"
     assert " calls, 0 wrong" in done.stdout, done.stdout[done.stdout.index(" calls, ") - 9 :]
