@@ -164,4 +164,5 @@ def test_no_spills():
 @pytest.mark.parametrize("where", chip.CHIPS, ids=lambda where: where.name)
 def test_flat_cast_runs_at_the_copy_rate(where):
     """But for the start and the end of the launch, 6 % of the time on a B200."""
-    assert 0.89 < flat.Flat("forward").copy_fraction(where, RESNET50) < 1
+    least = 0.89 if where.name == "B200" else 0.9
+    assert least < flat.Flat("forward").copy_fraction(where, RESNET50) < 1

@@ -9,19 +9,20 @@ then; a filter that leaves lanes of its tile idle takes that much more. Needs Tr
 import math
 import pathlib
 import re
-import subprocess
 import tempfile
 from bisect import bisect_left
 
+import torch
 import triton
 import triton.language as tl
 from triton.backends.compiler import GPUTarget
 
 from weightalign_cuda.ops.triton import align_kernels as kernels
+from weightalign_cuda.ops.triton.launch import OPTIONS
 
 from .. import layers
+from .cubin import cuobjdump
 
-CUOBJDUMP = pathlib.Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 WIDTHS, FILTERS = kernels.WIDTHS.value, kernels.FILTERS.value
 INSTRUCTION = re.compile(r"/\*[0-9a-f]{4}\*/\s+(?:@!?U?P\w+ )?([A-Z0-9]+)")
 
@@ -46,12 +47,10 @@ def instructions(kernel, shape: int) -> int:
     constants = {"ROWS": FILTERS[shape], "WIDTH": WIDTHS[shape]}
     types = {name: "constexpr" if name in constants else "*fp32" for name in kernel.arg_names} | {"table": "*i64"}
     source = triton.compiler.ASTSource(kernel, types, constants)
-    options = {"num_warps": kernels.WARPS, "maxnreg": 128}
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
-        cubin.write(triton.compile(source, GPUTarget("cuda", 90, 32), options).asm["cubin"])
+        cubin.write(triton.compile(source, GPUTarget("cuda", 90, 32), OPTIONS[torch.float32]).asm["cubin"])
         cubin.flush()
-        listing = subprocess.run([CUOBJDUMP, "-sass", cubin.name], check=True, capture_output=True, text=True).stdout
-    found = INSTRUCTION.findall(listing)
+        found = INSTRUCTION.findall(cuobjdump(pathlib.Path(cubin.name), "-sass"))
     return len(found) - found[::-1].index("EXIT")  # what follows is padding
 
 
