@@ -8,6 +8,8 @@
 // are exactly 0; subtracting their mean then corrects the first one's rounding (mean 1e4, deviation 1e-3).
 #include <math.h>
 
+#include <type_traits>
+
 #include "dtype.h"
 #include "kernels.h"
 
@@ -32,7 +34,10 @@ WA_INLINE void sum(size_t n, double (&total)[kSums], const Term& term) {
         for (; at + kUnroll * kLanes <= end; at += kUnroll * kLanes)
             for (size_t u = 0; u < kUnroll; ++u) term(OneVector{}, at + u * kLanes, sums[u]);
         for (; at + kLanes <= end; at += kLanes) term(OneVector{}, at, sums[0]);
-        for (; at < end; ++at) term(OneValue{}, at, rest);
+        for_rest(at, end, [&](auto width, size_t last) WA_LAMBDA {
+            if constexpr (std::is_same_v<decltype(width), OneValue>) term(width, last, rest);
+            else term(width, last, sums[0]);
+        });
         for (int s = 0; s < kSums; ++s) {
             for (size_t u = 1; u < kUnroll; ++u) sums[0][s] += sums[u][s];
             total[s] += sum_of<Acc>(sums[0][s]) + rest[s];
@@ -56,12 +61,12 @@ WA_APART void forward_filter(const W* w, Y* y, uint32_t n, double scaled_gain, d
     Acc pivot = load<Acc>(OneValue{}, w);
     double deviation[1], moments[2];
     sum<Acc>(n, deviation, [=](auto width, size_t at, auto* sums) WA_LAMBDA {  //
-        sums[0] += load<Acc>(width, w + at) - pivot;
+        sums[0] += load<Acc>(width, w + at, pivot) - pivot;
     });
     double per_value = 1.0 / n;
     Acc mean = Acc(pivot + deviation[0] * per_value);
     sum<Acc>(n, moments, [=](auto width, size_t at, auto* sums) WA_LAMBDA {
-        auto r = load<Acc>(width, w + at) - mean;
+        auto r = load<Acc>(width, w + at, mean) - mean;
         sums[0] += r;
         sums[1] += r * r;
     });
@@ -81,7 +86,7 @@ WA_APART double backward_filter(const W* w, const G* g, W* dw, uint32_t n, doubl
     Acc mean = statistics[0];
     double rstd = statistics[1], per_value = 1.0 / n, sums_[3];
     sum<Acc>(n, sums_, [=](auto width, size_t at, auto* sums) WA_LAMBDA {
-        auto r = load<Acc>(width, w + at) - mean, gradient = load<Acc>(width, g + at);
+        auto r = load<Acc>(width, w + at, mean) - mean, gradient = load<Acc>(width, g + at);
         sums[0] += r;
         sums[1] += gradient;
         sums[2] += gradient * r;

@@ -21,7 +21,9 @@ struct InstructionSet {
 };
 
 // What this machine supports, the preferred one last: the widest, whose loops have the fewest instructions. AVX2 is
-// 2.1x as fast as baseline on Zen 3; AVX-512 against AVX2 is unmeasured, even where it lowers the clock (Skylake).
+// 2.1x as fast as baseline on Zen 3. On Sapphire Rapids, AVX-512 aligns all of ResNet-50's weights 1.05x to 1.09x as
+// fast as AVX2, a weight of up to 40,000 values alone 0.8x, since it lowers the clock by 7 %; training steps take the
+// same.
 std::vector<InstructionSet> instruction_sets() {
     std::vector<InstructionSet> sets{{"baseline", &baseline::kKernels}};
 #ifdef __x86_64__

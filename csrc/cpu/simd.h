@@ -132,6 +132,9 @@ WA_INLINE Bits16 narrow(Vector<float> x) { return __builtin_convertvector(to_hal
 // The width of an access: one formula, generic in it, serves the bulk of a row and its last few values.
 struct OneValue {};
 struct OneVector {};
+struct PartOfVector {  // the lanes whose bits are set: all last values of a row at once, where accesses can be masked
+    uint32_t mask;
+};
 
 template <class Acc>
 WA_INLINE Acc load(OneValue, const Acc* p) {
@@ -158,37 +161,82 @@ WA_INLINE void store(OneValue, Half* p, float x) {
     *p = narrow(x);
 }
 
-template <class T>
-WA_INLINE T read(const void* p) {  // unaligned, like all accesses here
-    T bits;
-    std::memcpy(&bits, p, sizeof bits);
-    return bits;
+template <class V, class T>
+WA_INLINE V read(OneVector, const T* p) {  // unaligned, like all accesses here
+    V v;
+    std::memcpy(&v, p, sizeof v);
+    return v;
 }
-template <class Acc>
-WA_INLINE Vector<Acc> load(OneVector, const Acc* p) {
-    return read<Vector<Acc>>(p);
-}
-template <class Acc>
-WA_INLINE Vector<Acc> load(OneVector, const BFloat16* p) {
-    return from_bfloat16<Vector<float>, Bits32>(widened(read<Bits16>(p)));
-}
-template <class Acc>
-WA_INLINE Vector<Acc> load(OneVector, const Half* p) {
-    return widen(read<Bits16>(p));
-}
-template <class Acc>
-WA_INLINE void store(OneVector, Acc* p, Vector<Acc> v) {
+template <class V, class T>
+WA_INLINE void write(OneVector, T* p, V v) {
     std::memcpy(p, &v, sizeof v);
 }
-template <class Acc>
-WA_INLINE void store(OneVector, BFloat16* p, Vector<float> v) {
-    const Bits16 bits = __builtin_convertvector(to_bfloat16<Vector<float>, Bits32>(v), Bits16);
-    std::memcpy(p, &bits, sizeof bits);
+#if defined(__AVX512F__)
+template <class V, class T>
+WA_INLINE V read(PartOfVector part, const T* p) {  // 0 in the other lanes
+    if constexpr (sizeof(T) == 2) return (V)_mm256_maskz_loadu_epi16(part.mask, p);
+    else if constexpr (sizeof(T) == 4) return (V)_mm512_maskz_loadu_epi32(part.mask, p);
+    else return (V)_mm512_maskz_loadu_epi64(part.mask, p);
 }
-template <class Acc>
-WA_INLINE void store(OneVector, Half* p, Vector<float> v) {
-    const Bits16 bits = narrow(v);
-    std::memcpy(p, &bits, sizeof bits);
+template <class V, class T>
+WA_INLINE void write(PartOfVector part, T* p, V v) {
+    if constexpr (sizeof(T) == 2) _mm256_mask_storeu_epi16(p, part.mask, (__m256i)v);
+    else if constexpr (sizeof(T) == 4) _mm512_mask_storeu_epi32(p, part.mask, (__m512i)v);
+    else _mm512_mask_storeu_epi64(p, part.mask, (__m512i)v);
+}
+WA_INLINE Vector<float> with_others(PartOfVector part, Vector<float> v, float others) {
+    return (Vector<float>)_mm512_mask_blend_ps(part.mask, (__m512)(Vector<float>{} + others), (__m512)v);
+}
+WA_INLINE Vector<double> with_others(PartOfVector part, Vector<double> v, double others) {
+    return (Vector<double>)_mm512_mask_blend_pd(part.mask, (__m512d)(Vector<double>{} + others), (__m512d)v);
+}
+constexpr bool kMasksAccesses = true;
+#else
+constexpr bool kMasksAccesses = false;
+#endif
+template <class Width, class X, class Acc>
+WA_INLINE X with_others(Width, X x, Acc) {
+    return x;
+}
+
+template <class Acc, class Width>
+WA_INLINE Vector<Acc> load(Width width, const Acc* p) {
+    return read<Vector<Acc>>(width, p);
+}
+template <class Acc, class Width>
+WA_INLINE Vector<Acc> load(Width width, const BFloat16* p) {
+    return from_bfloat16<Vector<float>, Bits32>(widened(read<Bits16>(width, p)));
+}
+template <class Acc, class Width>
+WA_INLINE Vector<Acc> load(Width width, const Half* p) {
+    return widen(read<Bits16>(width, p));
+}
+// A part of a vector has the value `others` in its other lanes, so that sums can leave them out.
+template <class Acc, class Width, class T>
+WA_INLINE auto load(Width width, const T* p, Acc others) {
+    return with_others(width, load<Acc>(width, p), others);
+}
+template <class Acc, class Width>
+WA_INLINE void store(Width width, Acc* p, Vector<Acc> v) {
+    write(width, p, v);
+}
+template <class Acc, class Width>
+WA_INLINE void store(Width width, BFloat16* p, Vector<float> v) {
+    write(width, p, __builtin_convertvector(to_bfloat16<Vector<float>, Bits32>(v), Bits16));
+}
+template <class Acc, class Width>
+WA_INLINE void store(Width width, Half* p, Vector<float> v) {
+    write(width, p, narrow(v));
+}
+
+// each(width, at) for the last values of a row, [at, n), fewer than a vector has.
+template <class Each>
+WA_INLINE void for_rest(size_t at, size_t n, const Each& each) {
+    if constexpr (kMasksAccesses) {
+        if (at < n) each(PartOfVector{(1u << (n - at)) - 1}, at);
+    } else {
+        for (; at < n; ++at) each(OneValue{}, at);
+    }
 }
 
 // each(width, at) for all of [0, n)
@@ -197,7 +245,7 @@ WA_INLINE void for_each(size_t n, const Each& each) {
     constexpr size_t kLanes = Simd<Acc>::kLanes;
     size_t at = 0;
     for (; at + kLanes <= n; at += kLanes) each(OneVector{}, at);
-    for (; at < n; ++at) each(OneValue{}, at);
+    for_rest(at, n, each);
 }
 
 // A fixed reduction tree: halves are added until two values are left.
