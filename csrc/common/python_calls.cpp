@@ -21,7 +21,7 @@
 
 extern "C" {
 #define WA_WEAK __attribute__((weak))
-struct PyObject {};
+struct PyObject;
 using PyFunction = PyObject* (*)(PyObject * self, PyObject* const* arguments, ssize_t count);
 struct PyMethodDef {
     const char* name;
