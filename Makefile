@@ -108,9 +108,11 @@ hub: $(TOOLS)
 wheel: $(TOOLS)
 	.ci/wheel $(PY)
 
-# The tests of one wheel on many versions of Python and torch: hours. MATRIX=3.13t:2.15.0 is one of them.
-matrix: $(TOOLS)
+# The tests of one wheel on many versions of Python and torch, then those of the CPU kernels by other compilers, and on
+# aarch64: hours. MATRIX=3.13t:2.15.0 is one of the former alone.
+matrix: $(INSTALLED)
 	.ci/matrix $(MATRIX)
+	$(if $(MATRIX),,.ci/compilers && .ci/aarch64)
 
 format: $(TOOLS)
 	$(PY) -m ruff check --fix
