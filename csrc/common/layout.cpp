@@ -11,7 +11,8 @@ std::vector<int> memory_order(const Tensor& shape, const int64_t* strides) {
     auto sizes = shape.sizes();
     for (int d = 0; d < int(sizes.size()); ++d)
         if (sizes[d] > 1) order.push_back(d);
-    std::stable_sort(order.begin(), order.end(), [&](int a, int b) { return strides[a] > strides[b]; });
+    std::sort(order.begin(), order.end(),
+              [&](int a, int b) { return strides[a] != strides[b] ? strides[a] > strides[b] : a < b; });
     return order;
 }
 
