@@ -5,6 +5,7 @@ import os
 import time
 
 import pytest
+from hypothesis.errors import StopTest, UnsatisfiedAssumption
 
 MINUTES = "WEIGHTALIGN_FUZZ_MINUTES"  # for all Hypothesis tests of a run; by default their number of examples ends them
 
@@ -31,6 +32,8 @@ def counted(test):
         clock.examples += 1
         try:
             test(*args, **kwargs)
+        except (StopTest, UnsatisfiedAssumption):  # not an example after all
+            raise
         except BaseException:
             clock.has_failed = True
             raise
