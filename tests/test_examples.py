@@ -7,9 +7,10 @@ from hypothesis import strategies as st
 @pytest.mark.parametrize("fails", [False, True])
 def test_time_ends_examples_but_not_shrinking(fails, monkeypatch):
     @settings(max_examples=3000, database=None, derandomize=True)
-    @given(st.integers())
+    @given(st.data())
     @counted
-    def holds(number):
+    def holds(data):
+        number = data.draw(st.integers())
         assume(number % 2)
         if clock.examples == 20:
             clock.end = 0
