@@ -223,6 +223,8 @@ def test_nan_and_infinity_propagate_as_in_float64(native, device, activation):
     assert (slope == 0).any()
     if activation == "hardswish":  # at NaN PyTorch's depends on vectorisation: NaN or 1
         slope = slope.masked_fill(x.isnan(), math.nan)
+    if activation == "gelu":  # x e^(-x^2/2): infinity times 0; PyTorch's is infinite on aarch64
+        slope = slope.masked_fill(x.isinf(), math.nan)
     for value in (math.inf, math.nan):
         (grad,) = torch.autograd.grad(prepared, x, torch.full_like(prepared, value), retain_graph=True)
         torch.testing.assert_close(grad, torch.where(slope == 0, 0, value * slope), rtol=0, atol=0, equal_nan=True)
