@@ -169,7 +169,7 @@ def test_convolution(fuzzed, device, case):
     batch = ACTIVATIONS[activation](x if x.dim() == w.dim() else x.unsqueeze(0))
     aligned = formula(w, None if gain is None else gain.flatten(), member.eps, member.scale)
     expected = theirs(padded(batch, pairs, mode), aligned, bias, stride, 0, dilation, groups)
-    assert_same(result, expected.view_as(result), [t for t in (x, w, gain, bias) if t is not None], True)
+    assert_same(result, expected.view_as(result), [t for t in (x, w, gain, bias) if t is not None], is_scaled=True)
 
 
 @given(case=layers())
@@ -183,5 +183,8 @@ def test_layer(fuzzed, device, case):
     image = normal(*shape, seed=1, dtype=F64, device=device).requires_grad_()
     activated = image if activation is None else getattr(F, activation)(image)
     assert_same(
-        layer(image), test_layers.truth(layer, arguments, activated, eps, scale), [image, *layer.parameters()], True
+        layer(image),
+        test_layers.truth(layer, arguments, activated, eps, scale),
+        [image, *layer.parameters()],
+        is_scaled=True,
     )

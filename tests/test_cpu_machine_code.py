@@ -46,11 +46,12 @@ def assert_off_the_stack(loops):
 
 def test_loops_of_the_library_do_not_spill():
     loops = list(loops_of(native_library.PATH))
+    conversions = 3 if b"clang version" in native_library.PATH.read_bytes() else 4  # clang inlines one more
     for register in SETS:
         names = {name for r, name, _ in loops if r == register}
         for function in ("forward_filter<", "backward_filter<"):
             assert sum(function in name for name in names) == 10, (register, sorted(names))  # pairs of dtypes
-        assert sum("convert<" in name for name in names) >= 3, (register, sorted(names))
+        assert sum("convert<" in name for name in names) >= conversions, (register, sorted(names))
         assert any("activate<float" in name for name in names) and any("differentiate<float" in name for name in names)
     assert_off_the_stack(loops)
 

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from importlib.metadata import version
 
 import pytest
 
@@ -101,7 +102,8 @@ def test_instructions():
     """Of a thread that has 16 values: 47.6 and 50.7 each by Triton 3.9, 61.1 and 63.8 by Triton 3.6."""
     code = "from benchmarks.machine_code.triton_kernels import *; print(*(instructions(each, 3) for each in BOTH))"
     forward, backward = map(int, in_own_process("-c", code).split())
-    assert 16 * 30 < forward < 16 * 70 and 16 * 30 < backward < 16 * 70
+    most = 70 if tuple(map(int, version("triton").split(".")[:2])) < (3, 9) else 55
+    assert 16 * 30 < forward < 16 * most and 16 * 30 < backward < 16 * most
 
 
 if __name__ == "__main__":
