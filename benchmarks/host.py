@@ -1,6 +1,6 @@
 """The host's time, on weights so tiny that little else remains: `wa.align` against an autograd.Function that does
-nothing, lists against torch's own, and models of 53 tiny convolutions against the plain one, interleaved in one
-process."""
+nothing, lists against torch's own, and models of 53 tiny convolutions against the plain one and against one whose
+weights pass through such a Function, interleaved in one process."""
 
 import contextlib
 from collections.abc import Iterator
@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import weightalign_cuda as wa
+from weightalign_cuda.nn.layers import aligned_layers
 
 from . import harness
 from .harness import Call, Case, Limits
@@ -23,16 +24,34 @@ LAYERS = 53  # as many as ResNet-50 has
 
 
 class Empty(torch.autograd.Function):
-    """The minimum cost of a two-tensor autograd.Function in Python."""
+    """The minimum cost of an autograd.Function of weights and as many gains: it computes nothing."""
 
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, gain: Tensor) -> Tensor:
-        ctx.tensors = weight, gain
-        return weight.view_as(weight)
+    def forward(ctx: Any, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.gains = tensors[len(tensors) // 2 :]
+        return tuple([w.view_as(w) for w in tensors[: len(ctx.gains)]])
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
-        return grad, ctx.tensors[1].detach()
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
+        return *grads, *[gain.detach() for gain in ctx.gains]
+
+
+class EmptyForeach(nn.Module):
+    """A converted model whose filters all come from one `Empty`: no way to align all layers together in an
+    autograd.Function can cost less."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = wa.convert(model)
+        layers = aligned_layers(self.model.modules())
+        self.tensors = [*(layer.weight for layer in layers), *(layer.gain for layer in layers)]
+        self.filters: list[Tensor] = []
+        for i, layer in enumerate(layers):
+            layer.aligned_by = lambda i=i: self.filters[i]  # type: ignore[misc]
+
+    def forward(self, image: Tensor) -> Tensor:
+        self.filters[:] = Empty.apply(*self.tensors)  # type: ignore[no-untyped-call]
+        return self.model(image)
 
 
 def records(setting: Setting, limits: Limits) -> list[dict[str, Any]]:
@@ -55,7 +74,7 @@ def alignments(setting: Setting) -> Calls:
 
     subjects = {
         ("align, 1 weight", "ours"): of(ours(setting), one),
-        ("align, 1 weight", "empty"): of(lambda weights, gains: [Empty.apply(weights[0], gains[0])], one),
+        ("align, 1 weight", "empty"): of(lambda weights, gains: Empty.apply(*weights, *gains), one),
         ("align, 1 weight", "layer_norm"): {
             "forward with grad": lambda: F.layer_norm(one.weights[0], SHAPE[1:]),
         },
@@ -81,7 +100,12 @@ def models(setting: Setting) -> Iterator[Calls]:
 
     shapes = ((8, 8, 3, 3),) * LAYERS
     image = torch.randn(1, 8, 4, 4, device=setting.device)
-    trained = {"plain": plain(), "ours per layer": wa.convert(plain()), "ours": wa.convert(plain(), foreach=True)}
+    trained = {
+        "plain": plain(),
+        "empty": EmptyForeach(plain()),
+        "ours per layer": wa.convert(plain()),
+        "ours": wa.convert(plain(), foreach=True),
+    }
     kept = wa.convert(plain()).eval()
     used = trained | {"ours frozen": kept, "ours folded": wa.fold(wa.convert(plain()))}
 
