@@ -23,6 +23,8 @@ IS_SIMULATED = DEVICE == "cuda" and torch.cuda.get_device_name().startswith("Sim
 if DEVICE == "cpu":
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported, which torch's compiler does
 
+from processes import in_processes  # noqa: E402
+
 import weightalign_cuda as wa  # noqa: E402
 
 SERVING = {"cpu": ("cpu", "triton", "reference"), "cuda": ("cuda", "triton", "reference")}
@@ -202,6 +204,18 @@ def native(request):
 def ops(request):
     """Each set of registered ops."""
     return getattr(wa.ops, request.param)
+
+
+@pytest.fixture(scope="session")
+def in_two_processes():
+    with in_processes(2) as run:
+        yield run
+
+
+@pytest.fixture(scope="session")
+def in_four_processes():
+    with in_processes(4) as run:
+        yield run
 
 
 @pytest.fixture

@@ -23,38 +23,58 @@ def _serve(rank, count, folder, jobs, results):
     dist.destroy_process_group()
 
 
+class _Group:
+    def __init__(self, count):
+        context = torch.multiprocessing.get_context("spawn")
+        self.folder = tempfile.TemporaryDirectory()
+        self.results, self.jobs = context.Queue(), [context.Queue() for _ in range(count)]
+        arguments = [(rank, count, self.folder.name, jobs, self.results) for rank, jobs in enumerate(self.jobs)]
+        self.processes = [context.Process(target=_serve, args=each, daemon=True) for each in arguments]
+        for process in self.processes:
+            process.start()
+
+    def run(self, job):
+        for each in self.jobs:
+            each.put(job)
+        answers, errors = {}, []
+        for _ in self.processes:
+            try:  # after an error the others may wait for that process for ever
+                rank, answers[rank], error = self.results.get(timeout=5 if errors else 120)
+            except queue.Empty:
+                break
+            errors += [f"process {rank}: {error}"] if error else []
+        assert not errors, errors[0]
+        return answers[0]
+
+    def stop(self, wait):
+        for each, process in zip(self.jobs, self.processes, strict=True):
+            each.put(None)
+            process.join(wait)
+            process.kill()
+        self.folder.cleanup()
+
+
 @contextlib.contextmanager
 def in_processes(count):
     """A function that runs job(rank, *arguments) in `count` processes and returns rank 0's result. The processes are
-    started once, which takes longer than most jobs: use it in a fixture of the module.
+    started once, which takes longer than most jobs, and again after an error: use it in a fixture of the session.
 
     The job must be a function of a module, not a lambda; arguments and result are pickled.
     """
-    context = torch.multiprocessing.get_context("spawn")
-    results, jobs = context.Queue(), [context.Queue() for _ in range(count)]
-    with tempfile.TemporaryDirectory() as folder:
-        arguments = [(rank, count, folder, jobs[rank], results) for rank in range(count)]
-        processes = [context.Process(target=_serve, args=each, daemon=True) for each in arguments]
-        for process in processes:
-            process.start()
+    group = None
 
-        def run(*job):
-            for each in jobs:
-                each.put(job)
-            answers, errors = {}, []
-            for _ in processes:
-                try:  # after an error the others may wait for that process for ever
-                    rank, answers[rank], error = results.get(timeout=5 if errors else 120)
-                except queue.Empty:
-                    break
-                errors += [f"process {rank}: {error}"] if error else []
-            assert not errors, errors[0]
-            return answers[0]
-
+    def run(*job):
+        nonlocal group
+        group = group or _Group(count)
         try:
-            yield run
-        finally:
-            for each, process in zip(jobs, processes, strict=True):
-                each.put(None)
-                process.join(10)
-                process.kill()
+            return group.run(job)
+        except BaseException:
+            group.stop(wait=0)
+            group = None
+            raise
+
+    try:
+        yield run
+    finally:
+        if group:
+            group.stop(wait=10)

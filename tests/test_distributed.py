@@ -5,7 +5,6 @@ import contextlib
 import pytest
 import torch
 import torch.distributed as dist
-from processes import in_processes
 from torch import nn
 from truth import normal
 from varied import converted, vary
@@ -13,12 +12,6 @@ from varied import converted, vary
 import weightalign_cuda as wa
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch was built without torch.distributed")
-
-
-@pytest.fixture(scope="module")
-def in_two_processes():
-    with in_processes(2) as run:
-        yield run
 
 
 def network(**options):

@@ -7,7 +7,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from count_ops import CountOps
-from processes import in_processes
 from torch import nn
 from truth import ACTIVATIONS, BF16, F64, formula, normal
 from varied import numbers, vary
@@ -15,18 +14,6 @@ from varied import numbers, vary
 import weightalign_cuda as wa
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch was built without torch.distributed")
-
-
-@pytest.fixture(scope="module")
-def in_two_processes():
-    with in_processes(2) as run:
-        yield run
-
-
-@pytest.fixture(scope="module")
-def in_four_processes():
-    with in_processes(4) as run:
-        yield run
 
 
 def align_sharded(rank):

@@ -163,6 +163,21 @@ def test_outcomes(tmp_path, step, left, state, note):
     assert (tmp_path / "earlier").exists() == (state in ("done", "failed"))
 
 
+@pytest.mark.parametrize(("minutes", "limit"), [(19, 90), (9.5, 45), (1, 45)])
+def test_more_minutes_lengthen_each_step(tmp_path, monkeypatch, minutes, limit):
+    program, given = importlib.import_module("benchmarks.gpu_report.__main__"), []
+    monkeypatch.setattr(program.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(program.machine, "facts", lambda device: FACTS)
+    monkeypatch.setattr(program, "steps", lambda: [python("", limit=45)])
+    monkeypatch.setattr(
+        program, "run", lambda step, _, left: given.append((step.limit, left)) or running.Outcome("done")
+    )
+    monkeypatch.setattr(sys, "argv", ["gpu_report", "--out", str(tmp_path), "--minutes", str(minutes)])
+    with pytest.raises(SystemExit):
+        program.main()
+    assert given == [(limit, pytest.approx(60 * minutes, abs=30))]
+
+
 def test_steps_are_commands_that_exist(monkeypatch, capsys):
     """Each benchmark knows the options that its step gives it."""
     benchmarks = [step for step in steps() if "benchmarks" in step.command]

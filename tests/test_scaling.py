@@ -6,7 +6,6 @@ import pytest
 import torch
 import torch.distributed as dist
 from count_ops import CountOps
-from processes import in_processes
 from torch.utils._python_dispatch import TorchDispatchMode
 from truth import BF16, F32
 
@@ -15,12 +14,6 @@ from benchmarks import scaling
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch was built without torch.distributed")
 COUNTS = (2, 3, 4)
-
-
-@pytest.fixture(scope="module")
-def run():
-    with in_processes(4) as run:
-        yield run
 
 
 class Sent(TorchDispatchMode):
@@ -75,8 +68,8 @@ def sharded(rank, count, way):
 
 @pytest.mark.parametrize("way", [*scaling.WAYS, scaling.Way("ours, float32", F32, True)], ids=lambda way: way.name)
 @pytest.mark.parametrize("count", COUNTS)
-def test_bytes_and_launches(run, count, way):
-    run(sharded, count, way)
+def test_bytes_and_launches(in_four_processes, count, way):
+    in_four_processes(sharded, count, way)
 
 
 def replicated(rank, count):
@@ -94,8 +87,8 @@ def replicated(rank, count):
 
 
 @pytest.mark.parametrize("count", COUNTS)
-def test_bytes_of_ddp(run, count):
-    run(replicated, count)
+def test_bytes_of_ddp(in_four_processes, count):
+    in_four_processes(replicated, count)
 
 
 def test_times():
