@@ -61,20 +61,19 @@ private:
     uint64_t now_ = 0;
 };
 
+struct Warp;
 struct Block {
     size_t index;
-    int live, at_barrier = 0;
-    std::vector<size_t> warps = {};
+    int live;
+    std::vector<Warp*> at_barrier = {};
     uint64_t salt() const { return (index + 1) * kOddConstant; }
 };
 struct Warp {
     Span records;
-    size_t block;
-    int scheduler;
-    double ready;
+    Block& block;
+    size_t scheduler;
     double scoreboards[kScoreboards] = {};
     double last_load = 0;  // when the last of its streamed data comes
-    bool waits = false;    // at the block's barrier
 };
 struct Sm {
     Server load_store;
@@ -82,8 +81,9 @@ struct Sm {
     std::unordered_map<uint64_t, double> cached;  // sectors by block, and when they come
 };
 struct Scheduler {
-    std::vector<size_t> warps;  // oldest first
-    size_t last = SIZE_MAX;
+    std::vector<Warp*> warps;   // oldest first
+    std::vector<double> ready;  // when each may issue, kNever at a barrier; apart, as each issue looks at all of them
+    const Warp* last = nullptr;
     double free = 0, event = kNever;
     Server alu, fma, special;
 };
@@ -104,7 +104,7 @@ public:
             Scheduler& s = schedulers_[scheduler];
             if (now != s.event) continue;  // an earlier one has taken its place
             s.event = kNever;
-            if (size_t warp = chosen(s, now); warp != SIZE_MAX) issue(scheduler, warp, now);
+            if (size_t place = chosen(s, now); place < s.warps.size()) issue(scheduler, place, now);
             schedule(scheduler);
         }
         double end = std::max(last_issue_ + kAfterNanoseconds * ghz_, memory_.idle_from());
@@ -121,10 +121,10 @@ private:
         Span kind = traces_.kinds[traces_.launch[started_]];
         blocks_.push_back({started_++, int(kind.end - kind.begin)});
         for (uint32_t i = 0; i < kind.end - kind.begin; ++i) {
-            int scheduler = int(sm * kSchedulers + i % kSchedulers);
-            blocks_.back().warps.push_back(warps_.size());
-            schedulers_[scheduler].warps.push_back(warps_.size());
-            warps_.push_back({traces_.warps[kind.begin + i], blocks_.size() - 1, scheduler, now + i * kWarpStart});
+            size_t scheduler = sm * kSchedulers + i % kSchedulers;
+            warps_.push_back({traces_.warps[kind.begin + i], blocks_.back(), scheduler});
+            schedulers_[scheduler].warps.push_back(&warps_.back());
+            schedulers_[scheduler].ready.push_back(now + i * kWarpStart);
         }
         for (size_t i = 0; i < kSchedulers; ++i) schedule(sm * kSchedulers + i);
     }
@@ -133,20 +133,19 @@ private:
     void schedule(size_t scheduler) {
         Scheduler& s = schedulers_[scheduler];
         double next = kNever;
-        for (size_t w : s.warps)
-            if (!warps_[w].waits) next = std::min(next, warps_[w].ready);
+        for (double ready : s.ready) next = std::min(next, ready);
         if (next == kNever) return;
         next = std::max(next, s.free);
         if (next < s.event - kSame) events_.push({s.event = next, scheduler});
     }
 
-    size_t chosen(const Scheduler& s, double now) const {
-        auto is_ready = [&](size_t w) { return !warps_[w].waits && warps_[w].ready <= now + kSame; };
-        size_t oldest = SIZE_MAX;
-        for (size_t w : s.warps) {
-            if (!is_ready(w)) continue;
-            if (w == s.last) return w;
-            if (oldest == SIZE_MAX) oldest = w;
+    // The place of the warp that issues; behind all of them if none can.
+    static size_t chosen(const Scheduler& s, double now) {
+        size_t oldest = s.warps.size();
+        for (size_t i = s.warps.size(); i-- > 0;) {
+            if (s.ready[i] > now + kSame) continue;
+            if (s.warps[i] == s.last) return i;
+            oldest = i;
         }
         return oldest;
     }
@@ -156,20 +155,21 @@ private:
         double read, written, next;
     };
 
-    void issue(size_t scheduler, size_t index, double now) {
-        Warp& warp = warps_[index];
-        Block& block = blocks_[warp.block];
+    void issue(size_t scheduler, size_t place, double now) {
+        Scheduler& s = schedulers_[scheduler];
+        Warp& warp = *s.warps[place];
         const Record& record = traces_.records[warp.records.begin++];
-        Outcome outcome = execute(record, scheduler, warp, block, now);
+        const bool ends = warp.records.begin == warp.records.end;
+        Outcome outcome = execute(record, scheduler, warp, now);
         if (record.sets_when_written < kScoreboards) raise(warp.scoreboards[record.sets_when_written], outcome.written);
         if (record.sets_when_read < kScoreboards) raise(warp.scoreboards[record.sets_when_read], outcome.read);
-        schedulers_[scheduler].free = now + 1;
-        schedulers_[scheduler].last = index;
+        s.free = now + 1;
+        s.last = &warp;
         ++instructions_;
         last_issue_ = std::max(last_issue_, now);
-        if (record.pipe == kBarrierOp) arrive(warp, block, now);
-        else if (warp.records.begin < warp.records.end) warp.ready = ready_from(warp, outcome.next);
-        if (warp.records.begin == warp.records.end) finish(index, scheduler / kSchedulers, now);
+        s.ready[place] = record.pipe == kBarrierOp ? kNever : ready_from(warp, outcome.next);
+        if (record.pipe == kBarrierOp) arrive(warp, now);
+        if (ends) finish(warp, now);
     }
 
     static void raise(double& value, double to) { value = std::max(value, to); }
@@ -182,25 +182,30 @@ private:
         return time;
     }
 
-    void arrive(Warp& warp, Block& block, double now) {
-        warp.waits = true;
-        if (++block.at_barrier < block.live) return;
-        block.at_barrier = 0;
-        for (size_t w : block.warps) {
-            if (!warps_[w].waits) continue;
-            warps_[w].waits = false;
-            warps_[w].ready = ready_from(warps_[w], now + kBarrier);
-            schedule(warps_[w].scheduler);
+    void arrive(Warp& warp, double now) {
+        Block& block = warp.block;
+        block.at_barrier.push_back(&warp);
+        if (int(block.at_barrier.size()) < block.live) return;
+        for (Warp* each : std::exchange(block.at_barrier, {})) {
+            Scheduler& s = schedulers_[each->scheduler];
+            s.ready[place_of(s, each)] = ready_from(*each, now + kBarrier);
+            schedule(each->scheduler);
         }
     }
 
-    void finish(size_t index, size_t sm, double now) {
-        auto& list = schedulers_[warps_[index].scheduler].warps;
-        list.erase(std::find(list.begin(), list.end(), index));
-        if (--blocks_[warps_[index].block].live == 0) start_block(sm, now + kBlockStart);
+    void finish(const Warp& warp, double now) {
+        Scheduler& s = schedulers_[warp.scheduler];
+        const auto place = std::ptrdiff_t(place_of(s, &warp));
+        s.warps.erase(s.warps.begin() + place);
+        s.ready.erase(s.ready.begin() + place);
+        if (--warp.block.live == 0) start_block(warp.scheduler / kSchedulers, now + kBlockStart);
     }
 
-    Outcome execute(const Record& r, size_t scheduler, Warp& warp, const Block& block, double now) {
+    static size_t place_of(const Scheduler& s, const Warp* warp) {
+        return size_t(std::find(s.warps.begin(), s.warps.end(), warp) - s.warps.begin());
+    }
+
+    Outcome execute(const Record& r, size_t scheduler, Warp& warp, double now) {
         Scheduler& s = schedulers_[scheduler];
         Sm& sm = sms_[scheduler / kSchedulers];
         const double next = now + r.stall;
@@ -227,7 +232,7 @@ private:
             case kJumpOp: return {now, now, next + kJump};
             case kSystemRegisterOp: return {now, now + kSystemRegister, next};
             case kBarrierOp: return {now, now, next};
-            default: return access(r, sm, warp, block, now);
+            default: return access(r, sm, warp, now);
         }
     }
 
@@ -237,7 +242,8 @@ private:
     }
 
     // Global memory.
-    Outcome access(const Record& r, Sm& sm, Warp& warp, const Block& block, double now) {
+    Outcome access(const Record& r, Sm& sm, Warp& warp, double now) {
+        const Block& block = warp.block;
         const double begin = sm.load_store.take(now, r.passes);
         double written = begin + kL1;
         for (uint32_t i = r.first_segment; i < r.first_segment + r.segments; ++i) {
