@@ -74,13 +74,12 @@ class ModelForward:
     def prealigned_for(self, source: "ForeachSource") -> PrealignedFilters | None:
         if source.layer not in self.layers:
             return None
-        if self.aligned is None:
-            self._align()
-        if source not in self.prealigned and source in self.aligned:  # type: ignore[operator]
-            self.prealigned[source] = PrealignedFilters(*self.aligned[source])  # type: ignore[index]
+        aligned = self._align() if self.aligned is None else self.aligned
+        if source in aligned and source not in self.prealigned:
+            self.prealigned[source] = PrealignedFilters(*aligned[source])
         return self.prealigned.get(source)
 
-    def _align(self) -> None:
+    def _align(self) -> dict["ForeachSource", tuple[Tensor, Fingerprint]]:
         with (
             torch.inference_mode(self.is_inference),
             torch.set_grad_enabled(self.wants_gradients),
@@ -93,6 +92,7 @@ class ModelForward:
         if len(types := {device.type for device in devices}) == 1:
             self.device_type = types.pop()
             self.autocast_dtype = untraced_autocast_dtype(self.device_type)
+        return self.aligned
 
     def filters_for_unchanged(self, source: "ForeachSource") -> Tensor | None:
         """Fast path of `ForeachSource.find`, for an unchanged layer under unchanged modes."""
