@@ -136,11 +136,19 @@ def test_grad_mode_changes_in_the_forward(device):
     assert_same([p.grad for p in model.parameters()], [p.grad for p in plain.parameters()])
 
 
+@torch.inference_mode()
+def inference_parameter(t):
+    return nn.Parameter(t.clone(), requires_grad=False)
+
+
 CHANGES = {
     "weight": lambda layer: layer.weight.neg_().add_(0.1 * layer.weight.square()),
     "its data": lambda layer: setattr(layer.weight, "data", layer.weight.data.flip(1)),
+    "its strides": lambda layer: setattr(layer.weight, "data", layer.weight.data.transpose(2, 3)),
     "another weight": lambda layer: setattr(layer, "weight", nn.Parameter(layer.weight.flip(1))),
+    "a weight without versions": lambda layer: setattr(layer, "weight", inference_parameter(-layer.weight)),
     "gain": lambda layer: layer.gain.mul_(2),
+    "its gain's strides": lambda layer: setattr(layer.gain, "data", layer.gain.data[:1].expand_as(layer.gain)),
     "no gain": lambda layer: setattr(layer, "gain", None),
     "eps": lambda layer: setattr(layer, "eps", 5.0),
     "scale": lambda layer: setattr(layer, "scale", 5.0),

@@ -5,33 +5,41 @@ from typing import Any
 from torch import Tensor
 from torch.compiler import is_compiling
 
-from ..functional.checks import PLAIN
+from ..functional.checks import PLAIN, TENSORS
 from ..nn.layers import Aligned
 
 Fingerprint = tuple[Any, ...]
 
 
 def fingerprint(layer: Aligned) -> Fingerprint:
-    """Misses writes that torch does not version: through `.data`, NumPy, other views of the memory."""
-    weight, gain = layer._parameters.get("weight"), layer._parameters.get("gain")
-    return () if weight is None else fingerprint_with(layer, weight, gain)  # None: parametrized since
+    """Empty if changes of weight and gain cannot be detected: `why_not_plain` says why. Misses writes that torch does
+    not version: through `.data`, NumPy, other views of the memory."""
+    parameters = layer._parameters
+    if "weight" not in parameters or "gain" not in parameters:
+        return ()
+    weight, gain = parameters["weight"], parameters["gain"]
+    if type(weight) not in TENSORS or type(gain) not in PLAIN:
+        return ()
+    try:
+        return fingerprint_with(layer, weight, gain)  # type: ignore[arg-type]
+    except RuntimeError:  # an inference tensor has no version
+        return ()
 
 
-def fingerprint_with(layer: Aligned, w: Tensor, g: Tensor | None) -> Fingerprint:
+def fingerprint_with(layer: Aligned, w: Tensor, gain: Tensor | None) -> Fingerprint:
     """Fingerprint of a layer with this weight and gain, which may be recomputed at each use."""
-    own = id(w), w._version, w.data_ptr(), w.stride(), w.dtype, w.requires_grad, layer.eps, layer.scale
-    return own if g is None else (*own, id(g), g._version, g.data_ptr(), g.stride(), g.dtype, g.requires_grad)
+    g = w if gain is None else gain  # one flat tuple for both cases: it is made and compared at each use
+    return (
+        id(w), w._version, w.data_ptr(), w.stride(), w.dtype, w.requires_grad,
+        id(g), g._version, g.data_ptr(), g.stride(), g.dtype, g.requires_grad, layer.eps, layer.scale,
+    )  # fmt: skip
 
 
 def has_plain_parameters(layer: Aligned) -> bool:
-    """Whether a fingerprint detects changes of weight and gain; if not, `why_not_plain` says why."""
-    if "weight" not in layer._parameters or "gain" not in layer._parameters:
-        return False
+    """Whether a fingerprint detects changes of weight and gain."""
     if is_compiling():
-        return True
-    weight, gain = layer._parameters["weight"], layer._parameters["gain"]
-    are_plain = type(weight) in PLAIN and type(gain) in PLAIN
-    return are_plain and not weight.is_inference() and (gain is None or not gain.is_inference())  # type: ignore[union-attr]
+        return "weight" in layer._parameters and "gain" in layer._parameters
+    return why_not_plain(layer) is None
 
 
 def why_not_plain(layer: Aligned) -> str | None:

@@ -1,7 +1,7 @@
 """All layers of a model aligned together: one launch when the first one is used, one launch in the backward."""
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from ..torch_private import (
     get_eval_frame_callback,
     set_code_exec_strategy,
 )
-from .fingerprint import fingerprint, has_plain_parameters, is_trained
+from .fingerprint import Fingerprint, fingerprint, has_plain_parameters, is_trained
 from .foreach_source import ForeachSource
 from .prealigned import ModelForward, logger, running
 from .unsharded import check_unsharded
@@ -64,8 +64,10 @@ class Foreach:
 
     def before(self, root: nn.Module, _: Any) -> None:
         if torch.compiler.is_compiling():
-            for source, filters, _ in self.align(aligned_layers(root.modules())):
-                source.traced.filters = filters
+            layers = [layer for layer in aligned_layers(root.modules()) if may_take_part(layer)]
+            for layer, filters in zip(layers, self.filters_of(layers), strict=True):
+                _join(layer)
+                layer.aligned_by.traced.filters = filters  # type: ignore[union-attr]
         else:
             # torch.compile(root) traces only the forward; its hooks run here: see the comment below this class.
             self.start(root, get_eval_frame_callback() is not None)
@@ -87,14 +89,12 @@ class Foreach:
         if are_functorch_transforms_active():
             return
         for layer in layers:
-            _join(layer)
-            # A compiled graph cannot call `find`.
-            if (
-                is_traced
-                and isinstance(layer.aligned_by, ForeachSource)
-                and (prealigned := layer.aligned_by.find()) is not None
-            ):
-                layer.aligned_by.traced.filters = prealigned.filters
+            if layer.aligned_by is None:
+                _join(layer)
+        if is_traced:  # a compiled graph cannot call `find`
+            for layer in layers:
+                if isinstance(layer.aligned_by, ForeachSource) and (prealigned := layer.aligned_by.find()) is not None:
+                    layer.aligned_by.traced.filters = prealigned.filters
 
     def finish(self, root: nn.Module) -> None:
         forwards = running.forwards
@@ -102,18 +102,25 @@ class Foreach:
             if forwards[i].root is root:
                 for forward in forwards[i:]:
                     if forward.is_traced:
-                        for source in forward.prealigned or ():
+                        for source in forward.aligned or ():
                             source.traced.filters = None
                 del forwards[i:]
                 return
 
-    def align(self, layers: Sequence[Aligned]) -> list[tuple[Any, Tensor, Any]]:
+    def align(self, layers: Iterable[Aligned]) -> dict[Any, tuple[Tensor, Fingerprint]]:
         """For each layer that takes part: its source, its filters, and their fingerprint."""
-        is_outermost = torch.compiler.is_compiling() or len(running.forwards) == 1
-        layers = [layer for layer in layers if _takes_part(layer, is_outermost)]
-        results: list[tuple[Any, Tensor, Any]] = []
+        is_outermost = len(running.forwards) == 1
+        made_from = {
+            layer: state for layer in layers if _takes_part(layer, is_outermost) and (state := fingerprint(layer))
+        }
+        filters = self.filters_of(list(made_from))
+        logger.debug("foreach: %d layers aligned together", len(filters))
+        pairs = zip(filters, made_from.values(), strict=True)
+        return dict(zip((layer.aligned_by for layer in made_from), pairs, strict=True))
+
+    def filters_of(self, layers: list[Aligned]) -> list[Tensor]:
+        found: list[Tensor] = []
         for bucket in buckets(layers, self.buckets):
-            states = [None] * len(bucket) if torch.compiler.is_compiling() else [fingerprint(layer) for layer in bucket]
             aligned = align_foreach(
                 [layer.filters() for layer in bucket],
                 [layer._parameters["gain"] for layer in bucket],
@@ -122,13 +129,10 @@ class Foreach:
             )
             if self.buckets > 1:
                 _run_when_ready(aligned)
-            for layer, filters, state in zip(bucket, aligned, states, strict=True):
-                # A frozen layer's filters would require grad because others' do.
-                is_wanted = not filters.requires_grad or is_trained(layer)
-                results.append((layer.aligned_by, filters if is_wanted else filters.detach(), state))
-        if not torch.compiler.is_compiling():
-            logger.debug("foreach: %d layers aligned together", len(layers))
-        return results
+            found += aligned
+        # A frozen layer's filters would require grad because others' do.
+        pairs = zip(found, layers, strict=True)
+        return [t if not t.requires_grad or is_trained(layer) else t.detach() for t, layer in pairs]
 
 
 # Hooks that torch.compile calls are not compiled themselves, as their effects depend on the thread; `before` checks
@@ -152,7 +156,8 @@ def all_modules(root: nn.Module) -> list[nn.Module]:
         for child in module._modules.values():
             if child is not None and child not in found:
                 found[child] = None
-                visit(child)
+                if child._modules:
+                    visit(child)
 
     visit(root)
     return list(found)
@@ -169,11 +174,11 @@ def may_take_part(layer: Aligned) -> bool:
 
 
 def _takes_part(layer: Aligned, is_outermost: bool) -> bool:
-    """Whether to align the layer: not if a model around this one has aligned it."""
-    if not may_take_part(layer):
-        return False
-    _join(layer)
-    return is_outermost or layer.aligned_by.find() is None  # type: ignore[union-attr]
+    """Whether to align the layer if its parameters are plain: not if a model around this one has aligned it."""
+    if layer.aligned_by is None:
+        _join(layer)
+    source = layer.aligned_by
+    return isinstance(source, ForeachSource) and (is_outermost or source.find() is None)
 
 
 def buckets(layers: list[Aligned], count: int) -> list[list[Aligned]]:

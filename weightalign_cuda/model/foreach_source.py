@@ -66,7 +66,7 @@ class ForeachSource:
             hook = saving_hook()
             if _is_checkpoint(hook, "_checkpoint_hook") and hook is not forward.hook:
                 self.keep_for_recomputation(prealigned)
-            prealigned.ready.wait(prealigned.filters)
+            forward.ready(prealigned.filters)
             return prealigned
         return None
 
@@ -98,7 +98,7 @@ class ForeachSource:
         if prealigned.filters.requires_grad and not prealigned.is_kept_for_recomputation:
             prealigned.is_kept_for_recomputation = True
             leaf = prealigned.filters.detach().requires_grad_()
-            kept = PrealignedFilters(leaf, prealigned.made_from, prealigned.ready)
+            kept = PrealignedFilters(leaf, prealigned.made_from)
             self.kept.add(kept)
             prealigned.filters.register_hook(_Release(self.kept, kept))
 

@@ -22,16 +22,15 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("weightalign_cuda")
 # For each layer that takes part: its source, its filters, and their fingerprint.
-AlignAll = Callable[[], Iterable[tuple["ForeachSource", Tensor, Fingerprint]]]
+AlignAll = Callable[[], dict["ForeachSource", tuple[Tensor, Fingerprint]]]
 
 
 class PrealignedFilters:
     """The aligned filters of one layer."""
 
-    def __init__(self, filters: Tensor, made_from: Fingerprint, ready: ReadyEvent) -> None:
+    def __init__(self, filters: Tensor, made_from: Fingerprint) -> None:
         self.filters = filters
         self.made_from = made_from
-        self.ready = ready
         self.is_kept_for_recomputation = False
 
     def why_not_for(self, layer: Aligned) -> str | None:
@@ -66,45 +65,56 @@ class ModelForward:
         self.backward = current_graph_task_id()
         self.hook = saving_hook()
         self.is_inference, self.wants_gradients = torch.is_inference_mode_enabled(), torch.is_grad_enabled()
-        self.prealigned: dict[ForeachSource, PrealignedFilters] | None = None
+        self.aligned: dict[ForeachSource, tuple[Tensor, Fingerprint]] | None = None
+        self.prealigned: dict[ForeachSource, PrealignedFilters] = {}  # of `aligned`, those that the fast path left out
+        self.events: dict[torch.device, ReadyEvent] = {}  # when `aligned` was written, on GPUs
         self.device_type: str | None = None  # of all filters, if they agree
         self.autocast_dtype: torch.dtype | None = None  # when they were made
 
     def prealigned_for(self, source: "ForeachSource") -> PrealignedFilters | None:
         if source.layer not in self.layers:
             return None
-        if self.prealigned is None:
-            with (
-                torch.inference_mode(self.is_inference),
-                torch.set_grad_enabled(self.wants_gradients),
-                contextlib.nullcontext() if saving_hook() is self.hook else saved_tensors_hooks(_as_is, _as_is),
-            ):
-                self.prealigned, ready = {}, {}  # set before `align`, which looks for the filters here
-                for each, filters, made_from in list(self.align()):
-                    if filters.device not in ready:
-                        ready[filters.device] = ReadyEvent(filters.device)
-                    self.prealigned[each] = PrealignedFilters(filters, made_from, ready[filters.device])
-            if len(types := {device.type for device in ready}) == 1:
-                self.device_type = types.pop()
-                self.autocast_dtype = untraced_autocast_dtype(self.device_type)
+        aligned = self._align() if self.aligned is None else self.aligned
+        if source in aligned and source not in self.prealigned:
+            self.prealigned[source] = PrealignedFilters(*aligned[source])
         return self.prealigned.get(source)
+
+    def _align(self) -> dict["ForeachSource", tuple[Tensor, Fingerprint]]:
+        with (
+            torch.inference_mode(self.is_inference),
+            torch.set_grad_enabled(self.wants_gradients),
+            contextlib.nullcontext() if saving_hook() is self.hook else saved_tensors_hooks(_as_is, _as_is),
+        ):
+            self.aligned = {}  # `align` looks for the filters here
+            self.aligned = self.align()
+            devices = {filters.device for filters, _ in self.aligned.values()}
+            self.events = {device: ReadyEvent(device) for device in devices if device.type == "cuda"}
+        if len(types := {device.type for device in devices}) == 1:
+            self.device_type = types.pop()
+            self.autocast_dtype = untraced_autocast_dtype(self.device_type)
+        return self.aligned
 
     def filters_for_unchanged(self, source: "ForeachSource") -> Tensor | None:
         """Fast path of `ForeachSource.find`, for an unchanged layer under unchanged modes."""
         if (
             self.device_type is None
-            or (prealigned := self.prealigned.get(source)) is None  # type: ignore[union-attr]
-            or (torch.is_grad_enabled() and not self.wants_gradients)
+            or (found := self.aligned.get(source)) is None  # type: ignore[union-attr]
+            or (not self.wants_gradients and torch.is_grad_enabled())
             or (self.is_inference and not torch.is_inference_mode_enabled())
             or current_graph_task_id() != self.backward
             or are_functorch_transforms_active()
             or saving_hook() is not self.hook
             or untraced_autocast_dtype(self.device_type) is not self.autocast_dtype
-            or prealigned.made_from != fingerprint(source.layer)
+            or found[1] != fingerprint(source.layer)
         ):
             return None
-        prealigned.ready.wait(prealigned.filters)
-        return prealigned.filters
+        return self.ready(found[0])
+
+    def ready(self, filters: Tensor) -> Tensor:
+        """The same filters, which the current stream may read from now on."""
+        if self.events:
+            self.events[filters.device].wait(filters)
+        return filters
 
     def warn_once(self, layer: Aligned, reason: str) -> None:
         """Warns once per model."""
