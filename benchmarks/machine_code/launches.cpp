@@ -23,7 +23,7 @@ namespace simt {
 
 // Chosen before simt.h's own, which is for any arguments.
 template <class Table>
-void launch(void (*kernel)(Table), dim3 grid, dim3 block, size_t shared_bytes, const Table& table) {
+void launch(void (*kernel)(const Table&), dim3 grid, dim3 block, size_t shared_bytes, const Table& table) {
     std::cout << reinterpret_cast<uintptr_t>(kernel) << ' ' << grid.x << ' ' << block.x << ' ' << shared_bytes << ' ';
     auto bytes = reinterpret_cast<const unsigned char*>(&table);
     for (size_t i = 0; i < sizeof table; ++i)

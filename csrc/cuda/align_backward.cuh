@@ -138,7 +138,7 @@ struct Backward {
 
 template <class Acc, class Table>
 __global__ __launch_bounds__(AlignShape<Acc>::kThreads, AlignShape<Acc>::kBlocksPerSm) void align_backward_kernel(
-    const __grid_constant__ Table table) {
+    const Table __grid_constant__ table) {
     if constexpr (Table::kTakesInput)
         if (blockIdx.x >= table.blocks) return prepare_block<Acc, true>(table.input, blockIdx.x - table.blocks);
     align_block<Acc>(table,

@@ -114,7 +114,7 @@ struct Forward {
 
 template <class Acc, class Table>
 __global__ __launch_bounds__(AlignShape<Acc>::kThreads, AlignShape<Acc>::kBlocksPerSm) void align_forward_kernel(
-    const __grid_constant__ Table table) {
+    const Table __grid_constant__ table) {
     if constexpr (Table::kTakesInput)
         if (blockIdx.x >= table.blocks) return prepare_block<Acc, false>(table.input, blockIdx.x - table.blocks);
     align_block<Acc>(table, Forward<Acc>{static_cast<Acc*>(table.statistics)});

@@ -64,7 +64,7 @@ static_assert(kFitsWithoutOptIn<float> && kFitsWithoutOptIn<double>);
 
 template <Direction kDirection, class Acc, class Table>
 cudaError_t launch_table(const Table& table, uint32_t blocks, int threads, size_t shared_bytes, cudaStream_t stream) {
-    void (*kernel)(Table) =
+    auto kernel =
         kDirection == Direction::kForward ? align_forward_kernel<Acc, Table> : align_backward_kernel<Acc, Table>;
     return launch(kernel, dim3(blocks), dim3(threads), shared_bytes, stream, table);
 }

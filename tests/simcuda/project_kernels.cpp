@@ -12,7 +12,8 @@ namespace {
 template <class... P, size_t... I>
 simcuda::Work work_of(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_bytes, void** arguments,
                       std::index_sequence<I...>) {
-    auto copied = std::make_shared<const std::tuple<P...>>(*static_cast<P*>(arguments[I])...);
+    using Copied = std::tuple<std::decay_t<P>...>;
+    auto copied = std::make_shared<const Copied>(*static_cast<std::tuple_element_t<I, Copied>*>(arguments[I])...);
     return [=] {
         simt::reset(1, 0);
         simt::launch(kernel, grid, block, shared_bytes, std::get<I>(*copied)...);

@@ -22,6 +22,7 @@
 #define __shared__ static thread_local  // all found in the module's TLS segment: poisoned and race-checked
 #endif
 #define __launch_bounds__(...)
+#define __grid_constant__ &  // `const Table __grid_constant__ table`: not a copy of the table for each thread
 
 #include <driver_types.h>
 #include <vector_functions.h>
@@ -58,8 +59,8 @@ template <class... P, class... A>
 void launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_bytes, const A&... arguments) {
     struct Call {
         void (*kernel)(P...);
-        std::tuple<P...> arguments;
-    } call{kernel, std::tuple<P...>(arguments...)};
+        std::tuple<std::decay_t<P>...> arguments;
+    } call{kernel, {arguments...}};
     auto thread = [](void* c) { std::apply(static_cast<Call*>(c)->kernel, static_cast<Call*>(c)->arguments); };
     run(grid, block, shared_bytes, thread, &call, sizeof call);
 }
