@@ -119,6 +119,7 @@ class Foreach:
         return dict(zip((layer.aligned_by for layer in made_from), pairs, strict=True))
 
     def filters_of(self, layers: list[Aligned]) -> list[Tensor]:
+        """Of each layer, aligned in one launch for each bucket."""
         found: list[Tensor] = []
         for bucket in buckets(layers, self.buckets):
             aligned = align_foreach(
