@@ -22,8 +22,8 @@ static std::vector<wa::AlignTask> layers;
 namespace simt {
 
 // Chosen before simt.h's own, which is for any arguments.
-template <class Table>
-void launch(void (*kernel)(const Table&), dim3 grid, dim3 block, size_t shared_bytes, const Table& table) {
+template <class Parameter, class Table>
+void launch(void (*kernel)(Parameter), dim3 grid, dim3 block, size_t shared_bytes, const Table& table) {
     std::cout << reinterpret_cast<uintptr_t>(kernel) << ' ' << grid.x << ' ' << block.x << ' ' << shared_bytes << ' ';
     auto bytes = reinterpret_cast<const unsigned char*>(&table);
     for (size_t i = 0; i < sizeof table; ++i)

@@ -96,6 +96,7 @@ def input_launch(tree: pathlib.Path, image: PlacedInput, direction: Direction) -
 def _run(program: pathlib.Path, lines: Sequence[str]) -> list[Launch]:
     found = subprocess.run([program], input="\n".join(lines), capture_output=True, text=True, check=True).stdout
     symbols = subprocess.run(["nm", "-C", program], capture_output=True, text=True, check=True).stdout
+    symbols = symbols.replace(" const&", "")  # the emulator's kernels take by reference what nvcc's take by value
     names = {int(address, 16): name for address, name in re.findall(r"^([0-9a-f]+) \w (.+)$", symbols, re.M)}
     result = []
     for line in found.splitlines():
