@@ -23,7 +23,9 @@ try:
         columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
         return Progress(*columns, TimeRemainingColumn(), console=console, refresh_per_second=1)
 
-    def table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> Table | str:
+    Printed = Table | str
+
+    def table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> Printed:
         """The first column to the left, the others to the right."""
         result = Table(title=title, title_justify="left", box=None, padding=(0, 1, 0, 0))
         for i, name in enumerate(head):
@@ -35,6 +37,9 @@ try:
 except ImportError:
 
     class Console:  # type: ignore[no-redef]
+        def __init__(self, width: int | None = None) -> None:
+            """Lines are as long as they are."""
+
         def print(self, text: str, **_: Any) -> None:
             """Without rich's markup."""
             print(MARKUP.sub("", text), flush=True)
@@ -60,7 +65,9 @@ except ImportError:
     def progress(console: Console) -> Progress:
         return Progress()
 
-    def table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:  # type: ignore[misc]
+    Printed = str  # type: ignore[misc]
+
+    def table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> Printed:  # type: ignore[misc]
         lines = [[MARKUP.sub("", cell).replace("\n", " ") for cell in cells] for cells in (head, *rows)]
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
         padded = ([cells[0].ljust(widths[0]), *map(str.rjust, cells[1:], widths[1:])] for cells in lines)

@@ -6,6 +6,8 @@ import functools
 import itertools
 import json
 import pathlib
+import re
+import subprocess
 import sys
 
 import pytest
@@ -166,3 +168,20 @@ def test_flat_cast_runs_at_the_copy_rate(where):
     """But for the start and the end of the launch, 6 % of the time on a B200."""
     least = 0.89 if where.name == "B200" else 0.9
     assert least < flat.Flat("forward").copy_fraction(where, RESNET50) < 1
+
+
+def test_tables_without_rich(tmp_path):
+    path = tmp_path / "code.json"
+    code = f"""
+import sys
+sys.modules |= dict.fromkeys(("rich", "rich.console"))
+sys.argv += ["--static", "--out", {str(path)!r}]
+from benchmarks.machine_code.__main__ import main
+main()
+"""
+    root = pathlib.Path(__file__).parents[1]
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"^sm_90 align_forward<float, LargeTable>( +\d+){7}$", done.stdout, re.MULTILINE)
+    assert done.stdout.endswith(f"wrote {path}\n")
+    assert len(json.loads(path.read_text())["static"]) == 8 * len(library.architectures)

@@ -58,7 +58,7 @@ def steps() -> list[Step]:
     resnet = ("step", "--only", "resnet50", "--no-compile", "--seconds", "3")
     return [
         Step("build", "the native library, for this GPU only", 180, own[0]),
-        Step("static", "what the machine code predicts", 75, code, modules=("rich",)),
+        Step("static", "what the machine code predicts", 75, code),
         benchmark("model", "all weights of ResNet-50 in one launch", 60, *network, "--no-compile", "--seconds", "0.5"),
         tests(),
         sanitizer("memcheck"),
