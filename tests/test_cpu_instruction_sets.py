@@ -30,6 +30,7 @@ def run_apart(check, instruction_set):
     path = os.pathsep.join([str(pathlib.Path(wa.__file__).parents[1]), str(TESTS)])
     env = {**os.environ, "PYTHONPATH": path, "WEIGHTALIGN_BACKEND": "cpu", VARIABLE: instruction_set}
     code = f"import test_cpu_instruction_sets as t; t.{check}()"
+    # An emulated machine takes minutes to import torch.
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=1200)
     assert done.returncode == 0, done.stderr
 
