@@ -24,7 +24,20 @@ LAYERS = 53  # as many as ResNet-50 has
 
 
 class Empty(torch.autograd.Function):
-    """The minimum cost of an autograd.Function of weights and as many gains: it computes nothing."""
+    """The minimum cost of a two-tensor autograd.Function in Python."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, gain: Tensor) -> Tensor:
+        ctx.tensors = weight, gain
+        return weight.view_as(weight)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        return grad, ctx.tensors[1].detach()
+
+
+class EmptyOfMany(torch.autograd.Function):
+    """Likewise, of weights and as many gains."""
 
     @staticmethod
     def forward(ctx: Any, *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -37,7 +50,7 @@ class Empty(torch.autograd.Function):
 
 
 class EmptyForeach(nn.Module):
-    """A converted model whose filters all come from one `Empty`: no way to align all layers together in an
+    """A converted model whose filters all come from one `EmptyOfMany`: no way to align all layers together in an
     autograd.Function can cost less."""
 
     def __init__(self, model: nn.Module) -> None:
@@ -50,7 +63,7 @@ class EmptyForeach(nn.Module):
             layer.aligned_by = lambda i=i: self.filters[i]  # type: ignore[misc]
 
     def forward(self, image: Tensor) -> Tensor:
-        self.filters[:] = Empty.apply(*self.tensors)  # type: ignore[no-untyped-call]
+        self.filters[:] = EmptyOfMany.apply(*self.tensors)  # type: ignore[no-untyped-call]
         return self.model(image)
 
 
@@ -74,7 +87,7 @@ def alignments(setting: Setting) -> Calls:
 
     subjects = {
         ("align, 1 weight", "ours"): of(ours(setting), one),
-        ("align, 1 weight", "empty"): of(lambda weights, gains: Empty.apply(*weights, *gains), one),
+        ("align, 1 weight", "empty"): of(lambda weights, gains: [Empty.apply(weights[0], gains[0])], one),
         ("align, 1 weight", "layer_norm"): {
             "forward with grad": lambda: F.layer_norm(one.weights[0], SHAPE[1:]),
         },
