@@ -3,6 +3,7 @@
 import contextlib
 import queue
 import tempfile
+import time
 import traceback
 
 import torch
@@ -47,9 +48,11 @@ class _Group:
         return answers[0]
 
     def stop(self, wait):
-        for each, process in zip(self.jobs, self.processes, strict=True):
+        for each in self.jobs:
             each.put(None)
-            process.join(wait)
+        end = time.monotonic() + wait
+        for process in self.processes:
+            process.join(max(0, end - time.monotonic()))
             process.kill()
         self.folder.cleanup()
 
