@@ -13,7 +13,7 @@ from varied import network
 
 import weightalign_cuda as wa
 from weightalign_cuda.layers import aligned_layers
-from weightalign_cuda.model.fingerprint import has_plain_parameters, why_not_plain
+from weightalign_cuda.model.fingerprint import fingerprint, has_plain_parameters, why_not_plain
 
 
 def aligned(model):
@@ -66,7 +66,7 @@ def test_layers_that_cannot_join():
     assert found["2"] == "its gain is a Tensor"
     assert found["3"] == "launch 1 of 1, with 1 others, by foreach"
     for layer in aligned_layers(model.modules()):
-        assert (why_not_plain(layer) is None) == has_plain_parameters(layer)
+        assert (why_not_plain(layer) is None) == has_plain_parameters(layer) == bool(fingerprint(layer))
 
 
 def test_what_else_gives_layers_their_filters():

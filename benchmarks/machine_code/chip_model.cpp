@@ -104,7 +104,7 @@ public:
             Scheduler& s = schedulers_[scheduler];
             if (now != s.event) continue;  // an earlier one has taken its place
             s.event = kNever;
-            if (size_t place = chosen(s, now); place < s.warps.size()) issue(scheduler, place, now);
+            if (size_t place = chosen(s, now); place < s.warps.size()) issue(s, place, now);
             schedule(scheduler);
         }
         double end = std::max(last_issue_ + kAfterNanoseconds * ghz_, memory_.idle_from());
@@ -155,12 +155,11 @@ private:
         double read, written, next;
     };
 
-    void issue(size_t scheduler, size_t place, double now) {
-        Scheduler& s = schedulers_[scheduler];
+    void issue(Scheduler& s, size_t place, double now) {
         Warp& warp = *s.warps[place];
         const Record& record = traces_.records[warp.records.begin++];
         const bool ends = warp.records.begin == warp.records.end;
-        Outcome outcome = execute(record, scheduler, warp, now);
+        Outcome outcome = execute(record, warp, now);
         if (record.sets_when_written < kScoreboards) raise(warp.scoreboards[record.sets_when_written], outcome.written);
         if (record.sets_when_read < kScoreboards) raise(warp.scoreboards[record.sets_when_read], outcome.read);
         s.free = now + 1;
@@ -205,9 +204,9 @@ private:
         return size_t(std::find(s.warps.begin(), s.warps.end(), warp) - s.warps.begin());
     }
 
-    Outcome execute(const Record& r, size_t scheduler, Warp& warp, double now) {
-        Scheduler& s = schedulers_[scheduler];
-        Sm& sm = sms_[scheduler / kSchedulers];
+    Outcome execute(const Record& r, Warp& warp, double now) {
+        Scheduler& s = schedulers_[warp.scheduler];
+        Sm& sm = sms_[warp.scheduler / kSchedulers];
         const double next = now + r.stall;
         switch (r.pipe) {
             case kAlu: return {now, now, std::max(next, s.alu.take(now, kAluPass) + 1)};

@@ -16,9 +16,9 @@ from ..torch_private import (
     get_eval_frame_callback,
     set_code_exec_strategy,
 )
-from .fingerprint import Fingerprint, fingerprint, has_plain_parameters, is_trained
+from .fingerprint import fingerprint, has_plain_parameters, is_trained
 from .foreach_source import ForeachSource
-from .prealigned import ModelForward, logger, running
+from .prealigned import AlignedLayers, ModelForward, logger, running
 from .unsharded import check_unsharded
 
 # For the error of `check_unsharded`.
@@ -89,8 +89,7 @@ class Foreach:
         if are_functorch_transforms_active():
             return
         for layer in layers:
-            if layer.aligned_by is None:
-                _join(layer)
+            _join(layer)
         if is_traced:  # a compiled graph cannot call `find`
             for layer in layers:
                 if isinstance(layer.aligned_by, ForeachSource) and (prealigned := layer.aligned_by.find()) is not None:
@@ -107,8 +106,7 @@ class Foreach:
                 del forwards[i:]
                 return
 
-    def align(self, layers: Iterable[Aligned]) -> dict[Any, tuple[Tensor, Fingerprint]]:
-        """For each layer that takes part: its source, its filters, and their fingerprint."""
+    def align(self, layers: Iterable[Aligned]) -> AlignedLayers:
         is_outermost = len(running.forwards) == 1
         made_from = {
             layer: state for layer in layers if _takes_part(layer, is_outermost) and (state := fingerprint(layer))
@@ -116,7 +114,7 @@ class Foreach:
         filters = self.filters_of(list(made_from))
         logger.debug("foreach: %d layers aligned together", len(filters))
         pairs = zip(filters, made_from.values(), strict=True)
-        return dict(zip((layer.aligned_by for layer in made_from), pairs, strict=True))
+        return dict(zip((layer.aligned_by for layer in made_from), pairs, strict=True))  # type: ignore[misc]
 
     def filters_of(self, layers: list[Aligned]) -> list[Tensor]:
         """Of each layer, aligned in one launch for each bucket."""
@@ -176,8 +174,7 @@ def may_take_part(layer: Aligned) -> bool:
 
 def _takes_part(layer: Aligned, is_outermost: bool) -> bool:
     """Whether to align the layer if its parameters are plain: not if a model around this one has aligned it."""
-    if layer.aligned_by is None:
-        _join(layer)
+    _join(layer)
     source = layer.aligned_by
     return isinstance(source, ForeachSource) and (is_outermost or source.find() is None)
 

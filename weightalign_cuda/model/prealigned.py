@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from .foreach_source import ForeachSource
 
 logger = logging.getLogger("weightalign_cuda")
-# For each layer that takes part: its source, its filters, and their fingerprint.
-AlignAll = Callable[[], dict["ForeachSource", tuple[Tensor, Fingerprint]]]
+# For the source of each layer that takes part: its filters, and their fingerprint.
+AlignedLayers = dict["ForeachSource", tuple[Tensor, Fingerprint]]
 
 
 class PrealignedFilters:
@@ -57,7 +57,9 @@ class ModelForward:
     checkpoint, which would recompute the alignment with a part of the model.
     """
 
-    def __init__(self, root: nn.Module, layers: Iterable[Aligned], align: AlignAll, is_traced: bool) -> None:
+    def __init__(
+        self, root: nn.Module, layers: Iterable[Aligned], align: Callable[[], AlignedLayers], is_traced: bool
+    ) -> None:
         self.root = root
         self.is_traced = is_traced
         self.layers = set(layers)
@@ -65,7 +67,7 @@ class ModelForward:
         self.backward = current_graph_task_id()
         self.hook = saving_hook()
         self.is_inference, self.wants_gradients = torch.is_inference_mode_enabled(), torch.is_grad_enabled()
-        self.aligned: dict[ForeachSource, tuple[Tensor, Fingerprint]] | None = None
+        self.aligned: AlignedLayers | None = None
         self.prealigned: dict[ForeachSource, PrealignedFilters] = {}  # of `aligned`, those that the fast path left out
         self.events: dict[torch.device, ReadyEvent] = {}  # when `aligned` was written, on GPUs
         self.device_type: str | None = None  # of all filters, if they agree
@@ -79,7 +81,7 @@ class ModelForward:
             self.prealigned[source] = PrealignedFilters(*aligned[source])
         return self.prealigned.get(source)
 
-    def _align(self) -> dict["ForeachSource", tuple[Tensor, Fingerprint]]:
+    def _align(self) -> AlignedLayers:
         with (
             torch.inference_mode(self.is_inference),
             torch.set_grad_enabled(self.wants_gradients),
