@@ -134,7 +134,7 @@ def test_tensors_that_are_declined(change, device, capfd):
     weight, gain = usual(device)
     (aligned,), statistics = direct.forward([weight], [gain], [1e-5], [1.0], *NUMBERS)
     options = [1e-5], [1.0], *NUMBERS
-    backward = lambda grad, w, g, s: direct.backward([grad], [w], [g], s, [1.0])  # noqa: E731
+    backward = lambda grad, w, g, s: direct.backward([grad], [w], [g], s, [1.0], [False])  # noqa: E731
     assert backward(aligned, weight, gain, statistics)
     assert direct.forward([change(weight)], [gain], *options) is None
     assert direct.forward([weight], [change(gain)], *options) is None
@@ -243,7 +243,7 @@ def test_reference_counts(device):
     def calls():
         for _ in range(100):
             (aligned,), statistics = direct.forward(*lists, *NUMBERS)
-            direct.backward((aligned,), (weight,), (gain,), statistics, [number])
+            direct.backward((aligned,), (weight,), (gain,), statistics, [number], [False])
             direct.forward([weight], [None], [0.0], [1.0], *NUMBERS)
         return [weakref.ref(aligned), weakref.ref(statistics)]
 

@@ -43,7 +43,7 @@ def align_backward():
 
 def direct_backward():
     if (results := direct.forward([WEIGHT], [GAIN], *OPTIONS)) is not None:
-        return direct.backward(results[0], [WEIGHT], [GAIN], results[1], [1.7])
+        return direct.backward(results[0], [WEIGHT], [GAIN], results[1], [1.7], [False])
 
 
 CALLS = {
@@ -63,7 +63,7 @@ CALLS = {
     "declined": lambda: failing(direct.forward, [WEIGHT], [WEIGHT], *OPTIONS),
     "declined, at its last item": lambda: failing(direct.forward, [WEIGHT] * 2, [GAIN, 1], *OPTIONS),
     "declined numbers": lambda: failing(direct.forward, [WEIGHT], [GAIN], [0.4], [None], 6, 1),
-    "declined backward": lambda: failing(direct.backward, [WEIGHT], [WEIGHT], [None], GAIN, [1.7]),
+    "declined backward": lambda: failing(direct.backward, [WEIGHT], [WEIGHT], [None], GAIN, [1.7], [False]),
 }
 
 

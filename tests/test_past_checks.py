@@ -262,6 +262,10 @@ def in_gains_shape(grad_weights, grad_gains, gains):
     return *grad_weights, *(None if g is None else p.view(g.shape) for g, p in zip(gains, parts, strict=True))
 
 
+def without_writing_over(grads, *rest):
+    return direct.backward(grads, *rest, [False] * len(grads))
+
+
 def true_direct_backward(grads, weights, gains, *rest):
     return in_gains_shape(*true_backward(grads, weights, gains, *rest), gains)
 
@@ -271,7 +275,7 @@ SETS = {
     "in_triton": {name: (getattr(wa.ops.in_triton, name), *each) for name, each in OPS.items()},
     "direct": {
         "forward": (direct.forward, *OPS["align_forward"]),
-        "backward": (direct.backward, backward_arguments, true_direct_backward),
+        "backward": (without_writing_over, backward_arguments, true_direct_backward),
     },
 }
 

@@ -42,6 +42,8 @@ current_graph_task_id = _find("torch._C._current_graph_task_id")
 backward_keeps_graph = _find("torch._C._autograd._get_current_graph_task_keep_graph")
 # The innermost saved_tensors_hooks, by which activation checkpointing is detected.
 top_saved_tensors_hooks = _find("torch._C._autograd._top_saved_tensors_default_hooks")
+# How many tensors use a storage, from its address: whether a gradient's memory is seen by nobody else.
+storage_holders = _find("torch._C._storage_Use_Count")
 
 # Calls a function at the end of the backward that is running: as FSDP2 does.
 queue_callback = _find("torch.autograd.Variable._execution_engine.queue_callback")
@@ -120,11 +122,11 @@ _ATTRIBUTES: dict[str, tuple[Any, tuple[str, ...]]] = {
     ),
     "torch.nn.Conv2d": (nn.Conv2d, ("_conv_forward",)),
     "torch.nn.ConvTranspose2d": (nn.ConvTranspose2d, ("_output_padding",)),
-    # counts in-place writes; a tensor without data; the hooks that who sets a gradient has to call; zeros that have no
-    # memory
+    # counts in-place writes; counts references; a tensor without data; the hooks that who sets a gradient has to call;
+    # zeros that have no memory
     "torch.Tensor": (
         torch.Tensor,
-        ("_version", "_make_wrapper_subclass", "_post_accumulate_grad_hooks", "_is_zerotensor"),
+        ("_version", "_use_count", "_make_wrapper_subclass", "_post_accumulate_grad_hooks", "_is_zerotensor"),
     ),
     "torch.autograd.forward_ad": (forward_ad, ("_current_level",)),
     "torch.autograd.profiler": (profiler, ("_is_profiler_enabled",)),

@@ -24,6 +24,7 @@ struct Target {
     Tensor result;
     std::optional<Tensor> staged;
     int64_t transposed_columns = 0;
+    explicit Target(const Tensor& spent) : result(spent) {}
     Target(const Source& source, const int64_t* strides, ScalarType dtype, int64_t max_transposed)
         : result(empty_strided(source.tensor, source.tensor.dim(), source.tensor.sizes().data(), strides, dtype)) {
         const int64_t* order = strides_of(source.tensor);
@@ -195,7 +196,7 @@ AlignForwardResult forward_beside(const InputWork* input, const AlignBackend& ba
 AlignBackwardResult backward_beside(const InputWork* input, const AlignBackend& backend,
                                     const std::vector<Tensor>& grads, const std::vector<Tensor>& weights,
                                     const std::vector<std::optional<Tensor>>& gains, const Tensor& statistics,
-                                    const std::vector<double>& scales) {
+                                    const std::vector<double>& scales, const std::vector<bool>& spent) {
     STD_TORCH_CHECK(grads.size() == weights.size() && scales.size() == weights.size(),
                     "grads, scales: want one for each weight");
     TaskList list(weights, gains, input);
@@ -216,10 +217,13 @@ AlignBackwardResult backward_beside(const InputWork* input, const AlignBackend& 
                         "grads: want float64 exactly if the weights are");
         check_memory("grads", grad);
         sources.emplace_back(weights[i]);
-        targets.emplace_back(sources[i], result_strides(weights[i], MemoryFormat::Preserve, storage),
-                             list.weight_dtype(), 0);
+        const int64_t *order = strides_of(sources[i].tensor), *grad_order = strides_of(grad),
+                      *strides = result_strides(weights[i], MemoryFormat::Preserve, storage);
+        if (backend.is_in_place && !spent.empty() && spent[i] && grad.scalar_type() == list.weight_dtype() &&
+            same_order(grad, order, grad_order) && same_order(grad, order, strides))
+            targets.emplace_back(grad);
+        else targets.emplace_back(sources[i], strides, list.weight_dtype(), 0);
         AlignTask& task = list.add(sources[i], gains[i], 0.0, scales[i], grad.scalar_type());
-        const int64_t *order = strides_of(sources[i].tensor), *grad_order = strides_of(grad);
         if (!same_order(grad, order, grad_order) && is_dense(grad) && task.n <= list.max_transposed(backend))
             task.transposed_columns = uint32_t(transposed_columns(grad, order, grad_order));
         used_grads.push_back(task.transposed_columns ? grad : in_order(grad, order));

@@ -25,6 +25,7 @@ struct RunError : std::runtime_error {
 struct AlignBackend {
     void (*run)(const AlignList& list, int32_t device_index);
     int64_t max_transposed;
+    bool is_in_place = false;  // a weight's gradient may be written over the gradient that it is computed from
 };
 
 using AlignForwardResult = std::tuple<std::vector<Tensor>, Tensor>;   // aligned weights, statistics (filters, 2)
@@ -38,7 +39,8 @@ AlignBackwardResult align_backward(const AlignBackend& backend, const std::vecto
                                    const std::vector<Tensor>& weights, const std::vector<std::optional<Tensor>>& gains,
                                    const Tensor& statistics, const std::vector<double>& scales);
 
-// The same, and a convolution's input prepared with them unless it is null; with one, the lists may be empty.
+// The same, and a convolution's input prepared with them unless it is null; with one, the lists may be empty. Gradients
+// that are `spent`, seen by nobody else, become those of the weights where the backend, dtype and strides allow it.
 AlignForwardResult forward_beside(const InputWork* input, const AlignBackend& backend,
                                   const std::vector<Tensor>& weights, const std::vector<std::optional<Tensor>>& gains,
                                   const std::vector<double>& eps, const std::vector<double>& scales, ScalarType dtype,
@@ -46,7 +48,7 @@ AlignForwardResult forward_beside(const InputWork* input, const AlignBackend& ba
 AlignBackwardResult backward_beside(const InputWork* input, const AlignBackend& backend,
                                     const std::vector<Tensor>& grads, const std::vector<Tensor>& weights,
                                     const std::vector<std::optional<Tensor>>& gains, const Tensor& statistics,
-                                    const std::vector<double>& scales);
+                                    const std::vector<double>& scales, const std::vector<bool>& spent = {});
 
 DType dtype_of(ScalarType type);
 

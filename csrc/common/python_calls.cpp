@@ -125,6 +125,7 @@ Tensor to(PyObject* object, PyObject*, Tensor*) {
     require(has_memory && (t.const_data_ptr() || t.numel() == 0));
     return t;
 }
+bool to(PyObject* object, PyObject*, bool*) { return PyObject_IsTrue(object) == 1; }
 std::optional<Tensor> to(PyObject* object, PyObject* none, std::optional<Tensor>*) {
     if (object == none) return std::nullopt;
     return to(object, none, static_cast<Tensor*>(nullptr));
@@ -197,20 +198,22 @@ Tensor part(const Tensor& grad_gains, const Tensor& gain, int64_t offset) {
 }
 
 // (gradients of the weights, then of the gains): unlike the op's results, each in its tensor's shape and dtype, so that
-// no Python must put them there. Gains of another dtype than the statistics are left to it.
+// no Python must put them there. Gains of another dtype than the statistics are left to it. The last argument says of
+// each gradient whether it is spent: whether the weight's may be written over it.
 Owned backward(PyObject* const* a, PyObject* none) {
     auto grads = list<Tensor>(a[0], none), weights = list<Tensor>(a[1], none);
     auto gains = list<std::optional<Tensor>>(a[2], none);
     auto statistics = to(a[3], none, static_cast<Tensor*>(nullptr));
     auto scales = list<double>(a[4], none);
-    require(!PyErr_Occurred());
+    auto spent = list<bool>(a[5], none);
+    require(!PyErr_Occurred() && spent.size() == grads.size());
     for (const auto& gain : gains) require(!gain || gain->scalar_type() == statistics.scalar_type());
     const AlignBackend& backend = *backends_of(weights, gains).backward;
     for (const Tensor& grad : grads) require(device_type_of(grad) == device_type_of(statistics));
     require(device_type_of(statistics) == device_type_of(weights[0]));
     AlignBackwardResult results = [&] {
         AsAnOp scope;
-        return align_backward(backend, grads, weights, gains, statistics, scales);
+        return backward_beside(nullptr, backend, grads, weights, gains, statistics, scales, spent);
     }();
     const auto& [grad_weights, grad_gains] = results;
     Owned placed(PyTuple_New(2 * weights.size()));
@@ -240,7 +243,7 @@ PyObject* called(PyObject* none, PyObject* const* arguments, ssize_t count) {
 }
 
 PyMethodDef definitions[] = {{"align_forward", called<forward, 6>, METH_FASTCALL, nullptr},
-                             {"align_backward", called<backward, 5>, METH_FASTCALL, nullptr}};
+                             {"align_backward", called<backward, 6>, METH_FASTCALL, nullptr}};
 
 }  // namespace
 

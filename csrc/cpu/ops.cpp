@@ -128,7 +128,7 @@ const AlignBackend kBackward{[](const AlignList& list, int32_t) {
                                  run(k.align_backward, list.is_double ? k.prepare_backward_double : k.prepare_backward,
                                      list);
                              },
-                             kMaxTransposed};
+                             kMaxTransposed, true};
 
 }  // namespace
 }  // namespace wa::cpu

@@ -16,6 +16,7 @@ from .reference.activations import find
 from .reference.align import align
 from .reference.prepare import prepare_input_backward
 from .schemas import OpSet
+from .spent import which_are_spent
 
 
 def align_forward(
@@ -189,7 +190,7 @@ class _Fused(torch.autograd.Function):
             return (None,) * (2 + 2 * count)
         arguments = of_used(used, grads, tensors, call.statistics, call.options[1])
         if len(used) == count and not input_used and call.served is schemas.native and direct.is_open():
-            results = direct.backward(*arguments)
+            results = direct.backward(*arguments, which_are_spent(arguments[0]))
             if results is not None:
                 return None, None, *results
         given = (grad_prepared, *arguments[0]) if input_used else arguments[0]

@@ -1,0 +1,204 @@
+"""The gradient of a weight is written over the incoming one if nobody else can see that."""
+
+import pytest
+import torch
+from test_direct import needs_torch_2_14
+from truth import assert_right, normal
+
+import weightalign_cuda as wa
+from weightalign_cuda.ops import direct, spent
+
+pytestmark = needs_torch_2_14
+SHAPE = 64, 64, 3, 3  # more than MIN_VALUES
+GRAD = normal(*SHAPE, seed=3)
+
+
+def aligned_of(own=torch.float32, order=torch.contiguous_format, **kwargs):
+    weight = normal(*SHAPE, std=0.1).to(own, memory_format=order).requires_grad_()
+    gain = normal(SHAPE[0], mean=1, seed=1).to(torch.promote_types(own, torch.float32)).requires_grad_()
+    return weight, gain, wa.align(weight, gain, eps=0.03, scale=1.7, **kwargs)
+
+
+def incoming(aligned):
+    """Where the gradient that arrives lies, without a reference to it."""
+    addresses = []
+    aligned.register_hook(lambda grad: addresses.append(grad.data_ptr()))
+    return addresses
+
+
+def check(weight, gain, aligned, grad=GRAD):
+    grad = grad.to(aligned.dtype)
+    assert_right(weight, gain, grad, aligned, weight.grad, gain.grad, eps=0.03, scale=1.7)
+
+
+@pytest.mark.parametrize("order", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_written_over(dtype, order):
+    weight, gain, aligned = aligned_of(dtype, order)
+    grad = GRAD.to(dtype, memory_format=order)
+    addresses = incoming(aligned)
+    (aligned * grad).backward(torch.ones_like(aligned))
+    assert weight.grad.data_ptr() == addresses[0]
+    assert weight.grad.stride() == weight.stride()
+    check(weight, gain, aligned)
+
+
+def test_list_and_layer():
+    lists = [aligned_of()[:2] for _ in range(3)]
+    weights, gains = zip(*lists, strict=True)
+    together = wa.align_foreach(weights, gains, eps=0.03, scale=1.7)
+    addresses = [incoming(aligned) for aligned in together]
+    sum((aligned * (i + 1) * GRAD).sum() for i, aligned in enumerate(together)).backward()
+    for i, (weight, gain, aligned) in enumerate(zip(weights, gains, together, strict=True)):
+        assert weight.grad.data_ptr() == addresses[i][0]
+        check(weight, gain, aligned, (i + 1) * GRAD)
+
+    layer = wa.WAConv2d(64, 64, 3)
+    addresses = []
+    layer.aligned_by = lambda: hooked(layer.align_filters(), addresses)
+    layer(normal(2, 64, 6, 6)).sum().backward()
+    assert layer.weight.grad.data_ptr() == addresses[0]
+
+
+def hooked(t, addresses):
+    t.register_hook(lambda grad: addresses.append(grad.data_ptr()))
+    return t
+
+
+@pytest.mark.parametrize(
+    "dtypes", [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)], ids=lambda d: f"{d[0]} to {d[1]}"
+)
+def test_not_over_another_dtype(dtypes):
+    own, result = dtypes
+    weight, gain, aligned = aligned_of(own, dtype=result)
+    (aligned * GRAD.to(result)).sum().backward()
+    check(weight, gain, aligned)
+
+
+def test_not_over_another_layout():
+    weight, gain, aligned = aligned_of()
+    aligned.to(memory_format=torch.channels_last).backward(GRAD.to(memory_format=torch.channels_last))
+    assert weight.grad.stride() == weight.stride()
+    check(weight, gain, aligned)
+    weight, gain, aligned = aligned_of(memory_format=torch.channels_last)
+    addresses = incoming(aligned)
+    (aligned * GRAD).backward(torch.ones_like(aligned))
+    assert weight.grad.data_ptr() != addresses[0]
+    check(weight, gain, aligned)
+
+
+def by_caller(aligned):
+    grad = GRAD.clone()
+    aligned.backward(grad)
+    return [grad]
+
+
+def by_view(aligned):
+    grad = GRAD.clone()
+    aligned.backward(grad.view(SHAPE))
+    return [grad]
+
+
+def by_hook(aligned):
+    held = []
+    aligned.register_hook(held.append)
+    (aligned * GRAD).sum().backward()
+    return held
+
+
+def by_memory_in_hook(aligned):
+    held = []
+    aligned.register_hook(lambda grad: held.append(grad.detach()))
+    (aligned * GRAD).sum().backward()
+    return held
+
+
+def by_storage_in_hook(aligned):
+    held = []
+    aligned.register_hook(lambda grad: held.append(grad.untyped_storage()))
+    (aligned * GRAD).sum().backward()
+    return [torch.empty(0).set_(held[0], 0, SHAPE)]
+
+
+def by_prehook_of_node(aligned):
+    held = []
+    aligned.grad_fn.register_prehook(lambda grads: held.extend(grads))
+    (aligned * GRAD).sum().backward()
+    return held
+
+
+def by_hook_of_node(aligned):
+    held = []
+    aligned.grad_fn.register_hook(lambda inputs, outputs: held.extend(outputs))
+    (aligned * GRAD).sum().backward()
+    return held
+
+
+def by_retain_grad(aligned):
+    aligned.retain_grad()
+    (aligned * GRAD).sum().backward()
+    return [aligned.grad]
+
+
+def by_another_result(aligned):
+    other = torch.zeros(SHAPE, requires_grad=True)
+    (aligned + other).backward(GRAD.clone())
+    return [other.grad]
+
+
+HOLDERS = [
+    *(by_caller, by_view, by_hook, by_memory_in_hook, by_storage_in_hook, by_prehook_of_node, by_hook_of_node),
+    *(by_retain_grad, by_another_result),
+]
+
+
+@pytest.mark.parametrize("holder", HOLDERS)
+def test_held_gradients_stay(holder):
+    weight, gain, aligned = aligned_of()
+    held = holder(aligned)
+    assert held
+    for grad in held:
+        assert torch.equal(grad, GRAD)
+    check(weight, gain, aligned)
+
+
+def test_captured_gradients_stay():
+    weight, gain, aligned = aligned_of()
+    grad, weight.grad, gain.grad = torch.autograd.grad((aligned * GRAD).sum(), (aligned, weight, gain))
+    assert torch.equal(grad, GRAD)
+    check(weight, gain, aligned)
+
+
+def test_one_gradient_of_two_weights():
+    first, second = aligned_of(), aligned_of()
+    (first[2] + second[2]).backward(GRAD.clone())
+    check(*first), check(*second)
+    together = wa.align_foreach((first[0], second[0]), (first[1], second[1]), eps=[0.03, 0.03], scale=[1.7, 1.7])
+    for t in (*first[:2], *second[:2]):
+        t.grad = None
+    ((together[0] + together[1]) * GRAD).sum().backward()
+    check(*first[:2], together[0]), check(*second[:2], together[1])
+
+
+def test_retained_graph_twice():
+    weight, gain, aligned = aligned_of()
+    loss = (aligned * GRAD).sum()
+    for _ in range(2):
+        weight.grad = gain.grad = None
+        loss.backward(retain_graph=True)
+        check(weight, gain, aligned)
+
+
+def test_small_gradients_are_not_asked_about(monkeypatch):
+    monkeypatch.setattr(spent, "_holders", None)  # not callable
+    weight = normal(8, 8, 3, 3).requires_grad_()
+    (wa.align(weight) * 2).sum().backward()
+
+
+def test_a_wrong_list_is_declined():
+    weight, gain, _ = aligned_of()
+    _, statistics = direct.forward([weight.detach()], [gain.detach()], [0.03], [1.7], 6, 1)
+    call = ([GRAD.clone()], [weight.detach()], [gain.detach()], statistics, [1.7])
+    assert direct.backward(*call, [False]) is not None
+    for wrong in ([], [False, True], None, 1):
+        assert direct.backward(*call, wrong) is None

@@ -1,0 +1,51 @@
+"""Gradients that are spent once the backward has read them: as nobody else holds them, the gradient of the weight may
+be written over them. In each step of training that saves fresh memory of the size of all weights, and its page faults
+(benchmarks/NOTES.md)."""
+
+import functools
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..torch_private import storage_holders
+
+# Smaller ones lie in memory that malloc does not give back; three questions about each take as long as they would save.
+MIN_VALUES = 32768
+
+
+def which_are_spent(grads: Sequence[Tensor]) -> list[bool]:
+    """Of each gradient, the argument of the backward of an autograd.Function. Of CPU tensors only."""
+    return [
+        grad.is_cpu and grad.numel() >= MIN_VALUES and all(map(int.__le__, _holders(grad), _holders_of_spent()))
+        for grad in grads
+    ]
+
+
+def _holders(grad: Tensor) -> tuple[int, ...]:
+    """How many references there are: to the object and to torch's tensor, to the object and to torch's storage."""
+    storage = grad.untyped_storage()
+    return sys.getrefcount(grad), grad._use_count(), sys.getrefcount(storage), storage_holders(storage._cdata)
+
+
+@functools.cache
+def _holders_of_spent() -> tuple[int, ...]:
+    """Of a gradient that only the running backward holds. How many references that takes differs between versions of
+    Python and torch, so it is counted: once, for a gradient that nobody else can have."""
+    found: list[tuple[int, ...]] = []
+
+    class Probe(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Tensor) -> Tensor:
+            found.extend(_holders(grad) for grad in grads)
+            return grads[0]
+
+    with torch.enable_grad():
+        (Probe.apply(torch.ones(1, requires_grad=True)) * 2).backward()
+    return found[0]
