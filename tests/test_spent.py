@@ -146,9 +146,46 @@ def by_another_result(aligned):
     return [other.grad]
 
 
+class Given(torch.autograd.Function):
+    """Its gradient is what a function returns."""
+
+    @staticmethod
+    def forward(ctx, x, function):
+        ctx.function = function
+        return x.sum()
+
+    @staticmethod
+    def backward(ctx, _):
+        return ctx.function(), None
+
+
+def by_numpy(aligned):
+    held = GRAD.numpy().copy()
+    Given.apply(aligned, lambda: torch.from_numpy(held)).backward()
+    return [torch.from_numpy(held)]
+
+
+def by_dlpack(aligned):
+    held = GRAD.clone()
+    Given.apply(aligned, lambda: torch.from_dlpack(held)).backward()
+    return [held]
+
+
+def by_another_process(aligned):
+    mapped = []
+
+    def shared():
+        grad = GRAD.clone().share_memory_()
+        mapped.append(torch.UntypedStorage._new_shared_filename_cpu(*grad.untyped_storage()._share_filename_cpu_()))
+        return grad
+
+    Given.apply(aligned, shared).backward()
+    return [torch.empty(0).set_(mapped[0], 0, SHAPE)]
+
+
 HOLDERS = [
     *(by_caller, by_view, by_hook, by_memory_in_hook, by_storage_in_hook, by_prehook_of_node, by_hook_of_node),
-    *(by_retain_grad, by_another_result),
+    *(by_retain_grad, by_another_result, by_numpy, by_dlpack, by_another_process),
 ]
 
 

@@ -3,6 +3,7 @@ be written over them. In each step of training that saves fresh memory of the si
 (benchmarks/NOTES.md)."""
 
 import functools
+import operator
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -19,15 +20,19 @@ MIN_VALUES = 32768
 def which_are_spent(grads: Sequence[Tensor]) -> list[bool]:
     """Of each gradient, the argument of the backward of an autograd.Function. Of CPU tensors only."""
     return [
-        grad.is_cpu and grad.numel() >= MIN_VALUES and all(map(int.__le__, _holders(grad), _holders_of_spent()))
+        grad.is_cpu and grad.numel() >= MIN_VALUES and all(map(operator.le, _holders(grad), _holders_of_spent()))
         for grad in grads
     ]
 
 
 def _holders(grad: Tensor) -> tuple[int, ...]:
-    """How many references there are: to the object and to torch's tensor, to the object and to torch's storage."""
+    """How many references there are: to the tensor, in Python and in torch, and to its storage. Then whether the memory
+    is not torch's own, as NumPy's, and whether other processes see it."""
     storage = grad.untyped_storage()
-    return sys.getrefcount(grad), grad._use_count(), sys.getrefcount(storage), storage_holders(storage._cdata)
+    return (
+        sys.getrefcount(grad), grad._use_count(), sys.getrefcount(storage), storage_holders(storage._cdata),
+        not storage.resizable(), storage.is_shared(),
+    )  # fmt: skip
 
 
 @functools.cache
