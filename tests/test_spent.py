@@ -206,6 +206,14 @@ def test_captured_gradients_stay():
     check(weight, gain, aligned)
 
 
+def test_not_over_a_part_of_memory():
+    weight, gain, aligned = aligned_of()
+    part = lambda: torch.empty(0).set_(torch.stack([GRAD, GRAD]).untyped_storage(), GRAD.numel(), SHAPE)  # noqa: E731
+    Given.apply(aligned, part).backward()
+    assert weight.grad.untyped_storage().nbytes() == weight.nbytes
+    check(weight, gain, aligned)
+
+
 def test_one_gradient_of_two_weights():
     first, second = aligned_of(), aligned_of()
     (first[2] + second[2]).backward(GRAD.clone())

@@ -27,11 +27,11 @@ def which_are_spent(grads: Sequence[Tensor]) -> list[bool]:
 
 def _holders(grad: Tensor) -> tuple[int, ...]:
     """How many references there are: to the tensor, in Python and in torch, and to its storage. Then whether the memory
-    is not torch's own, as NumPy's, and whether other processes see it."""
+    is not torch's own, as NumPy's, whether other processes see it, and how much of it is not the gradient's."""
     storage = grad.untyped_storage()
     return (
         sys.getrefcount(grad), grad._use_count(), sys.getrefcount(storage), storage_holders(storage._cdata),
-        not storage.resizable(), storage.is_shared(),
+        not storage.resizable(), storage.is_shared(), storage.nbytes() - grad.nbytes,
     )  # fmt: skip
 
 
