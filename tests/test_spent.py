@@ -214,6 +214,24 @@ def test_not_over_a_part_of_memory():
     check(weight, gain, aligned)
 
 
+def test_batched_and_odd_gradients():
+    weight, _, aligned = aligned_of()
+    grads = torch.stack([GRAD, -2 * GRAD])
+    batched = torch.autograd.grad(aligned, weight, grads, is_grads_batched=True, retain_graph=True)[0]
+    true = [torch.autograd.grad(aligned, weight, grad, retain_graph=True)[0] for grad in grads]
+    torch.testing.assert_close(batched, torch.stack(true), rtol=1e-4, atol=1e-5)
+    for change in (lambda: torch._neg_view(GRAD.clone()), lambda: torch._lazy_clone(GRAD)):
+        weight, gain, aligned = aligned_of()
+        grad = change()
+        Given.apply(aligned, change).backward()
+        check(weight, gain, aligned, torch.clone(grad).resolve_neg())
+    weight, _, aligned = aligned_of()
+    Given.apply(aligned, lambda: torch._efficientzerotensor(SHAPE)).backward()
+    assert weight.grad.count_nonzero() == 0
+    with pytest.raises(NotImplementedError, match="SparseCPU"):  # as with small weights
+        Given.apply(aligned_of()[2], lambda: GRAD.to_sparse()).backward()
+
+
 def test_one_gradient_of_two_weights():
     first, second = aligned_of(), aligned_of()
     (first[2] + second[2]).backward(GRAD.clone())

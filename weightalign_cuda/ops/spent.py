@@ -11,16 +11,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..torch_private import storage_holders
+from ..torch_private import has_storage, storage_holders
 
-# Smaller ones lie in memory that malloc does not give back; three questions about each take as long as they would save.
+# Smaller ones lie in memory that malloc does not give back; the questions about each take as long as that would save.
 MIN_VALUES = 32768
 
 
 def which_are_spent(grads: Sequence[Tensor]) -> list[bool]:
     """Of each gradient, the argument of the backward of an autograd.Function. Of CPU tensors only."""
     return [
-        grad.is_cpu and grad.numel() >= MIN_VALUES and all(map(operator.le, _holders(grad), _holders_of_spent()))
+        grad.numel() >= MIN_VALUES
+        and type(grad) is Tensor
+        and grad.is_cpu
+        and has_storage(grad)  # sparse and batched tensors have none
+        and all(map(operator.le, _holders(grad), _holders_of_spent()))
         for grad in grads
     ]
 
