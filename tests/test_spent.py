@@ -43,6 +43,19 @@ def test_written_over(dtype, order):
     check(weight, gain, aligned)
 
 
+@pytest.mark.parametrize("context", [torch.inference_mode, lambda: torch.device("meta"), torch.no_grad])
+def test_first_backward_of_a_process_anywhere(context):
+    weight, gain, aligned = aligned_of()
+    addresses = incoming(aligned)
+    loss, one = (aligned * GRAD).sum(), torch.ones(())
+    spent._holders_of_spent.cache_clear()
+    with context():
+        grad, gain.grad = torch.autograd.grad(loss, (weight, gain), one)
+    assert grad.data_ptr() == addresses[0]
+    weight.grad = grad.clone()
+    check(weight, gain, aligned)
+
+
 def test_list_and_layer():
     lists = [aligned_of()[:2] for _ in range(3)]
     weights, gains = zip(*lists, strict=True)

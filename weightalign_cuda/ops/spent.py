@@ -19,12 +19,18 @@ MIN_VALUES = 32768
 
 def which_are_spent(grads: Sequence[Tensor]) -> list[bool]:
     """Of each gradient, the argument of the backward of an autograd.Function. Of CPU tensors only."""
+    return [found is not None and all(map(operator.le, found, _holders_of_spent())) for found in _holders_of(grads)]
+
+
+def _holders_of(grads: Sequence[Tensor]) -> list[tuple[int, ...] | None]:
+    """Of each gradient whose memory is worth it."""
     return [
-        grad.numel() >= MIN_VALUES
+        _holders(grad)
+        if grad.numel() >= MIN_VALUES
         and type(grad) is Tensor
         and grad.is_cpu
         and has_storage(grad)  # sparse and batched tensors have none
-        and all(map(operator.le, _holders(grad), _holders_of_spent()))
+        else None
         for grad in grads
     ]
 
@@ -42,8 +48,8 @@ def _holders(grad: Tensor) -> tuple[int, ...]:
 @functools.cache
 def _holders_of_spent() -> tuple[int, ...]:
     """Of a gradient that only the running backward holds. How many references that takes differs between versions of
-    Python and torch, so it is counted: once, for a gradient that nobody else can have."""
-    found: list[tuple[int, ...]] = []
+    Python and torch, so it is counted: once, in the same way, for a gradient that nobody else can have."""
+    counted: list[tuple[int, ...] | None] = []
 
     class Probe(torch.autograd.Function):
         @staticmethod
@@ -52,9 +58,12 @@ def _holders_of_spent() -> tuple[int, ...]:
 
         @staticmethod
         def backward(ctx: Any, *grads: Tensor) -> Tensor:
-            found.extend(_holders(grad) for grad in grads)
+            counted.extend(_holders_of(grads))
             return grads[0]
 
-    with torch.enable_grad():
-        (Probe.apply(torch.ones(1, requires_grad=True)) * 2).backward()
-    return found[0]
+    with torch.inference_mode(False), torch.enable_grad():
+        x = torch.ones(MIN_VALUES, dtype=torch.float32, device="cpu", requires_grad=True)
+        (Probe.apply(x) * 2).sum().backward()
+    (spent,) = counted
+    assert spent is not None
+    return spent
