@@ -11,12 +11,13 @@ from weightalign_cuda.ops import direct, spent
 pytestmark = needs_torch_2_14
 SHAPE = 64, 64, 3, 3  # more than MIN_VALUES
 GRAD = normal(*SHAPE, seed=3)
+OPTIONS = {"eps": 0.03, "scale": 1.7}
 
 
-def aligned_of(own=torch.float32, order=torch.contiguous_format, **kwargs):
-    weight = normal(*SHAPE, std=0.1).to(own, memory_format=order).requires_grad_()
-    gain = normal(SHAPE[0], mean=1, seed=1).to(torch.promote_types(own, torch.float32)).requires_grad_()
-    return weight, gain, wa.align(weight, gain, eps=0.03, scale=1.7, **kwargs)
+def aligned_of(own=torch.float32, order=torch.contiguous_format, seed=0, **kwargs):
+    weight = normal(*SHAPE, std=0.1, seed=10 * seed).to(own, memory_format=order).requires_grad_()
+    gain = normal(SHAPE[0], mean=1, seed=10 * seed + 1).to(torch.promote_types(own, torch.float32)).requires_grad_()
+    return weight, gain, wa.align(weight, gain, **OPTIONS, **kwargs)
 
 
 def incoming(aligned):
@@ -28,7 +29,7 @@ def incoming(aligned):
 
 def check(weight, gain, aligned, grad=GRAD):
     grad = grad.to(aligned.dtype)
-    assert_right(weight, gain, grad, aligned, weight.grad, gain.grad, eps=0.03, scale=1.7)
+    assert_right(weight, gain, grad, aligned, weight.grad, gain.grad, **OPTIONS)
 
 
 @pytest.mark.parametrize("order", [torch.contiguous_format, torch.channels_last])
@@ -57,9 +58,9 @@ def test_first_backward_of_a_process_anywhere(context):
 
 
 def test_list_and_layer():
-    lists = [aligned_of()[:2] for _ in range(3)]
+    lists = [aligned_of(seed=i)[:2] for i in range(3)]
     weights, gains = zip(*lists, strict=True)
-    together = wa.align_foreach(weights, gains, eps=0.03, scale=1.7)
+    together = wa.align_foreach(weights, gains, **OPTIONS)
     addresses = [incoming(aligned) for aligned in together]
     sum((aligned * (i + 1) * GRAD).sum() for i, aligned in enumerate(together)).backward()
     for i, (weight, gain, aligned) in enumerate(zip(weights, gains, together, strict=True)):
@@ -246,10 +247,10 @@ def test_batched_and_odd_gradients():
 
 
 def test_one_gradient_of_two_weights():
-    first, second = aligned_of(), aligned_of()
+    first, second = aligned_of(), aligned_of(seed=1)
     (first[2] + second[2]).backward(GRAD.clone())
     check(*first), check(*second)
-    together = wa.align_foreach((first[0], second[0]), (first[1], second[1]), eps=[0.03, 0.03], scale=[1.7, 1.7])
+    together = wa.align_foreach((first[0], second[0]), (first[1], second[1]), **OPTIONS)
     for t in (*first[:2], *second[:2]):
         t.grad = None
     ((together[0] + together[1]) * GRAD).sum().backward()
