@@ -57,7 +57,7 @@ def test_first_backward_of_a_process_anywhere(context):
     check(weight, gain, aligned)
 
 
-def test_list_and_layer():
+def test_list():
     lists = [aligned_of(seed=i)[:2] for i in range(3)]
     weights, gains = zip(*lists, strict=True)
     together = wa.align_foreach(weights, gains, **OPTIONS)
@@ -67,16 +67,14 @@ def test_list_and_layer():
         assert weight.grad.data_ptr() == addresses[i][0]
         check(weight, gain, aligned, (i + 1) * GRAD)
 
+
+def test_layer():
     layer = wa.WAConv2d(64, 64, 3)
-    addresses = []
-    layer.aligned_by = lambda: hooked(layer.align_filters(), addresses)
+    aligned = layer.align_filters()
+    layer.aligned_by = lambda: aligned
+    addresses = incoming(aligned)
     layer(normal(2, 64, 6, 6)).sum().backward()
     assert layer.weight.grad.data_ptr() == addresses[0]
-
-
-def hooked(t, addresses):
-    t.register_hook(lambda grad: addresses.append(grad.data_ptr()))
-    return t
 
 
 @pytest.mark.parametrize(
