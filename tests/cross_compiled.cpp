@@ -25,10 +25,10 @@ double error(uint32_t n) {
     AlignTask task{weight.data(),   nullptr,         out.data(),     gain.data(), kEps, kScale, n, kFilters, 0, 0,
                    DType::kFloat32, DType::kFloat32, DType::kFloat32};
     AlignList list{&task, 1, nullptr, statistics.data(), grad_gain.data(), false};
-    cpu::baseline::align_forward(list, task, 0, kFilters, nullptr);
+    cpu::baseline::align_forward(list, task, 0, kFilters, nullptr, false);
     task.grad = grad.data();
     task.out = grad_weight.data();
-    cpu::baseline::align_backward(list, task, 0, kFilters, nullptr);
+    cpu::baseline::align_backward(list, task, 0, kFilters, nullptr, false);
 
     double worst = 0, largest = 0;
     auto compare = [&](double got, double want) {
@@ -75,7 +75,7 @@ double half_error(uint32_t n) {
     AlignTask floats{same.data(), nullptr, aligned.data(),  nullptr,         kEps,           kScale, n, 1,
                      0,           0,       DType::kFloat32, DType::kFloat32, DType::kFloat32};
     for (const AlignTask* task : {&halves, &floats}) {
-        cpu::baseline::align_forward({task, 1, nullptr, statistics.data(), nullptr, false}, *task, 0, 1, nullptr);
+        cpu::baseline::align_forward({task, 1, nullptr, statistics.data(), nullptr, false}, *task, 0, 1, nullptr, false);
     }
     double worst = 0;
     for (uint32_t i = 0; i < n; ++i) worst = std::max(worst, std::abs(half(out[i]) - aligned[i]));

@@ -1,8 +1,9 @@
 // Forward and backward, one filter after another on one core; compiled once per instruction set.
 //
 // A filter is read from memory once; up to some thousand values, the later passes find it in the L1 cache: forward sum
-// - centred sums - write, backward sums - write. Sums run over blocks of kBlock values and are then added in double, so
-// that the error does not grow with n.
+// - centred sums - write, backward sums - write. The last pass fetches the next filter, for whose values the first one
+// would have to wait. Sums run over blocks of kBlock values and are then added in double, so that the error does not
+// grow with n.
 //
 // The mean is subtracted twice. With the first value as pivot, the mean of a constant filter is exact and its residuals
 // are exactly 0; subtracting their mean then corrects the first one's rounding (mean 1e4, deviation 1e-3).
@@ -45,6 +46,17 @@ WA_INLINE void sum(size_t n, double (&total)[kSums], const Term& term) {
     }
 }
 
+// write(OneVector or StreamedVector)
+template <class Write>
+WA_INLINE void write_through(bool is_streamed, const Write& write) {
+    if (is_streamed) write(StreamedVector{});
+    else write(OneVector{});
+}
+template <class T>
+bool fills_lines(const T* filters, uint32_t n) {
+    return (reinterpret_cast<uintptr_t>(filters) | n * sizeof(T)) % kLineBytes == 0;
+}
+
 double load_gain(const AlignTask& task, uint32_t filter) {
     switch (task.gain ? task.gain_dtype : DType::kFloat64) {
         case DType::kFloat32: return static_cast<const float*>(task.gain)[filter];
@@ -57,7 +69,8 @@ double load_gain(const AlignTask& task, uint32_t filter) {
 
 // w: (n,) -> y: (n,), statistics: mean, rstd.
 template <class Acc, class W, class Y>
-WA_APART void forward_filter(const W* w, Y* y, uint32_t n, double scaled_gain, double eps, Acc* statistics) {
+WA_APART void forward_filter(const W* w, Y* y, uint32_t n, double scaled_gain, double eps, Acc* statistics,
+                             bool is_streamed) {
     Acc pivot = load<Acc>(OneValue{}, w);
     double deviation[1], moments[2];
     sum<Acc>(n, deviation, [=](auto width, size_t at, auto* sums) WA_LAMBDA {  //
@@ -73,8 +86,12 @@ WA_APART void forward_filter(const W* w, Y* y, uint32_t n, double scaled_gain, d
     double rest = moments[0] * per_value, squares = moments[1] - moments[0] * rest;
     double rstd = 1 / sqrt(squares / 2 + eps);
     Acc correction = Acc(rest), factor = Acc(scaled_gain * rstd);
-    for_each<Acc>(n, [=](auto width, size_t at) WA_LAMBDA {
-        store<Acc>(width, y + at, (load<Acc>(width, w + at) - mean - correction) * factor);
+    write_through(is_streamed, [=](auto bulk) WA_LAMBDA {
+        auto each = [=](auto width, size_t at) WA_LAMBDA {
+            __builtin_prefetch(w + n + at);
+            store<Acc>(width, y + at, (load<Acc>(width, w + at) - mean - correction) * factor);
+        };
+        for_each<Acc>(n, each, bulk);
     });
     statistics[0] = Acc(mean + rest);
     statistics[1] = Acc(rstd);
@@ -82,7 +99,8 @@ WA_APART void forward_filter(const W* w, Y* y, uint32_t n, double scaled_gain, d
 
 // w, g: (n,) -> dw: (n,); returns sum(g x).
 template <class Acc, class W, class G>
-WA_APART double backward_filter(const W* w, const G* g, W* dw, uint32_t n, double scaled_gain, const Acc* statistics) {
+WA_APART double backward_filter(const W* w, const G* g, W* dw, uint32_t n, double scaled_gain, const Acc* statistics,
+                                bool is_streamed) {
     Acc mean = statistics[0];
     double rstd = statistics[1], per_value = 1.0 / n, sums_[3];
     sum<Acc>(n, sums_, [=](auto width, size_t at, auto* sums) WA_LAMBDA {
@@ -94,9 +112,14 @@ WA_APART double backward_filter(const W* w, const G* g, W* dw, uint32_t n, doubl
     double rest = sums_[0] * per_value, g_dot_x = (sums_[2] - rest * sums_[1]) * rstd;
     Acc correction = Acc(rest), g_mean = Acc(sums_[1] * per_value), along = Acc(g_dot_x * rstd / 2),
         factor = Acc(scaled_gain * rstd);
-    for_each<Acc>(n, [=](auto width, size_t at) WA_LAMBDA {
-        auto d = load<Acc>(width, w + at) - mean - correction;
-        store<Acc>(width, dw + at, (load<Acc>(width, g + at) - g_mean - d * along) * factor);
+    write_through(is_streamed, [=](auto bulk) WA_LAMBDA {
+        auto each = [=](auto width, size_t at) WA_LAMBDA {
+            __builtin_prefetch(w + n + at);
+            __builtin_prefetch(g + n + at);
+            auto d = load<Acc>(width, w + at) - mean - correction;
+            store<Acc>(width, dw + at, (load<Acc>(width, g + at) - g_mean - d * along) * factor);
+        };
+        for_each<Acc>(n, each, bulk);
     });
     return g_dot_x;
 }
@@ -111,7 +134,8 @@ WA_INLINE void transpose(const From* from, To* to, uint32_t rows, uint32_t colum
 
 template <class Acc, class W, class Y>
 void forward(const AlignList& list, const AlignTask& task, const W* weight, Y* out, uint32_t first, uint32_t last,
-             void* scratch) {
+             void* scratch, bool is_streamed) {
+    is_streamed = is_streamed && fills_lines(out, task.n);
     auto statistics = static_cast<Acc*>(list.statistics) + 2 * size_t(task.first_filter);
     for (uint32_t filter = first; filter < last; ++filter) {
         const W* w = weight + size_t(filter) * task.n;
@@ -119,18 +143,21 @@ void forward(const AlignList& list, const AlignTask& task, const W* weight, Y* o
         double scaled_gain = task.scale * load_gain(task, filter);
         Acc* row = statistics + 2 * size_t(filter);
         if (task.transposed_columns == 0) {
-            forward_filter<Acc>(w, y, task.n, scaled_gain, task.eps, row);
+            forward_filter<Acc>(w, y, task.n, scaled_gain, task.eps, row, is_streamed);
         } else {
             auto staged = static_cast<Acc*>(scratch);
-            forward_filter<Acc>(w, staged, task.n, scaled_gain, task.eps, row);
+            forward_filter<Acc>(w, staged, task.n, scaled_gain, task.eps, row, false);
             transpose<Acc>(staged, y, task.n / task.transposed_columns, task.transposed_columns);
         }
     }
+    if (is_streamed) end_streams();
 }
 
 template <class Acc, class W, class G>
 void backward(const AlignList& list, const AlignTask& task, const W* weight, const G* grad, uint32_t first,
-              uint32_t last, void* scratch) {
+              uint32_t last, void* scratch, bool is_streamed) {
+    const bool is_in_place = task.out == task.grad;  // in the cache already
+    is_streamed = is_streamed && !is_in_place && fills_lines(static_cast<W*>(task.out), task.n);
     auto statistics = static_cast<const Acc*>(list.statistics) + 2 * size_t(task.first_filter);
     auto grad_gain = static_cast<Acc*>(list.grad_gain) + task.first_filter;
     for (uint32_t filter = first; filter < last; ++filter) {
@@ -140,37 +167,42 @@ void backward(const AlignList& list, const AlignTask& task, const W* weight, con
         double scaled_gain = task.scale * load_gain(task, filter), g_dot_x;
         const Acc* row = statistics + 2 * size_t(filter);
         if (task.transposed_columns == 0) {
-            g_dot_x = backward_filter<Acc>(w, g, dw, task.n, scaled_gain, row);
+            g_dot_x = backward_filter<Acc>(w, g, dw, task.n, scaled_gain, row, is_streamed);
         } else {
             auto staged = static_cast<Acc*>(scratch);
             transpose<Acc>(g, staged, task.transposed_columns, task.n / task.transposed_columns);
-            g_dot_x = backward_filter<Acc>(w, staged, dw, task.n, scaled_gain, row);
+            g_dot_x = backward_filter<Acc>(w, staged, dw, task.n, scaled_gain, row, is_streamed);
         }
         grad_gain[filter] = Acc(task.scale * g_dot_x);
     }
+    if (is_streamed) end_streams();
 }
 
 }  // namespace
 
 namespace cpu::WA_ISA {
 
-void align_forward(const AlignList& list, const AlignTask& task, uint32_t first, uint32_t last, void* scratch) {
+void align_forward(const AlignList& list, const AlignTask& task, uint32_t first, uint32_t last, void* scratch,
+                   bool is_streamed) {
     auto run = [&](auto acc) {
         using Acc = decltype(acc);
         with_type<Acc>(task.weight, task.weight_dtype, [&](auto* weight) {
-            with_type<Acc>(task.out, task.aligned_dtype,
-                           [&](auto* out) { forward<Acc>(list, task, weight, out, first, last, scratch); });
+            with_type<Acc>(task.out, task.aligned_dtype, [&](auto* out) {
+                forward<Acc>(list, task, weight, out, first, last, scratch, is_streamed);
+            });
         });
     };
     if (list.is_double) run(double());
     else run(float());
 }
-void align_backward(const AlignList& list, const AlignTask& task, uint32_t first, uint32_t last, void* scratch) {
+void align_backward(const AlignList& list, const AlignTask& task, uint32_t first, uint32_t last, void* scratch,
+                    bool is_streamed) {
     auto run = [&](auto acc) {
         using Acc = decltype(acc);
         with_type<Acc>(task.weight, task.weight_dtype, [&](auto* weight) {
-            with_type<Acc>(task.grad, task.aligned_dtype,
-                           [&](auto* grad) { backward<Acc>(list, task, weight, grad, first, last, scratch); });
+            with_type<Acc>(task.grad, task.aligned_dtype, [&](auto* grad) {
+                backward<Acc>(list, task, weight, grad, first, last, scratch, is_streamed);
+            });
         });
     };
     if (list.is_double) run(double());

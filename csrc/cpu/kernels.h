@@ -8,9 +8,10 @@
 
 namespace wa::cpu {
 
-// Filters [first, last) of one task of the list. scratch: `scratch_bytes(task)`, for transposed filters.
+// Filters [first, last) of one task of the list. scratch: `scratch_bytes(task)`, for transposed filters. is_streamed:
+// whether results are written past the caches, where they fill whole lines.
 using AlignFilters = void (*)(const AlignList& list, const AlignTask& task, uint32_t first, uint32_t last,
-                              void* scratch);
+                              void* scratch, bool is_streamed);
 inline size_t scratch_bytes(const AlignTask& task) {
     return task.transposed_columns ? size_t(task.n) * sizeof(double) : 0;
 }
@@ -54,8 +55,8 @@ struct Kernels {
 
 #define WA_DECLARE(isa)                                                                                     \
     namespace isa {                                                                                         \
-    void align_forward(const AlignList&, const AlignTask&, uint32_t first, uint32_t last, void* scratch);   \
-    void align_backward(const AlignList&, const AlignTask&, uint32_t first, uint32_t last, void* scratch);  \
+    void align_forward(const AlignList&, const AlignTask&, uint32_t, uint32_t, void*, bool);                \
+    void align_backward(const AlignList&, const AlignTask&, uint32_t, uint32_t, void*, bool);               \
     template <class Acc>                                                                                    \
     void prepare_forward(const PrepareTask&, const Tiling&, int64_t first, int64_t last);                   \
     template <class Acc>                                                                                    \

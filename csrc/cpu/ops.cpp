@@ -64,6 +64,8 @@ const Kernels& kernels() { return *chosen().kernels; }
 // belongs to the piece that contains its first value.
 constexpr int64_t kPiece = 4096, kThread = 32768;
 constexpr int64_t kMaxTransposed = 4 << 20;  // bytes of a filter that a thread stages
+// Results of as many values (32 MiB of floats) are written past the caches, which could not keep them.
+constexpr int64_t kStreamed = 8 << 20;
 
 class Work {
 public:
@@ -85,7 +87,7 @@ public:
                 int64_t filter = (std::max<int64_t>(0, value - begins_[i]) + task.n - 1) / task.n;
                 return uint32_t(std::min<int64_t>(filter, task.filters));
             };
-            filters_(list_, task, first_from(begin), first_from(end), scratch.get());
+            filters_(list_, task, first_from(begin), first_from(end), scratch.get(), begins_.back() >= kStreamed);
         }
     }
 

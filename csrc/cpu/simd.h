@@ -5,7 +5,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
-#if defined(__F16C__)
+#if defined(__x86_64__)
 #include <immintrin.h>
 #elif defined(__aarch64__)
 #include <arm_neon.h>
@@ -132,6 +132,7 @@ WA_INLINE Bits16 narrow(Vector<float> x) { return __builtin_convertvector(to_hal
 // The width of an access: one formula, generic in it, serves the bulk of a row and its last few values.
 struct OneValue {};
 struct OneVector {};
+struct StreamedVector : OneVector {};  // stored past the caches, see `write`
 struct PartOfVector {  // the lanes whose bits are set: all last values of a row at once, where accesses can be masked
     uint32_t mask;
 };
@@ -170,6 +171,28 @@ WA_INLINE V read(OneVector, const T* p) {  // unaligned, like all accesses here
 template <class V, class T>
 WA_INLINE void write(OneVector, T* p, V v) {
     std::memcpy(p, &v, sizeof v);
+}
+// Past the caches: a line is not read only to be overwritten. Only for lines that are overwritten as a whole, all by
+// such vectors, as mixing in other stores makes them 20 times slower. Other threads see the values after `end_streams`.
+constexpr size_t kLineBytes = 64;
+template <class V, class T>
+WA_INLINE void write(StreamedVector, T* p, V v) {
+#if defined(__AVX512F__)
+    if constexpr (sizeof v == 64) return _mm512_stream_si512(reinterpret_cast<__m512i*>(p), (__m512i)v);
+#endif
+#if defined(__AVX__)
+    if constexpr (sizeof v == 32) return _mm256_stream_si256(reinterpret_cast<__m256i*>(p), (__m256i)v);
+#endif
+#if defined(__x86_64__)
+    if constexpr (sizeof v == 16) return _mm_stream_si128(reinterpret_cast<__m128i*>(p), (__m128i)v);
+    if constexpr (sizeof v == 8) return _mm_stream_si64(reinterpret_cast<long long*>(p), bit_cast<long long>(v));
+#endif
+    write(OneVector{}, p, v);
+}
+WA_INLINE void end_streams() {
+#if defined(__x86_64__)
+    _mm_sfence();
+#endif
 }
 #if defined(__AVX512F__)
 template <class V, class T>
@@ -239,12 +262,12 @@ WA_INLINE void for_rest(size_t at, size_t n, const Each& each) {
     }
 }
 
-// each(width, at) for all of [0, n)
-template <class Acc, class Each>
-WA_INLINE void for_each(size_t n, const Each& each) {
+// each(width, at) for all of [0, n); `bulk` is the width of all but the last values.
+template <class Acc, class Each, class Bulk = OneVector>
+WA_INLINE void for_each(size_t n, const Each& each, Bulk bulk = {}) {
     constexpr size_t kLanes = Simd<Acc>::kLanes;
     size_t at = 0;
-    for (; at + kLanes <= n; at += kLanes) each(OneVector{}, at);
+    for (; at + kLanes <= n; at += kLanes) each(bulk, at);
     for_rest(at, n, each);
 }
 
