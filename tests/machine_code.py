@@ -7,6 +7,8 @@ import subprocess
 from collections.abc import Iterator
 
 Function = list[tuple[int, str]]  # address and instruction
+# Between a jump and the loop behind it, these would look like a second way into the loop.
+PADDING = r"(data16 |cs )*nop|xchg +%ax,%ax"
 
 
 def functions(path: pathlib.Path) -> Iterator[tuple[str, Function]]:
@@ -15,7 +17,7 @@ def functions(path: pathlib.Path) -> Iterator[tuple[str, Function]]:
     parts = re.split(r"^[0-9a-f]+ <(.*)>:\n", listing, flags=re.MULTILINE)[1:]
     for name, body in zip(parts[::2], parts[1::2], strict=True):
         found = re.findall(r"^\s+([0-9a-f]+):\s+(.*)$", body, re.MULTILINE)
-        yield name, [(int(address, 16), instruction) for address, instruction in found]
+        yield name, [(int(address, 16), each) for address, each in found if not re.match(PADDING, each)]
 
 
 def innermost_loops(code: Function) -> list[list[str]]:

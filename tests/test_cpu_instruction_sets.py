@@ -62,6 +62,7 @@ def check_all():
     assert library.cpu_kernels() == os.environ[VARIABLE]
     assert keeps_payload() == has_conversions(os.environ[VARIABLE])
     check_values()
+    check_streams()
     check_conversions()
 
 
@@ -90,6 +91,27 @@ def check_values():
         x, weight = normal(2, 5, 7, 21, std=3, dtype=dtype), normal(4, 5, 3, 3, dtype=weight_dtype)
         for padding, order in itertools.product([0, ((1, 0), (2, 3))], [(0, 1, 2, 3), (0, 2, 3, 1)]):
             check_prepare(dense(x, order), weight, padding=padding, activation=activation, dtype=out)
+
+
+def check_streams():
+    """The results of a list so long that they are written past the caches are bitwise those of each weight alone: of
+    filters that fill whole lines of the cache, and of others between them."""
+    shapes = (24, 64, 3, 1), (5, 7, 7, 3), (3, 512, 3, 3), (7, 1, 3, 3)
+    for (weight_dtype, dtype), memory_format in itertools.product(PAIRS, (torch.preserve_format, torch.channels_last)):
+        shaped = [normal(*shape, dtype=weight_dtype, seed=i) for i, shape in enumerate(shapes)]
+        weights = [*shaped, torch.ones(2048, 4097, dtype=weight_dtype)]
+        gains = [normal(len(w), mean=1, std=0.3, seed=i) for i, w in enumerate(weights)]
+        grads = [normal(*w.shape, dtype=dtype, seed=i + 9) for i, w in enumerate(shaped)] + [torch.zeros(2048, 4097)]
+        leaves = [t.requires_grad_() for t in (*weights, *gains)]
+        options = {"dtype": dtype, "memory_format": memory_format, "eps": 1e-3, "scale": 1.3}
+        streamed = wa.align_foreach(weights, gains, **options)
+        gradients = torch.autograd.grad(streamed, leaves, [g.to(dtype) for g in grads])
+        for i, (weight, gain, grad) in enumerate(zip(weights[:-1], gains, grads, strict=False)):
+            alone = wa.align(weight, gain, **options)
+            assert torch.equal(streamed[i], alone), (weight.shape, weight_dtype, dtype)
+            expected = torch.autograd.grad(alone, (weight, gain), grad)
+            for found, want in zip((gradients[i], gradients[len(weights) + i]), expected, strict=True):
+                assert torch.equal(found, want), (weight.shape, weight_dtype, dtype)
 
 
 def check_conversions():

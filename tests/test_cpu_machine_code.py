@@ -16,8 +16,9 @@ pytestmark = pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), r
 
 CPU = pathlib.Path(__file__).parents[1] / "csrc/cpu"
 SETS = {"xmm": "x86-64", "ymm": "x86-64-v3", "zmm": "x86-64-v4"}  # instruction sets by their registers
-STRAIGHT = r"(forward_filter|backward_filter|convert|add|activate|differentiate)<(float|double).*>\(.*\)"
+STRAIGHT = r"(forward_filter|backward_filter|write_each|convert|add|activate|differentiate)<(float|double).*>\(.*\)"
 VECTORS = r"^v?(add|sub|mul|div|fn?m(add|sub)\w*)p[sd]\b|^vcvt(ph2ps|ps2ph) .*%[yz]mm|^v?p(srl|sll)d\b"
+STREAMED = r"^v?movnt"
 VALUES = r"^v?(add|sub|mul|div|fn?m(add|sub)\w*)s[sd]\b|^call"  # scalar: a row's remainder, or libm
 
 
@@ -49,8 +50,15 @@ def test_loops_of_the_library_do_not_spill():
     conversions = 3 if b"clang version" in native_library.PATH.read_bytes() else 4  # clang inlines one more
     for register in SETS:
         names = {name for r, name, _ in loops if r == register}
-        for function in ("forward_filter<", "backward_filter<"):
-            assert sum(function in name for name in names) == 10, (register, sorted(names))  # pairs of dtypes
+        streaming = {name for r, name, loop in loops if r == register and any(re.match(STREAMED, i) for i in loop)}
+        # 10 pairs of dtypes, and what is written of each: forward and backward, through the caches and past them.
+        for start, found, count in (
+            ("void forward_filter<", names, 10),
+            ("double backward_filter<", names, 10),
+            ("void write_each<", names, 20),
+            ("void write_each<", streaming, 20),
+        ):
+            assert sum(name.startswith(start) for name in found) == count, (register, sorted(found))
         assert sum("convert<" in name for name in names) >= conversions, (register, sorted(names))
         assert any("activate<float" in name for name in names) and any("differentiate<float" in name for name in names)
     assert_off_the_stack(loops)

@@ -46,12 +46,6 @@ WA_INLINE void sum(size_t n, double (&total)[kSums], const Term& term) {
     }
 }
 
-// write(OneVector or StreamedVector)
-template <class Write>
-WA_INLINE void write_through(bool is_streamed, const Write& write) {
-    if (is_streamed) write(StreamedVector{});
-    else write(OneVector{});
-}
 template <class T>
 bool fills_lines(const T* filters, uint32_t n) {
     return (reinterpret_cast<uintptr_t>(filters) | n * sizeof(T)) % kLineBytes == 0;
@@ -67,10 +61,19 @@ double load_gain(const AlignTask& task, uint32_t filter) {
     return 0;
 }
 
+// each(width, at) for all values of a filter, by StreamedVector or OneVector. Apart from the sums, as all loops in one
+// function share its registers.
+template <class Acc, class Each>
+WA_APART void write_each(uint32_t n, bool is_streamed, Each each) {
+    if (is_streamed) for_each<Acc>(n, each, StreamedVector{});
+    else for_each<Acc>(n, each);
+}
+
 // w: (n,) -> y: (n,), statistics: mean, rstd.
 template <class Acc, class W, class Y>
-WA_APART void forward_filter(const W* w, Y* y, uint32_t n, double scaled_gain, double eps, Acc* statistics,
+WA_APART void forward_filter(const AlignTask& task, uint32_t filter, const W* w, Y* y, Acc* statistics,
                              bool is_streamed) {
+    uint32_t n = task.n;
     Acc pivot = load<Acc>(OneValue{}, w);
     double deviation[1], moments[2];
     sum<Acc>(n, deviation, [=](auto width, size_t at, auto* sums) WA_LAMBDA {  //
@@ -84,14 +87,11 @@ WA_APART void forward_filter(const W* w, Y* y, uint32_t n, double scaled_gain, d
         sums[1] += r * r;
     });
     double rest = moments[0] * per_value, squares = moments[1] - moments[0] * rest;
-    double rstd = 1 / sqrt(squares / 2 + eps);
-    Acc correction = Acc(rest), factor = Acc(scaled_gain * rstd);
-    write_through(is_streamed, [=](auto bulk) WA_LAMBDA {
-        auto each = [=](auto width, size_t at) WA_LAMBDA {
-            __builtin_prefetch(w + n + at);
-            store<Acc>(width, y + at, (load<Acc>(width, w + at) - mean - correction) * factor);
-        };
-        for_each<Acc>(n, each, bulk);
+    double rstd = 1 / sqrt(squares / 2 + task.eps);
+    Acc correction = Acc(rest), factor = Acc(task.scale * load_gain(task, filter) * rstd);
+    write_each<Acc>(n, is_streamed, [=](auto width, size_t at) WA_LAMBDA {
+        __builtin_prefetch(w + n + at);
+        store<Acc>(width, y + at, (load<Acc>(width, w + at) - mean - correction) * factor);
     });
     statistics[0] = Acc(mean + rest);
     statistics[1] = Acc(rstd);
@@ -99,8 +99,9 @@ WA_APART void forward_filter(const W* w, Y* y, uint32_t n, double scaled_gain, d
 
 // w, g: (n,) -> dw: (n,); returns sum(g x).
 template <class Acc, class W, class G>
-WA_APART double backward_filter(const W* w, const G* g, W* dw, uint32_t n, double scaled_gain, const Acc* statistics,
-                                bool is_streamed) {
+WA_APART double backward_filter(const AlignTask& task, uint32_t filter, const W* w, const G* g, W* dw,
+                                const Acc* statistics, bool is_streamed) {
+    uint32_t n = task.n;
     Acc mean = statistics[0];
     double rstd = statistics[1], per_value = 1.0 / n, sums_[3];
     sum<Acc>(n, sums_, [=](auto width, size_t at, auto* sums) WA_LAMBDA {
@@ -111,15 +112,12 @@ WA_APART double backward_filter(const W* w, const G* g, W* dw, uint32_t n, doubl
     });
     double rest = sums_[0] * per_value, g_dot_x = (sums_[2] - rest * sums_[1]) * rstd;
     Acc correction = Acc(rest), g_mean = Acc(sums_[1] * per_value), along = Acc(g_dot_x * rstd / 2),
-        factor = Acc(scaled_gain * rstd);
-    write_through(is_streamed, [=](auto bulk) WA_LAMBDA {
-        auto each = [=](auto width, size_t at) WA_LAMBDA {
-            __builtin_prefetch(w + n + at);
-            __builtin_prefetch(g + n + at);
-            auto d = load<Acc>(width, w + at) - mean - correction;
-            store<Acc>(width, dw + at, (load<Acc>(width, g + at) - g_mean - d * along) * factor);
-        };
-        for_each<Acc>(n, each, bulk);
+        factor = Acc(task.scale * load_gain(task, filter) * rstd);
+    write_each<Acc>(n, is_streamed, [=](auto width, size_t at) WA_LAMBDA {
+        __builtin_prefetch(w + n + at);
+        __builtin_prefetch(g + n + at);
+        auto d = load<Acc>(width, w + at) - mean - correction;
+        store<Acc>(width, dw + at, (load<Acc>(width, g + at) - g_mean - d * along) * factor);
     });
     return g_dot_x;
 }
@@ -140,13 +138,12 @@ void forward(const AlignList& list, const AlignTask& task, const W* weight, Y* o
     for (uint32_t filter = first; filter < last; ++filter) {
         const W* w = weight + size_t(filter) * task.n;
         Y* y = out + size_t(filter) * task.n;
-        double scaled_gain = task.scale * load_gain(task, filter);
         Acc* row = statistics + 2 * size_t(filter);
         if (task.transposed_columns == 0) {
-            forward_filter<Acc>(w, y, task.n, scaled_gain, task.eps, row, is_streamed);
+            forward_filter<Acc>(task, filter, w, y, row, is_streamed);
         } else {
             auto staged = static_cast<Acc*>(scratch);
-            forward_filter<Acc>(w, staged, task.n, scaled_gain, task.eps, row, false);
+            forward_filter<Acc>(task, filter, w, staged, row, false);
             transpose<Acc>(staged, y, task.n / task.transposed_columns, task.transposed_columns);
         }
     }
@@ -164,14 +161,14 @@ void backward(const AlignList& list, const AlignTask& task, const W* weight, con
         const W* w = weight + size_t(filter) * task.n;
         const G* g = grad + size_t(filter) * task.n;
         auto dw = static_cast<W*>(task.out) + size_t(filter) * task.n;
-        double scaled_gain = task.scale * load_gain(task, filter), g_dot_x;
+        double g_dot_x;
         const Acc* row = statistics + 2 * size_t(filter);
         if (task.transposed_columns == 0) {
-            g_dot_x = backward_filter<Acc>(w, g, dw, task.n, scaled_gain, row, is_streamed);
+            g_dot_x = backward_filter<Acc>(task, filter, w, g, dw, row, is_streamed);
         } else {
             auto staged = static_cast<Acc*>(scratch);
             transpose<Acc>(g, staged, task.transposed_columns, task.n / task.transposed_columns);
-            g_dot_x = backward_filter<Acc>(w, staged, dw, task.n, scaled_gain, row, is_streamed);
+            g_dot_x = backward_filter<Acc>(task, filter, w, staged, dw, row, is_streamed);
         }
         grad_gain[filter] = Acc(task.scale * g_dot_x);
     }
