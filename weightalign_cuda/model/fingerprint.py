@@ -55,5 +55,6 @@ def why_not_plain(layer: Aligned) -> str | None:
 
 
 def is_trained(layer: Aligned) -> bool:
-    weight, gain = layer._parameters["weight"], layer._parameters["gain"]
+    parameters = layer._parameters
+    weight, gain = parameters["weight"], parameters["gain"]
     return weight.requires_grad or (gain is not None and gain.requires_grad)  # type: ignore[union-attr]

@@ -82,18 +82,14 @@ class Foreach:
 
     def start(self, root: nn.Module, is_traced: bool) -> None:
         modules = all_modules(root)
-        layers = aligned_layers(modules)
-        forward = ModelForward(root, layers, lambda: self.align(layers), is_traced)
+        sources = [source for layer in aligned_layers(modules) if isinstance(source := _join(layer), ForeachSource)]
+        forward = ModelForward(root, sources, lambda: self.align(sources), is_traced)
         running.forwards.append(forward)  # before anything can raise: `finish` is always called
         check_unsharded(modules, *UNSHARDED)
-        if are_functorch_transforms_active():
-            return
-        for layer in layers:
-            _join(layer)
-        if is_traced:  # a compiled graph cannot call `find`
-            for layer in layers:
-                if isinstance(layer.aligned_by, ForeachSource) and (prealigned := layer.aligned_by.find()) is not None:
-                    layer.aligned_by.traced.filters = prealigned.filters
+        if is_traced and not are_functorch_transforms_active():  # a compiled graph cannot call `find`
+            for source in sources:
+                if (prealigned := source.find()) is not None:
+                    source.traced.filters = prealigned.filters
 
     def finish(self, root: nn.Module) -> None:
         forwards = running.forwards
@@ -106,32 +102,35 @@ class Foreach:
                 del forwards[i:]
                 return
 
-    def align(self, layers: Iterable[Aligned]) -> AlignedLayers:
-        is_outermost = len(running.forwards) == 1
+    def align(self, sources: Iterable[ForeachSource]) -> AlignedLayers:
+        is_outermost = len(running.forwards) == 1  # else a model around this one may have aligned the layer
         made_from = {
-            layer: state for layer in layers if _takes_part(layer, is_outermost) and (state := fingerprint(layer))
+            source: state
+            for source in sources
+            if (is_outermost or source.find() is None) and (state := fingerprint(source.layer))
         }
-        filters = self.filters_of(list(made_from))
+        filters = self.filters_of([source.layer for source in made_from])
         logger.debug("foreach: %d layers aligned together", len(filters))
-        pairs = zip(filters, made_from.values(), strict=True)
-        return dict(zip((layer.aligned_by for layer in made_from), pairs, strict=True))  # type: ignore[misc]
+        return dict(zip(made_from, zip(filters, made_from.values(), strict=True), strict=True))
 
     def filters_of(self, layers: list[Aligned]) -> list[Tensor]:
         """Of each layer, aligned in one launch for each bucket."""
         found: list[Tensor] = []
         for bucket in buckets(layers, self.buckets):
+            own = [layer.__dict__ for layer in bucket]  # whose items take a tenth of the attributes
             aligned = align_foreach(
                 [layer.filters() for layer in bucket],
-                [layer._parameters["gain"] for layer in bucket],
-                eps=[layer.eps for layer in bucket],
-                scale=[layer.scale for layer in bucket],
+                [each["_parameters"]["gain"] for each in own],
+                eps=[each["eps"] for each in own],
+                scale=[each["scale"] for each in own],
             )
             if self.buckets > 1:
                 _run_when_ready(aligned)
             found += aligned
-        # A frozen layer's filters would require grad because others' do.
-        pairs = zip(found, layers, strict=True)
-        return [t if not t.requires_grad or is_trained(layer) else t.detach() for t, layer in pairs]
+        if torch.is_grad_enabled():  # a frozen layer's filters require grad if others' do
+            pairs = zip(found, layers, strict=True)
+            found = [t if is_trained(layer) or not t.requires_grad else t.detach() for t, layer in pairs]
+        return found
 
 
 # Hooks that torch.compile calls are not compiled themselves, as their effects depend on the thread; `before` checks
@@ -162,21 +161,16 @@ def all_modules(root: nn.Module) -> list[nn.Module]:
     return list(found)
 
 
-def _join(layer: Aligned) -> None:
-    """Sets the layer's source of filters; an existing one (wa.frozen) is kept."""
-    if layer.aligned_by is None and has_plain_parameters(layer):
-        layer.aligned_by = ForeachSource(layer)
+def _join(layer: Aligned) -> Any:
+    """Sets the layer's source of filters, and returns it; an existing one (wa.frozen) is kept."""
+    source = layer.aligned_by
+    if source is None and has_plain_parameters(layer):
+        source = layer.aligned_by = ForeachSource(layer)
+    return source
 
 
 def may_take_part(layer: Aligned) -> bool:
     return (layer.aligned_by is None or isinstance(layer.aligned_by, ForeachSource)) and has_plain_parameters(layer)
-
-
-def _takes_part(layer: Aligned, is_outermost: bool) -> bool:
-    """Whether to align the layer if its parameters are plain: not if a model around this one has aligned it."""
-    _join(layer)
-    source = layer.aligned_by
-    return isinstance(source, ForeachSource) and (is_outermost or source.find() is None)
 
 
 def buckets(layers: list[Aligned], count: int) -> list[list[Aligned]]:

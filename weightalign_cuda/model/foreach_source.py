@@ -6,7 +6,7 @@ import threading
 from typing import Any
 
 from torch import Tensor
-from torch.compiler import is_compiling
+from torch.compiler import is_dynamo_compiling
 
 from ..nn.layers import Aligned
 from ..torch_private import are_functorch_transforms_active, backward_keeps_graph, current_graph_task_id
@@ -39,11 +39,12 @@ class ForeachSource:
         self.traced = _Traced()
 
     def __call__(self) -> Tensor:
-        if is_compiling():
+        if is_dynamo_compiling():
             filters = self.traced.filters
         else:
             forwards = running.forwards
-            filters = forwards[0].filters_for_unchanged(self) if forwards else None
+            # Without a forward: an exporter's, if one traces this without torch.compile.
+            filters = forwards[0].filters_for_unchanged(self) if forwards else self.traced.filters
             if filters is None:
                 prealigned = self.find()
                 filters = self.kept_filters() if prealigned is None else prealigned.filters
@@ -85,7 +86,7 @@ class ForeachSource:
         return why_not_plain(self.layer) or "it is not part of the model whose forward runs"
 
     def _layer_name(self) -> str:
-        of_this = [forward for forward in running.forwards if self.layer in forward.layers]
+        of_this = [forward for forward in running.forwards if self in forward.sources]
         return repr(of_this[0].name_of(self.layer)) if of_this else f"a {type(self.layer).__name__}"
 
     def kept_filters(self) -> Tensor | None:

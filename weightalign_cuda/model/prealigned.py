@@ -8,12 +8,17 @@ from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, is_grad_enabled, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from ..functional.checks import device_type, result_dtype, untraced_autocast_dtype
+from ..functional.checks import device_type, result_dtype
 from ..nn.layers import Aligned
-from ..torch_private import are_functorch_transforms_active, current_graph_task_id, top_saved_tensors_hooks
+from ..torch_private import (
+    are_functorch_transforms_active,
+    current_graph_task_id,
+    is_any_autocast_enabled,
+    top_saved_tensors_hooks,
+)
 from .fingerprint import Fingerprint, fingerprint, is_trained
 from .streams import ReadyEvent
 
@@ -42,10 +47,14 @@ class PrealignedFilters:
             return "it is to be trained, but the forward of the model began without gradients"
         if filters.is_inference() and not torch.is_inference_mode_enabled():
             return "it is outside of the inference mode in which the forward of the model began"
-        wanted = result_dtype("weight", layer.weight, device_type(filters), None)
-        if filters.dtype is not wanted:
+        if filters.dtype is not (wanted := wanted_dtype(layer, filters)):
             return f"autocast asks for {wanted} here, and asked for {filters.dtype} when the filters were aligned"
         return None
+
+
+def wanted_dtype(layer: Aligned, filters: Tensor) -> torch.dtype:
+    """The dtype that the layer's filters would have if it aligned them now."""
+    return result_dtype("weight", layer.weight, device_type(filters), None)
 
 
 class ModelForward:
@@ -58,11 +67,11 @@ class ModelForward:
     """
 
     def __init__(
-        self, root: nn.Module, layers: Iterable[Aligned], align: Callable[[], AlignedLayers], is_traced: bool
+        self, root: nn.Module, sources: Iterable["ForeachSource"], align: Callable[[], AlignedLayers], is_traced: bool
     ) -> None:
         self.root = root
         self.is_traced = is_traced
-        self.layers = set(layers)
+        self.sources = set(sources)
         self.align = align
         self.backward = current_graph_task_id()
         self.hook = saving_hook()
@@ -70,11 +79,10 @@ class ModelForward:
         self.aligned: AlignedLayers | None = None
         self.prealigned: dict[ForeachSource, PrealignedFilters] = {}  # of `aligned`, those that the fast path left out
         self.events: dict[torch.device, ReadyEvent] = {}  # when `aligned` was written, on GPUs
-        self.device_type: str | None = None  # of all filters, if they agree
-        self.autocast_dtype: torch.dtype | None = None  # when they were made
+        self.was_autocast = False  # when they were made
 
     def prealigned_for(self, source: "ForeachSource") -> PrealignedFilters | None:
-        if source.layer not in self.layers:
+        if source not in self.sources:
             return None
         aligned = self._align() if self.aligned is None else self.aligned
         if source in aligned and source not in self.prealigned:
@@ -89,28 +97,30 @@ class ModelForward:
         ):
             self.aligned = {}  # `align` looks for the filters here
             self.aligned = self.align()
-            devices = {filters.device for filters, _ in self.aligned.values()}
-            self.events = {device: ReadyEvent(device) for device in devices if device.type == "cuda"}
-        if len(types := {device.type for device in devices}) == 1:
-            self.device_type = types.pop()
-            self.autocast_dtype = untraced_autocast_dtype(self.device_type)
+        if torch.cuda.is_initialized():  # asking each tensor takes longer
+            devices = {filters.device for filters, _ in self.aligned.values() if filters.is_cuda}
+            self.events = {device: ReadyEvent(device) for device in devices}
+        self.was_autocast = is_any_autocast_enabled()
         return self.aligned
 
     def filters_for_unchanged(self, source: "ForeachSource") -> Tensor | None:
-        """Fast path of `ForeachSource.find`, for an unchanged layer under unchanged modes."""
+        """Fast path of `ForeachSource.find`, for an unchanged layer under unchanged modes. (Without gradients, there is
+        nothing to keep for a checkpoint's second run, whatever its hooks.)"""
         if (
-            self.device_type is None
-            or (found := self.aligned.get(source)) is None  # type: ignore[union-attr]
-            or (not self.wants_gradients and torch.is_grad_enabled())
+            self.aligned is None
+            or (found := self.aligned.get(source)) is None
+            or (saving_hook() is not self.hook if self.wants_gradients else is_grad_enabled())
             or (self.is_inference and not torch.is_inference_mode_enabled())
             or current_graph_task_id() != self.backward
             or are_functorch_transforms_active()
-            or saving_hook() is not self.hook
-            or untraced_autocast_dtype(self.device_type) is not self.autocast_dtype
             or found[1] != fingerprint(source.layer)
+            or (
+                (self.was_autocast or is_any_autocast_enabled())
+                and found[0].dtype is not wanted_dtype(source.layer, found[0])
+            )
         ):
             return None
-        return self.ready(found[0])
+        return self.ready(found[0]) if self.events else found[0]
 
     def ready(self, filters: Tensor) -> Tensor:
         """The same filters, which the current stream may read from now on."""

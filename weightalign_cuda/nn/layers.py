@@ -51,7 +51,8 @@ class Aligned(nn.Module):
 
     def aligned_filters(self) -> Tensor:
         """The filters for the forward: from `aligned_by` if it is set, else aligned by the layer."""
-        return self.align_filters() if self.aligned_by is None else self.aligned_by()
+        aligned_by = self.aligned_by
+        return self.align_filters() if aligned_by is None else aligned_by()
 
     def align_filters(self) -> Tensor:
         """Aligns the layer's own weight, unless a launch that also prepares the input does so."""
