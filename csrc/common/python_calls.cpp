@@ -1,6 +1,7 @@
 // align_forward and align_backward as built-in functions of Python, with the arguments of the ops (dtype and memory
-// format as their numbers). On the way through torch.ops each argument is matched against the schema, boxed,
-// unboxed and boxed again, which takes several times as long as aligning a small weight.
+// format as their numbers); and the fingerprint of a layer, for which Python asks torch a dozen questions. On the way
+// through torch.ops each argument is matched against the schema, boxed, unboxed and boxed again, which takes several
+// times as long as aligning a small weight.
 //
 // The functions return None for whatever the dispatcher would not hand to the op's kernel as it is, and for arguments
 // that the kernel rejects: the caller then calls the op, which does the rest and raises the error. Errors of the work
@@ -16,6 +17,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <limits>
 #include <map>
 
@@ -34,6 +36,11 @@ WA_WEAK void Py_IncRef(PyObject*);
 WA_WEAK void Py_DecRef(PyObject*);
 WA_WEAK PyObject* PyObject_Type(PyObject*);
 WA_WEAK PyObject* PyObject_CallFunctionObjArgs(PyObject* function, ...);
+WA_WEAK PyObject* PyObject_GetAttr(PyObject*, PyObject* name);
+WA_WEAK PyObject* PyObject_GetItem(PyObject*, PyObject* key);
+WA_WEAK PyObject* PyObject_GenericGetDict(PyObject*, void*);
+WA_WEAK PyObject* PyUnicode_InternFromString(const char*);
+WA_WEAK PyObject* PyBytes_FromStringAndSize(const char*, ssize_t);
 WA_WEAK int PyObject_IsTrue(PyObject*);
 extern WA_WEAK PyObject PyFloat_Type;
 WA_WEAK double PyFloat_AsDouble(PyObject*);
@@ -113,16 +120,21 @@ double to(PyObject* object, PyObject*, double*) {
     require(type_of(object) == &PyFloat_Type);
     return PyFloat_AsDouble(object);
 }
-Tensor to(PyObject* object, PyObject*, Tensor*) {
+Tensor plain_tensor(PyObject* object) {
     PyObject* type = type_of(object);
     require(type == plain_type || type == parameter_type);
-    require(!PyObject_IsTrue(Owned(PyObject_CallFunctionObjArgs(is_negated, object, nullptr)).get()));
     AtenTensorHandle handle = nullptr;
     STABLE_TORCH_ERROR_CODE_CHECK(tensor_from(object, &handle));
     Tensor t(handle);
-    bool has_memory = false;  // wrappers and sparse tensors have none, nor have torch's zero tensors
+    bool has_memory = false;  // wrappers and sparse tensors have none
     STABLE_TORCH_ERROR_CODE_CHECK(has_storage(handle, &has_memory));
-    require(has_memory && (t.const_data_ptr() || t.numel() == 0));
+    require(has_memory);
+    return t;
+}
+Tensor to(PyObject* object, PyObject*, Tensor*) {
+    Tensor t = plain_tensor(object);
+    require(t.const_data_ptr() || t.numel() == 0);  // torch's zero tensors have no memory
+    require(!PyObject_IsTrue(Owned(PyObject_CallFunctionObjArgs(is_negated, object, nullptr)).get()));
     return t;
 }
 bool to(PyObject* object, PyObject*, bool*) { return PyObject_IsTrue(object) == 1; }
@@ -227,6 +239,36 @@ Owned backward(PyObject* const* a, PyObject* none) {
     return placed;
 }
 
+// What the layer's aligned filters are computed from, as bytes: what `fingerprint` of Python lists.
+Owned fingerprint(PyObject* const* a, PyObject* none) {
+    static const auto name = PyUnicode_InternFromString;
+    static PyObject *const parameters = name("_parameters"), *const weight = name("weight"), *const gain = name("gain"),
+                           *const eps = name("eps"), *const scale = name("scale"), *const version = name("_version"),
+                           *const requires_grad = name("requires_grad");
+    constexpr int64_t kMaxRank = 16;
+    int64_t found[2 * (5 + kMaxRank) + 2];
+    size_t count = 0;
+    Owned attributes(PyObject_GenericGetDict(a[0], nullptr));
+    Owned tensors(PyObject_GetItem(attributes.get(), parameters));
+    for (PyObject* key : {weight, gain}) {
+        Owned object(PyObject_GetItem(tensors.get(), key));
+        if (object.get() == none && key == gain) continue;
+        Tensor t = plain_tensor(object.get());
+        require(t.dim() <= kMaxRank);
+        found[count++] = reinterpret_cast<intptr_t>(object.get());
+        found[count++] = PyLong_AsLong(Owned(PyObject_GetAttr(object.get(), version)).get());
+        found[count++] = PyObject_IsTrue(Owned(PyObject_GetAttr(object.get(), requires_grad)).get());
+        found[count++] = reinterpret_cast<intptr_t>(t.const_data_ptr());
+        found[count++] = int64_t(t.scalar_type());
+        for (int64_t stride : t.strides()) found[count++] = stride;
+    }
+    for (PyObject* key : {eps, scale}) {
+        double number = to(Owned(PyObject_GetItem(attributes.get(), key)).get(), none, static_cast<double*>(nullptr));
+        std::memcpy(&found[count++], &number, sizeof number);
+    }
+    return Owned(PyBytes_FromStringAndSize(reinterpret_cast<const char*>(found), count * sizeof found[0]));
+}
+
 template <Owned (*function)(PyObject* const*, PyObject*), ssize_t kCount>
 PyObject* called(PyObject* none, PyObject* const* arguments, ssize_t count) {
     try {
@@ -243,7 +285,8 @@ PyObject* called(PyObject* none, PyObject* const* arguments, ssize_t count) {
 }
 
 PyMethodDef definitions[] = {{"align_forward", called<forward, 6>, METH_FASTCALL, nullptr},
-                             {"align_backward", called<backward, 6>, METH_FASTCALL, nullptr}};
+                             {"align_backward", called<backward, 6>, METH_FASTCALL, nullptr},
+                             {"fingerprint", called<fingerprint, 1>, METH_FASTCALL, nullptr}};
 
 }  // namespace
 
@@ -253,7 +296,7 @@ void serve_python_calls(int32_t device_type, const AlignBackend& forward, const 
 
 }  // namespace wa
 
-// (align_forward, align_backward), or None if torch is older. Called through ctypes, once.
+// (align_forward, align_backward, fingerprint), or None if torch is older. Called through ctypes, once.
 extern "C" __attribute__((visibility("default"))) PyObject* wa_python_calls(PyObject* tensor, PyObject* parameter,
                                                                             PyObject* is_neg, PyObject* none) {
     using namespace wa;
@@ -266,5 +309,5 @@ extern "C" __attribute__((visibility("default"))) PyObject* wa_python_calls(PyOb
         !find(has_storage, "torch_has_storage"))
         return Py_IncRef(none), none;
     auto function = [&](PyMethodDef& definition) { return Owned(PyCFunction_NewEx(&definition, none, nullptr)); };
-    return tuple_of(function(definitions[0]), function(definitions[1])).release();
+    return tuple_of(function(definitions[0]), function(definitions[1]), function(definitions[2])).release();
 }

@@ -24,9 +24,9 @@ class Library:
     cuda_driver: Callable[[], int] = lambda: 0
     # The instruction set of the CPU kernels in use, such as "avx2"; or what is wrong with WEIGHTALIGN_CPU.
     cpu_kernels: Callable[[], str] = lambda: "none"
-    # align_forward and align_backward, called without torch's dispatcher. They return None for what they do not take:
-    # without the library, or with a torch before 2.14, that is everything.
-    python_calls: tuple[Callable[..., Any], Callable[..., Any]] = (lambda *_: None, lambda *_: None)
+    # align_forward and align_backward, called without torch's dispatcher, and the fingerprint of a layer. They return
+    # None for what they do not take: without the library, or with a torch before 2.14, that is everything.
+    python_calls: tuple[Callable[..., Any], ...] = (lambda *_: None,) * 3
 
 
 def load() -> Library:
