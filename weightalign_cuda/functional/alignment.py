@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.compiler import is_compiling
+from torch.compiler import is_dynamo_compiling
 from torch.overrides import handle_torch_function, has_torch_function
 
 from ..ops.autograd import align_directly
@@ -166,7 +166,7 @@ def _aligned_directly(
     """The fast path of arguments that the native op can take as they are, in one launch. It checks them much faster
     than Python, but does not say what is wrong: None for all others."""
     first = weights[0]
-    if is_compiling() or type(first) not in TENSORS or choose(device_type_ := device_type(first)) not in NATIVE:
+    if is_dynamo_compiling() or type(first) not in TENSORS or choose(device_type_ := device_type(first)) not in NATIVE:
         return None
     own = first.dtype
     if dtype is None:
