@@ -12,6 +12,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from ..functional.checks import check_module, device_type, untraced_autocast_dtype
 from ..nn.layers import Aligned, aligned_by, aligned_layers
 from ..nn.parameters import parameter
+from ..ops import direct
 from ..torch_private import are_functorch_transforms_active, is_functorch_wrapped
 from .fingerprint import fingerprint_with
 from .shard_group import GatheredFilters
@@ -84,7 +85,8 @@ class _Kept:
             or is_captured(weight)
         ):
             return layer.align_filters()
-        made_from = fingerprint_with(layer, weight, gain), layer.training, untraced_autocast_dtype(device_type(weight))
+        state = direct.fingerprint(layer) or fingerprint_with(layer, weight, gain)
+        made_from = state, layer.training, untraced_autocast_dtype(device_type(weight))
         if made_from != self.made_from:
             # Not an inference tensor: it may be used after an inner inference_mode has ended.
             with torch.inference_mode(False), torch.no_grad():
