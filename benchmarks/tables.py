@@ -21,7 +21,7 @@ PLACE = re.compile(rf"<!-- table of benchmarks/tables.py: (\w+) -->\n.*?{END}", 
 NEWEST = "epyc-avx2-2-cores.jsonl"
 MACHINES = {
     NEWEST: "AVX2 without AVX-512",
-    "xeon-avx512-2-cores.jsonl": "AVX-512 (Sapphire Rapids)",
+    "xeon-avx512-2-cores.jsonl": "AVX-512 and AMX",
 }
 RIVALS = {
     "eager": "the formula in eager PyTorch",
