@@ -239,7 +239,7 @@ Owned backward(PyObject* const* a, PyObject* none) {
     return placed;
 }
 
-// What the layer's aligned filters are computed from, as bytes: what `fingerprint` of Python lists.
+// What the layer's aligned filters are computed from, as bytes: what `fingerprint_with` of fingerprint.py lists.
 Owned fingerprint(PyObject* const* a, PyObject* none) {
     static const auto name = PyUnicode_InternFromString;
     static PyObject *const parameters = name("_parameters"), *const weight = name("weight"), *const gain = name("gain"),
