@@ -75,7 +75,8 @@ double half_error(uint32_t n) {
     AlignTask floats{same.data(), nullptr, aligned.data(),  nullptr,         kEps,           kScale, n, 1,
                      0,           0,       DType::kFloat32, DType::kFloat32, DType::kFloat32};
     for (const AlignTask* task : {&halves, &floats}) {
-        cpu::baseline::align_forward({task, 1, nullptr, statistics.data(), nullptr, false}, *task, 0, 1, nullptr, false);
+        cpu::baseline::align_forward({task, 1, nullptr, statistics.data(), nullptr, false}, *task, 0, 1, nullptr,
+                                     false);
     }
     double worst = 0;
     for (uint32_t i = 0; i < n; ++i) worst = std::max(worst, std::abs(half(out[i]) - aligned[i]));
