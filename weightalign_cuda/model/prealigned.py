@@ -43,7 +43,7 @@ class PrealignedFilters:
         if self.made_from != fingerprint(layer):
             return "its weight, gain, eps or scale has changed since"
         filters = self.filters
-        if torch.is_grad_enabled() and not filters.requires_grad and is_trained(layer):
+        if is_grad_enabled() and not filters.requires_grad and is_trained(layer):
             return "it is to be trained, but the forward of the model began without gradients"
         if filters.is_inference() and not torch.is_inference_mode_enabled():
             return "it is outside of the inference mode in which the forward of the model began"
@@ -75,7 +75,7 @@ class ModelForward:
         self.align = align
         self.backward = current_graph_task_id()
         self.hook = saving_hook()
-        self.is_inference, self.wants_gradients = torch.is_inference_mode_enabled(), torch.is_grad_enabled()
+        self.is_inference, self.wants_gradients = torch.is_inference_mode_enabled(), is_grad_enabled()
         self.aligned: AlignedLayers | None = None
         self.prealigned: dict[ForeachSource, PrealignedFilters] = {}  # of `aligned`, those that the fast path left out
         self.events: dict[torch.device, ReadyEvent] = {}  # when `aligned` was written, on GPUs
@@ -120,7 +120,7 @@ class ModelForward:
             )
         ):
             return None
-        return self.ready(found[0]) if self.events else found[0]
+        return self.ready(found[0])
 
     def ready(self, filters: Tensor) -> Tensor:
         """The same filters, which the current stream may read from now on."""

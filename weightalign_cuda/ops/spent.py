@@ -19,19 +19,25 @@ MIN_VALUES = 32768
 
 def which_are_spent(grads: Sequence[Tensor]) -> list[bool]:
     """Of each gradient, the argument of the backward of an autograd.Function. Of CPU tensors only."""
+    return [found is not None and all(map(operator.le, found, _holders_of_spent())) for found in _holders_of(grads)]
+
+
+def _holders_of(grads: Sequence[Tensor]) -> list[tuple[int, ...] | None]:
+    """Of each gradient whose memory is worth it."""
     return [
-        grad.numel() >= MIN_VALUES
-        and (found := _holders(grad)) is not None
-        and all(map(operator.le, found, _holders_of_spent()))
+        _holders(grad)
+        if grad.numel() >= MIN_VALUES
+        and type(grad) is Tensor
+        and grad.is_cpu
+        and has_storage(grad)  # sparse and batched tensors have none
+        else None
         for grad in grads
     ]
 
 
-def _holders(grad: Tensor) -> tuple[int, ...] | None:
+def _holders(grad: Tensor) -> tuple[int, ...]:
     """How many references there are: to the tensor, in Python and in torch, and to its storage. Then whether the memory
     is not torch's own, as NumPy's, whether other processes see it, and how much of it is not the gradient's."""
-    if type(grad) is not Tensor or not grad.is_cpu or not has_storage(grad):  # sparse and batched tensors have none
-        return None
     storage = grad.untyped_storage()
     return (
         sys.getrefcount(grad), grad._use_count(), sys.getrefcount(storage), storage_holders(storage._cdata),
@@ -52,7 +58,7 @@ def _holders_of_spent() -> tuple[int, ...]:
 
         @staticmethod
         def backward(ctx: Any, *grads: Tensor) -> Tensor:
-            counted.extend([_holders(grad) for grad in grads])
+            counted.extend(_holders_of(grads))
             return grads[0]
 
     with torch.inference_mode(False), torch.enable_grad():
