@@ -26,6 +26,8 @@ TESTS = [
     "cpu_instruction_sets",
     "past_checks",
     "any_input",
+    "spent",
+    "reusable",
 ]
 OPTIONS = {
     "ASAN_OPTIONS": "detect_leaks=0:allocator_may_return_null=1",

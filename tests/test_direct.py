@@ -17,7 +17,7 @@ from weightalign_cuda.ops import direct
 
 NUMBERS = 6, 1  # float32, preserve_format
 needs_torch_2_14 = pytest.mark.skipif(
-    direct.forward([torch.ones(2, 2)], [None], [1.0], [1.0], *NUMBERS) is None,
+    direct.forward([torch.ones(2, 2)], [None], [1.0], [1.0], *NUMBERS, None) is None,
     reason="before torch 2.14 all is declined",
 )
 pytestmark = needs_torch_2_14
@@ -132,8 +132,8 @@ NOT_AS_THEY_ARE = {
 @pytest.mark.parametrize("change", NOT_AS_THEY_ARE.values(), ids=NOT_AS_THEY_ARE)
 def test_tensors_that_are_declined(change, device, capfd):
     weight, gain = usual(device)
-    (aligned,), statistics = direct.forward([weight], [gain], [1e-5], [1.0], *NUMBERS)
-    options = [1e-5], [1.0], *NUMBERS
+    (aligned,), statistics = direct.forward([weight], [gain], [1e-5], [1.0], *NUMBERS, None)
+    options = [1e-5], [1.0], *NUMBERS, None
     backward = lambda grad, w, g, s: direct.backward([grad], [w], [g], s, [1.0], [False])  # noqa: E731
     assert backward(aligned, weight, gain, statistics)
     assert direct.forward([change(weight)], [gain], *options) is None
@@ -186,10 +186,10 @@ TWICE = {"gains": None, "eps": 1.0, "scales": 1.0}
 def test_arguments_that_are_declined(arguments):
     """With no error left for whatever Python does next."""
     given = {"weights": [torch.ones(4, 3)], "gains": [None], "eps": [1e-5], "scales": [1.0], "dtype": 6}
-    given |= {"memory_format": 1} | arguments
+    given |= {"memory_format": 1, "memory": None} | arguments
     assert direct.forward(*given.values()) is None
     assert direct.forward(*list(given.values())[:-1]) is None
-    assert len(given) == 6
+    assert len(given) == 7
 
 
 def test_modes_transforms_tracers_and_profilers_close_it(device):
@@ -242,9 +242,9 @@ def test_reference_counts(device):
 
     def calls():
         for _ in range(100):
-            (aligned,), statistics = direct.forward(*lists, *NUMBERS)
+            (aligned,), statistics = direct.forward(*lists, *NUMBERS, None)
             direct.backward((aligned,), (weight,), (gain,), statistics, [number], [False])
-            direct.forward([weight], [None], [0.0], [1.0], *NUMBERS)
+            direct.forward([weight], [None], [0.0], [1.0], *NUMBERS, None)
         return [weakref.ref(aligned), weakref.ref(statistics)]
 
     def most_added():

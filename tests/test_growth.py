@@ -42,7 +42,7 @@ def align_backward():
 
 
 def direct_backward():
-    if (results := direct.forward([WEIGHT], [GAIN], *OPTIONS)) is not None:
+    if (results := direct.forward([WEIGHT], [GAIN], *OPTIONS, None)) is not None:
         return direct.backward(results[0], [WEIGHT], [GAIN], results[1], [1.7], [False])
 
 
@@ -60,9 +60,9 @@ CALLS = {
     "error of a check": lambda: failing(wa.align, WEIGHT, WEIGHT),
     "error of an op": lambda: failing(native.align_forward, [WEIGHT], [WEIGHT], *OPTIONS),
     "error of an op in a list": lambda: failing(native.align_forward, [WEIGHT] * 2, [GAIN, GAIN[1:]], *OPTIONS),
-    "declined": lambda: failing(direct.forward, [WEIGHT], [WEIGHT], *OPTIONS),
-    "declined, at its last item": lambda: failing(direct.forward, [WEIGHT] * 2, [GAIN, 1], *OPTIONS),
-    "declined numbers": lambda: failing(direct.forward, [WEIGHT], [GAIN], [0.4], [None], 6, 1),
+    "declined": lambda: failing(direct.forward, [WEIGHT], [WEIGHT], *OPTIONS, None),
+    "declined, at its last item": lambda: failing(direct.forward, [WEIGHT] * 2, [GAIN, 1], *OPTIONS, None),
+    "declined numbers": lambda: failing(direct.forward, [WEIGHT], [GAIN], [0.4], [None], 6, 1, None),
     "declined backward": lambda: failing(direct.backward, [WEIGHT], [WEIGHT], [None], GAIN, [1.7], [False]),
 }
 
@@ -125,7 +125,7 @@ def exhaust():
         "backward": lambda: torch.autograd.grad(aligned, leaves, grads, retain_graph=True),
         "prepare": lambda: wa.prepare(image, weights[0].view(1 << 12, 1, 1 << 12, 1), activation="relu", padding=1),
         "op": lambda: native.align_forward(weights, [None] * 3, [0.1] * 3, [1.0] * 3, F32, torch.preserve_format),
-        "direct": lambda: direct.forward(weights, [None] * 3, [0.1] * 3, [1.0] * 3, 6, 1),
+        "direct": lambda: direct.forward(weights, [None] * 3, [0.1] * 3, [1.0] * 3, 6, 1, None),
     }
     unlimited = resource.getrlimit(resource.RLIMIT_AS)
     for name, call in calls.items():

@@ -272,7 +272,7 @@ def test_small_gradients_are_not_asked_about(monkeypatch):
 
 def test_a_wrong_list_is_declined():
     weight, gain, _ = aligned_of()
-    _, statistics = direct.forward([weight.detach()], [gain.detach()], [0.03], [1.7], 6, 1)
+    _, statistics = direct.forward([weight.detach()], [gain.detach()], [0.03], [1.7], 6, 1, None)
     call = ([GRAD.clone()], [weight.detach()], [gain.detach()], statistics, [1.7])
     assert direct.backward(*call, [False]) is not None
     for wrong in ([], [False, True], None, 1):

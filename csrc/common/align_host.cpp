@@ -25,13 +25,21 @@ struct Target {
     std::optional<Tensor> staged;
     int64_t transposed_columns = 0;
     explicit Target(const Tensor& spent) : result(spent) {}
-    Target(const Source& source, const int64_t* strides, ScalarType dtype, int64_t max_transposed)
-        : result(empty_strided(source.tensor, source.tensor.dim(), source.tensor.sizes().data(), strides, dtype)) {
+    Target(const Source& source, const int64_t* strides, ScalarType dtype, int64_t max_transposed,
+           const std::optional<Tensor>& memory = {})
+        : result(made(source.tensor, strides, dtype, memory)) {
         const int64_t* order = strides_of(source.tensor);
         if (same_order(result, order, strides)) return;
         if (result.numel() <= max_transposed * result.size(0))  // a limit per filter
             transposed_columns = wa::transposed_columns(result, order, strides);
         if (transposed_columns == 0) staged = empty_strided(result, result.dim(), result.sizes().data(), order, dtype);
+    }
+    static Tensor made(const Tensor& shape, const int64_t* strides, ScalarType dtype,
+                       const std::optional<Tensor>& memory) {
+        const int64_t rank = shape.dim(), *sizes = shape.sizes().data();
+        if (memory && memory->scalar_type() == dtype && memory->numel() == shape.numel())
+            return in_memory_of(*memory, rank, sizes, strides, 0);
+        return empty_strided(shape, rank, sizes, strides, dtype);
     }
     void* written() const { return (staged ? *staged : result).data_ptr(); }
     void finish() {
@@ -169,7 +177,7 @@ DType dtype_of(ScalarType type) {
 AlignForwardResult forward_beside(const InputWork* input, const AlignBackend& backend,
                                   const std::vector<Tensor>& weights, const std::vector<std::optional<Tensor>>& gains,
                                   const std::vector<double>& eps, const std::vector<double>& scales, ScalarType dtype,
-                                  MemoryFormat memory_format) {
+                                  MemoryFormat memory_format, const std::vector<std::optional<Tensor>>& memory) {
     STD_TORCH_CHECK(eps.size() == weights.size() && scales.size() == weights.size(),
                     "eps, scales: want one for each weight");
     TaskList list(weights, gains, input);
@@ -183,7 +191,7 @@ AlignForwardResult forward_beside(const InputWork* input, const AlignBackend& ba
     for (size_t i = 0; i < weights.size(); ++i) {
         sources.emplace_back(weights[i]);
         targets.emplace_back(sources[i], result_strides(weights[i], memory_format, storage), dtype,
-                             list.max_transposed(backend));
+                             list.max_transposed(backend), memory.empty() ? std::nullopt : memory[i]);
         AlignTask& task = list.add(sources[i], gains[i], eps[i], scales[i], dtype);
         task.out = targets[i].written();
         task.transposed_columns = uint32_t(targets[i].transposed_columns);

@@ -41,10 +41,11 @@ AlignBackwardResult align_backward(const AlignBackend& backend, const std::vecto
 
 // The same, and a convolution's input prepared with them unless it is null; with one, the lists may be empty. Gradients
 // that are `spent`, seen by nobody else, become those of the weights where the backend, dtype and strides allow it.
+// Likewise an aligned weight has the `memory` of a former one, dense and seen by nobody any more, if that is as large.
 AlignForwardResult forward_beside(const InputWork* input, const AlignBackend& backend,
                                   const std::vector<Tensor>& weights, const std::vector<std::optional<Tensor>>& gains,
                                   const std::vector<double>& eps, const std::vector<double>& scales, ScalarType dtype,
-                                  MemoryFormat memory_format);
+                                  MemoryFormat memory_format, const std::vector<std::optional<Tensor>>& memory = {});
 AlignBackwardResult backward_beside(const InputWork* input, const AlignBackend& backend,
                                     const std::vector<Tensor>& grads, const std::vector<Tensor>& weights,
                                     const std::vector<std::optional<Tensor>>& gains, const Tensor& statistics,

@@ -116,6 +116,12 @@ Tensor empty_strided(const Tensor& like, int64_t rank, const int64_t* sizes, con
     return Tensor(handle);
 }
 
+Tensor in_memory_of(const Tensor& t, int64_t rank, const int64_t* sizes, const int64_t* strides, int64_t offset) {
+    AtenTensorHandle handle = nullptr;
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(t.get(), rank, sizes, strides, offset, &handle));
+    return Tensor(handle);
+}
+
 Tensor in_order(const Tensor& t, const int64_t* strides) {
     if (same_order(t, strides_of(t), strides)) return t;
     Tensor copy = empty_strided(t, t.dim(), t.sizes().data(), strides, t.scalar_type());

@@ -47,6 +47,9 @@ inline bool on_same_device(const Tensor& a, const Tensor& b) { return a.get_devi
 // An uninitialised tensor on the device of `like`.
 Tensor empty_strided(const Tensor& like, int64_t rank, const int64_t* sizes, const int64_t* strides, ScalarType dtype);
 
+// A new tensor in the memory of another, this many elements behind its first.
+Tensor in_memory_of(const Tensor& t, int64_t rank, const int64_t* sizes, const int64_t* strides, int64_t offset);
+
 // The tensor itself if its elements are already in this order, else a copy that is.
 Tensor in_order(const Tensor& t, const int64_t* strides);
 

@@ -21,6 +21,8 @@
 #include <limits>
 #include <map>
 
+#include "layout.h"
+
 extern "C" {
 #define WA_WEAK __attribute__((weak))
 struct PyObject;
@@ -181,6 +183,7 @@ const Backends& backends_of(const std::vector<Tensor>& weights, const std::vecto
     return found->second;
 }
 
+// As the op; the last argument is None or, for each aligned weight, a tensor whose memory it may have, or None.
 Owned forward(PyObject* const* a, PyObject* none) {
     auto weights = list<Tensor>(a[0], none);
     auto gains = list<std::optional<Tensor>>(a[1], none);
@@ -192,21 +195,25 @@ Owned forward(PyObject* const* a, PyObject* none) {
     require(format_number >= 0 && format_number <= long(MemoryFormat::ChannelsLast3d));
     auto dtype = torch::stable::detail::to<ScalarType>(torch::stable::detail::from(int32_t(dtype_number)));
     auto format = MemoryFormat(format_number);
+    std::vector<std::optional<Tensor>> memory;
+    if (a[6] != none) memory = list<std::optional<Tensor>>(a[6], none);
+    require(memory.empty() || memory.size() == weights.size());
+    for (const auto& each : memory) {
+        require(!each || device_type_of(*each) == device_type_of(weights[0]));
+        if (each) check_memory("memory", *each);
+    }
     const AlignBackend& backend = *backends_of(weights, gains).forward;
     return from([&] {
         AsAnOp scope;
-        return align_forward(backend, weights, gains, eps, scales, dtype, format);
+        return forward_beside(nullptr, backend, weights, gains, eps, scales, dtype, format, memory);
     }());
 }
 
 // The gain's part of a list's gradients, in its shape.
 Tensor part(const Tensor& grad_gains, const Tensor& gain, int64_t offset) {
     if (gain.dim() == 1 && gain.numel() == grad_gains.numel()) return grad_gains;
-    AtenTensorHandle handle = nullptr;
     const std::vector<int64_t> strides(gain.dim(), 1);  // all but the first dimension have one element
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(grad_gains.get(), gain.dim(), gain.sizes().data(),
-                                                                 strides.data(), offset, &handle));
-    return Tensor(handle);
+    return in_memory_of(grad_gains, gain.dim(), gain.sizes().data(), strides.data(), offset);
 }
 
 // (gradients of the weights, then of the gains): unlike the op's results, each in its tensor's shape and dtype, so that
@@ -284,7 +291,7 @@ PyObject* called(PyObject* none, PyObject* const* arguments, ssize_t count) {
     }
 }
 
-PyMethodDef definitions[] = {{"align_forward", called<forward, 6>, METH_FASTCALL, nullptr},
+PyMethodDef definitions[] = {{"align_forward", called<forward, 7>, METH_FASTCALL, nullptr},
                              {"align_backward", called<backward, 6>, METH_FASTCALL, nullptr},
                              {"fingerprint", called<fingerprint, 1>, METH_FASTCALL, nullptr}};
 

@@ -59,7 +59,7 @@ def align(
         TypeError, ValueError: naming the argument, what was expected and what was given, before anything runs.
     """
     if memory_format is torch.preserve_format:
-        aligned = _aligned_directly([weight], [gain], [eps], [scale], dtype, memory_format)
+        aligned = aligned_directly([weight], [gain], [eps], [scale], dtype, memory_format)
         if aligned is not None:
             return aligned[0]
     options: dict[str, Any] = {"eps": eps, "scale": scale, "dtype": dtype, "memory_format": memory_format}
@@ -113,7 +113,7 @@ def align_foreach(
     gains = [None] * count if gains is None else check_list("gains", gains, count)
     check_memory_format(memory_format)
     each_eps, each_scale = (v if isinstance(v, (list, tuple)) else [v] * count for v in (eps, scale))
-    at_once = _aligned_directly(weights, gains, each_eps, each_scale, dtype, memory_format) if count else None
+    at_once = aligned_directly(weights, gains, each_eps, each_scale, dtype, memory_format) if count else None
     if at_once is not None:
         return list(at_once)
     if has_torch_function((*weights, *gains)):
@@ -155,16 +155,18 @@ def _aligned(weights: Any, *arguments: Any) -> Sequence[Tensor]:
     return run("align_forward", device_type(weights[0]), weights, *arguments)[0]
 
 
-def _aligned_directly(
+def aligned_directly(
     weights: list[Any],
     gains: list[Any],
     eps: Sequence[Any],
     scales: Sequence[Any],
     dtype: torch.dtype | None,
     memory_format: torch.memory_format,
+    memory: Sequence[Tensor | None] | None = None,
 ) -> Sequence[Tensor] | None:
     """The fast path of arguments that the native op can take as they are, in one launch. It checks them much faster
-    than Python, but does not say what is wrong: None for all others."""
+    than Python, but does not say what is wrong: None for all others. The results are written to the `memory`, each of a
+    former result that nobody uses, where they fit."""
     first = weights[0]
     if is_dynamo_compiling() or type(first) not in TENSORS or choose(device_type_ := device_type(first)) not in NATIVE:
         return None
@@ -173,5 +175,5 @@ def _aligned_directly(
         dtype = own if own is torch.float64 else untraced_autocast_dtype(device_type_) or own
     elif dtype not in DTYPES:
         return None
-    results = align_directly(weights, gains, eps, scales, dtype, memory_format)
+    results = align_directly(weights, gains, eps, scales, dtype, memory_format, memory)
     return None if results is None else results[0]

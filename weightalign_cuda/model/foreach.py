@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..functional.alignment import align_foreach
+from ..functional.alignment import align_foreach, aligned_directly
 from ..nn.layers import Aligned, aligned_layers
+from ..ops.reusable import memory_of, which_are_free
 from ..torch_private import (
     FrameAction,
     FrameExecStrategy,
@@ -54,6 +55,10 @@ class Foreach:
             root.register_forward_pre_hook(self.before, prepend=True),
             root.register_forward_hook(self.after, always_call=True),
         )
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles have memory of their own."""
+        return {name: value for name, value in self.__dict__.items() if name != "memory"}
 
     def remove(self, root: nn.Module) -> None:
         for handle in self.handles:
@@ -109,20 +114,22 @@ class Foreach:
             for source in sources
             if (is_outermost or source.find() is None) and (state := fingerprint(source.layer))
         }
-        filters = self.filters_of([source.layer for source in made_from])
+        memory = which_are_free(self.__dict__.pop("memory", ()))  # popped, as other threads may run the model, too
+        filters = self.filters_of([source.layer for source in made_from], memory)
+        self.memory = memory_of(filters)
         logger.debug("foreach: %d layers aligned together", len(filters))
         return dict(zip(made_from, zip(filters, made_from.values(), strict=True), strict=True))
 
-    def filters_of(self, layers: list[Aligned]) -> list[Tensor]:
-        """Of each layer, aligned in one launch for each bucket."""
+    def filters_of(self, layers: list[Aligned], memory: Sequence[Tensor | None] = ()) -> list[Tensor]:
+        """Of each layer, aligned in one launch for each bucket, in this memory where it fits."""
         found: list[Tensor] = []
         for bucket in buckets(layers, self.buckets):
-            aligned = align_foreach(
-                [layer.filters() for layer in bucket],
-                [layer._parameters["gain"] for layer in bucket],
-                eps=[layer.eps for layer in bucket],
-                scale=[layer.scale for layer in bucket],
-            )
+            lists = [layer.filters() for layer in bucket], [layer._parameters["gain"] for layer in bucket]
+            eps, scale = [layer.eps for layer in bucket], [layer.scale for layer in bucket]
+            own = memory[len(found) : len(found) + len(bucket)] or None
+            aligned = aligned_directly(*lists, eps, scale, None, torch.preserve_format, own)
+            if aligned is None:
+                aligned = align_foreach(*lists, eps=eps, scale=scale)
             if self.buckets > 1:
                 _run_when_ready(aligned)
             found += aligned

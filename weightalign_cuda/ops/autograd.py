@@ -51,11 +51,12 @@ def align_directly(
     scales: Sequence[float],
     dtype: torch.dtype,
     memory_format: torch.memory_format,
+    memory: Sequence[Tensor | None] | None = None,
 ) -> tuple[Sequence[Tensor], Tensor] | None:
     """The native op align_forward, differentiable, without torch's dispatcher. None if it must not be left out, or if
-    anything is wrong with the arguments."""
+    anything is wrong with the arguments. Results are written to the `memory`, of a former call, where they fit."""
     options = eps, scales, _NUMBERS.get(dtype), _FORMATS[memory_format]
-    if not direct.is_open() or (results := direct.forward(weights, gains, *options)) is None:
+    if not direct.is_open() or (results := direct.forward(weights, gains, *options, memory)) is None:
         return None
     if not _wants_gradients(weights, gains):
         return results

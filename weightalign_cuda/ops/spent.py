@@ -36,12 +36,17 @@ def _holders_of(grads: Sequence[Tensor]) -> list[tuple[int, ...] | None]:
 
 
 def _holders(grad: Tensor) -> tuple[int, ...]:
-    """How many references there are: to the tensor, in Python and in torch, and to its storage. Then whether the memory
-    is not torch's own, as NumPy's, whether other processes see it, and how much of it is not the gradient's."""
-    storage = grad.untyped_storage()
+    """How many references there are to the tensor, in Python and in torch; then `storage_state`."""
+    return sys.getrefcount(grad), grad._use_count(), *storage_state(grad)
+
+
+def storage_state(t: Tensor) -> tuple[int, ...]:
+    """How many references there are to the tensor's storage, in Python and in torch; whether the memory is not torch's
+    own, as NumPy's, whether other processes see it, and whether it is not the tensor's whole memory."""
+    storage = t.untyped_storage()
     return (
-        sys.getrefcount(grad), grad._use_count(), sys.getrefcount(storage), storage_holders(storage._cdata),
-        not storage.resizable(), storage.is_shared(), storage.nbytes() - grad.nbytes,
+        sys.getrefcount(storage), storage_holders(storage._cdata),
+        not storage.resizable(), storage.is_shared(), storage.nbytes() != t.nbytes,
     )  # fmt: skip
 
 
