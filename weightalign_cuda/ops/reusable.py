@@ -2,7 +2,6 @@
 a page fault for each 4 KiB, and all of them together more than aligning the values (benchmarks/NOTES.md)."""
 
 import functools
-import operator
 from collections.abc import Sequence
 
 import torch
@@ -24,7 +23,7 @@ def which_are_free(memory: Sequence[Tensor | None]) -> list[Tensor | None]:
     """Those of `memory_of` that nothing but the list refers to, for a direct call; empty if there cannot be one."""
     if not direct.is_open():
         return []
-    return [t if t is not None and all(map(operator.le, storage_state(t), _free())) else None for t in memory]
+    return [t if t is not None and storage_state(t) == _free() else None for t in memory]
 
 
 @functools.cache
