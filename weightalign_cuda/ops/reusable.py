@@ -1,5 +1,5 @@
-"""Memory of aligned filters that those of the next forward may have, once nobody else uses it: fresh memory costs the CPU
-a page fault for each 4 KiB, and all of them together more than aligning the values (benchmarks/NOTES.md)."""
+"""Memory of aligned filters that those of the next forward may have, once nobody else uses it: fresh memory costs the
+CPU a page fault for each 4 KiB, and all of them together more than aligning the values (benchmarks/NOTES.md)."""
 
 import functools
 from collections.abc import Sequence
