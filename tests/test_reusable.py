@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import sys
 import threading
 
 import pytest
@@ -149,6 +150,28 @@ def test_held_filters_stay(hold):
     assert second[0] != first[0] and second[2] == first[2]
     assert torch.equal(values(held[0]), before)
     assert step(model, 3)[::2] == second[::2]  # memory of its own, from now on
+
+
+def test_a_debugger_changes_nothing():
+    """It reads the local variables of each frame, and so refers to them."""
+    model, held, tracer = Model(), [], sys.gettrace()
+    model.held[model[0]] = lambda filters: held.append(filters.untyped_storage())
+
+    def read(frame, *_):
+        frame.f_locals  # noqa: B018
+        return read
+
+    with torch.no_grad():
+        first = model(INPUT)[1]
+        before = values(held[0])
+        change(model, 1)
+        sys.settrace(read)
+        try:
+            second = model(INPUT)[1]
+        finally:
+            sys.settrace(tracer)
+    assert second[0] != first[0] and second[2] == first[2]
+    assert torch.equal(values(held[0]), before)
 
 
 def test_memory_of_others():

@@ -57,8 +57,10 @@ class Foreach:
         )
 
     def __getstate__(self) -> dict[str, Any]:
-        """Copies and pickles have memory of their own."""
-        return {name: value for name, value in self.__dict__.items() if name != "memory"}
+        """Copies and pickles have memory of their own. (Another thread may set this one's meanwhile.)"""
+        state = self.__dict__.copy()
+        state.pop("memory", None)
+        return state
 
     def remove(self, root: nn.Module) -> None:
         for handle in self.handles:

@@ -1,7 +1,6 @@
 """Memory of aligned filters that those of the next forward may have, once nobody else uses it: fresh memory costs the
 CPU a page fault for each 4 KiB, and all of them together more than aligning the values (benchmarks/NOTES.md)."""
 
-import functools
 from collections.abc import Sequence
 
 import torch
@@ -21,12 +20,8 @@ def memory_of(filters: Sequence[Tensor]) -> list[Tensor | None]:
 
 def which_are_free(memory: Sequence[Tensor | None]) -> list[Tensor | None]:
     """Those of `memory_of` that nothing but the list refers to, for a direct call; empty if there cannot be one."""
-    if not direct.is_open():
+    if not memory or not direct.is_open():
         return []
-    return [t if t is not None and storage_state(t) == _free() else None for t in memory]
-
-
-@functools.cache
-def _free() -> tuple[int, ...]:
-    """`storage_state` of a tensor whose memory nobody else can have."""
-    return storage_state(torch.empty(MIN_VALUES, dtype=torch.float32, device="cpu"))
+    # Each time anew, as a debugger counts in both.
+    free = storage_state(torch.empty(MIN_VALUES, dtype=torch.float32, device="cpu"))
+    return [t if t is not None and storage_state(t) == free else None for t in memory]
