@@ -8,9 +8,10 @@ import weakref
 import pytest
 import torch
 from count_ops import CountOps
+from direct_calls import OTHERS, backward, backward_arguments, is_taken
 from torch import nn
 from torch.overrides import TorchFunctionMode
-from truth import assert_near, assert_right, check_align, normal, true_results
+from truth import DTYPES, assert_near, assert_right, check_align, normal, true_results
 
 import weightalign_cuda as wa
 from weightalign_cuda.ops import direct
@@ -132,17 +133,62 @@ NOT_AS_THEY_ARE = {
 @pytest.mark.parametrize("change", NOT_AS_THEY_ARE.values(), ids=NOT_AS_THEY_ARE)
 def test_tensors_that_are_declined(change, device, capfd):
     weight, gain = usual(device)
-    (aligned,), statistics = direct.forward([weight], [gain], [1e-5], [1.0], *NUMBERS, None)
     options = [1e-5], [1.0], *NUMBERS, None
-    backward = lambda grad, w, g, s: direct.backward([grad], [w], [g], s, [1.0], [False])  # noqa: E731
-    assert backward(aligned, weight, gain, statistics)
+    (aligned,), statistics, _ = direct.forward([weight], [gain], *options)
     assert direct.forward([change(weight)], [gain], *options) is None
     assert direct.forward([weight], [change(gain)], *options) is None
-    assert backward(change(aligned), weight, gain, statistics) is None
-    assert backward(aligned, change(weight), gain, statistics) is None
-    assert backward(aligned, weight, change(gain), statistics) is None
-    assert backward(aligned, weight, gain, change(statistics)) is None
+    arguments = backward_arguments([aligned], [weight], [gain], statistics, [1.0])
+    assert is_taken(arguments)
+    assert not is_taken(arguments, grads=[change(aligned)])
+    assert not is_taken(arguments, tensors=[change(weight), gain])
+    assert not is_taken(arguments, tensors=[weight, change(gain)])
+    assert not is_taken(arguments, statistics=change(statistics))
     assert capfd.readouterr().err == ""  # torch's C API reports its errors there
+
+
+def test_backwards_that_are_declined(device):
+    """A gradient that nobody wants, or that is not there; a weight or gain that was written to."""
+    weights, gain = [normal(4, 3, 2, 2, device=device, seed=i) for i in range(2)], usual(device)[1]
+    grads, statistics, versions = direct.forward(weights, [gain, None], [0.1, 0.2], [1.0, 2.0], *NUMBERS, None)
+    assert versions is None  # as nothing requires a gradient
+    arguments = backward_arguments(grads, weights, [gain, None], statistics, [1.0, 2.0])
+    unused, both = [False] * OTHERS, [True, True]
+    assert is_taken(arguments) and is_taken(arguments, wanted=[*unused, False, True, True, False])
+    assert not is_taken(arguments, wanted=[*unused, False, True, False, False])
+    assert not is_taken(arguments, wanted=[*unused, True, False, True, False])
+    assert not is_taken(arguments, wanted=[*both, *both])
+    assert not is_taken(arguments, grads=[grads[0], None])
+    assert not is_taken(arguments, grads=[grads[0], *grads])  # with that of an input
+    assert direct.backward(*arguments) is None  # of which a graph is wanted
+    for written in *weights, gain:
+        assert is_taken(arguments)
+        with torch.no_grad():
+            written.zero_()
+        assert not is_taken(arguments)
+        arguments = backward_arguments(grads, weights, [gain, None], statistics, [1.0, 2.0])
+
+
+def test_versions(device):
+    weights, gains = zip(*(usual(device) for _ in range(2)), strict=True)
+    weights[1].zero_(), gains[0].zero_().zero_()
+    for needing in *weights, *gains:
+        needing.requires_grad_()
+        arguments = weights, gains, [0.1, 0.2], [1.0, 2.0], None, 1, None
+        assert direct.forward(*arguments)[2] == (0, 1, 2, 0)
+        assert direct.forward(weights, (gains[0], None), *arguments[2:])[2] == (
+            None if needing is gains[1] else (0, 1, 2, None)
+        )
+        with torch.no_grad():
+            assert direct.forward(*arguments)[2] is None
+        needing.requires_grad_(False)
+
+
+@pytest.mark.parametrize("own", DTYPES)
+def test_dtype_of_the_weights(own, device):
+    weight = usual(device)[0].to(own)
+    (aligned,), *_ = direct.forward([weight], [None], [0.1], [2.0], None, 1, None)
+    assert aligned.dtype == own
+    assert torch.equal(aligned, check_align(weight, eps=0.1, scale=2.0)[0])
 
 
 def test_negated_tensors_are_read_with_their_sign(device):
@@ -178,7 +224,8 @@ TWICE = {"gains": None, "eps": 1.0, "scales": 1.0}
         *({"eps": [eps]} for eps in (0.0, -1.0, float("inf"), float("nan"), True, 1, "1", None)),
         *({"scales": [scale]} for scale in (float("inf"), float("nan"), True, "1", None)),
         {"eps": [1.0, 1.0]},
-        {"dtype": None},
+        {"dtype": -1},
+        {"dtype": "6"},
         {"dtype": 7},
         {"memory_format": None},
     ],
@@ -242,8 +289,8 @@ def test_reference_counts(device):
 
     def calls():
         for _ in range(100):
-            (aligned,), statistics = direct.forward(*lists, *NUMBERS, None)
-            direct.backward((aligned,), (weight,), (gain,), statistics, [number], [False])
+            (aligned,), statistics, _ = direct.forward(*lists, *NUMBERS, None)
+            backward((aligned,), (weight,), (gain,), statistics, [number])
             direct.forward([weight], [None], [0.0], [1.0], *NUMBERS, None)
         return [weakref.ref(aligned), weakref.ref(statistics)]
 

@@ -11,6 +11,7 @@ import sysconfig
 
 import pytest
 import torch
+from direct_calls import backward
 from truth import F32, normal
 
 import weightalign_cuda as wa
@@ -43,7 +44,7 @@ def align_backward():
 
 def direct_backward():
     if (results := direct.forward([WEIGHT], [GAIN], *OPTIONS, None)) is not None:
-        return direct.backward(results[0], [WEIGHT], [GAIN], results[1], [1.7], [False])
+        return backward(results[0], [WEIGHT], [GAIN], results[1], [1.7])
 
 
 CALLS = {
@@ -63,7 +64,7 @@ CALLS = {
     "declined": lambda: failing(direct.forward, [WEIGHT], [WEIGHT], *OPTIONS, None),
     "declined, at its last item": lambda: failing(direct.forward, [WEIGHT] * 2, [GAIN, 1], *OPTIONS, None),
     "declined numbers": lambda: failing(direct.forward, [WEIGHT], [GAIN], [0.4], [None], 6, 1, None),
-    "declined backward": lambda: failing(direct.backward, [WEIGHT], [WEIGHT], [None], GAIN, [1.7], [False]),
+    "declined backward": lambda: failing(backward, [WEIGHT], [WEIGHT], [None], GAIN, [1.7]),
 }
 
 

@@ -12,6 +12,7 @@ import resource
 import subprocess
 import sys
 
+import direct_calls
 import pytest
 import torch
 from test_prepare import padded
@@ -263,23 +264,42 @@ def in_gains_shape(grad_weights, grad_gains, gains):
 
 
 def in_fresh_memory(*arguments):
-    return direct.forward(*arguments, None)
+    results = direct.forward(*arguments, None)
+    return results and results[:2]
 
 
-def without_writing_over(grads, *rest):
-    return direct.backward(grads, *rest, [False] * len(grads))
+def true_direct_forward(weights, gains, eps, scales, dtype, memory_format):
+    """dtype: the weights' if None."""
+    return true_forward(weights, gains, eps, scales, 6 if dtype is None else dtype, memory_format)
 
 
-def true_direct_backward(grads, weights, gains, *rest):
-    return in_gains_shape(*true_backward(grads, weights, gains, *rest), gains)
+def without_graph(*arguments):
+    with torch.no_grad():
+        return direct.backward(*arguments)
+
+
+def direct_backward_arguments():
+    return direct_calls.backward_arguments(*backward_arguments())
+
+
+def true_direct_backward(grads, wanted, tensors, versions, statistics, scales, which_are_spent, smallest):
+    count = len(grads)
+    assert len(tensors) == 2 * count and len(wanted) == direct_calls.OTHERS + 2 * count
+    wanted = wanted[direct_calls.OTHERS :]
+    assert all(bool(w) or bool(g) for w, g in zip(wanted[:count], wanted[count:], strict=True))
+    for tensor, version in zip(tensors, versions, strict=True):
+        assert tensor is None or tensor._version == version
+    assert isinstance(smallest, int) and max(grad.numel() for grad in grads) < smallest < 2**63
+    weights, gains = tensors[:count], tensors[count:]
+    return in_gains_shape(*true_backward(grads, weights, gains, statistics, scales), gains)
 
 
 SETS = {
     "native": {name: (getattr(native, name), *each) for name, each in OPS.items()},
     "in_triton": {name: (getattr(wa.ops.in_triton, name), *each) for name, each in OPS.items()},
     "direct": {
-        "forward": (in_fresh_memory, *OPS["align_forward"]),
-        "backward": (without_writing_over, backward_arguments, true_direct_backward),
+        "forward": (in_fresh_memory, forward_arguments, true_direct_forward),
+        "backward": (without_graph, direct_backward_arguments, true_direct_backward),
     },
 }
 

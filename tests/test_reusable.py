@@ -213,7 +213,7 @@ def test_what_fits():
     weights = [normal(4, 3, 2, seed=i) for i in range(2)]
 
     def is_used(memory):
-        results, _ = direct.forward(weights, [None] * 2, [0.1, 0.2], [1.0, 2.0], 6, 1, [None, memory])
+        results, *_ = direct.forward(weights, [None] * 2, [0.1, 0.2], [1.0, 2.0], 6, 1, [None, memory])
         for weight, eps, scale, result in zip(weights, (0.1, 0.2), (1.0, 2.0), results, strict=True):
             assert torch.equal(result, wa.align(weight, eps=eps, scale=scale))
         return results[1].data_ptr() == memory.data_ptr()

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from direct_calls import backward_arguments
 from test_direct import needs_torch_2_14
 from truth import assert_right, normal
 
@@ -270,10 +271,27 @@ def test_small_gradients_are_not_asked_about(monkeypatch):
     (wa.align(weight) * 2).sum().backward()
 
 
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_an_error_of_the_question_is_raised(error, monkeypatch):
+    def fail(grads):
+        raise error("of the question")
+
+    weight, _, aligned = aligned_of()
+    monkeypatch.setattr(spent, "_holders", fail)
+    with pytest.raises(error, match="of the question"):
+        (aligned * GRAD).sum().backward()
+    assert weight.grad is None
+
+
 def test_a_wrong_list_is_declined():
     weight, gain, _ = aligned_of()
-    _, statistics = direct.forward([weight.detach()], [gain.detach()], [0.03], [1.7], 6, 1, None)
-    call = ([GRAD.clone()], [weight.detach()], [gain.detach()], statistics, [1.7])
-    assert direct.backward(*call, [False]) is not None
-    for wrong in ([], [False, True], None, 1):
-        assert direct.backward(*call, wrong) is None
+    tensors = [weight.detach()], [gain.detach()]
+    _, statistics, _ = direct.forward(*tensors, [0.03], [1.7], 6, 1, None)
+    *call, _, _ = backward_arguments([GRAD.clone()], *tensors, statistics, [1.7])
+    with torch.no_grad():
+        assert direct.backward(*call, lambda grads: [False], GRAD.numel()) is not None
+        for wrong in ([], [False, True], None, 1):
+            assert direct.backward(*call, lambda grads, wrong=wrong: wrong, GRAD.numel()) is None
+            assert direct.backward(*call, lambda grads, wrong=wrong: wrong, GRAD.numel() + 1) is not None
+        for wrong in (None, "1", 2**70):
+            assert direct.backward(*call, lambda grads: [False], wrong) is None

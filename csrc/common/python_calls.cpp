@@ -13,7 +13,6 @@
 #include "python_calls.h"
 
 #include <dlfcn.h>
-#include <sys/types.h>
 
 #include <algorithm>
 #include <cmath>
@@ -22,58 +21,17 @@
 #include <map>
 
 #include "layout.h"
-
-extern "C" {
-#define WA_WEAK __attribute__((weak))
-struct PyObject;
-using PyFunction = PyObject* (*)(PyObject * self, PyObject* const* arguments, ssize_t count);
-struct PyMethodDef {
-    const char* name;
-    PyFunction function;
-    int flags;
-    const char* doc;
-};
-constexpr int METH_FASTCALL = 0x80;
-WA_WEAK void Py_IncRef(PyObject*);
-WA_WEAK void Py_DecRef(PyObject*);
-WA_WEAK PyObject* PyObject_Type(PyObject*);
-WA_WEAK PyObject* PyObject_CallFunctionObjArgs(PyObject* function, ...);
-WA_WEAK PyObject* PyObject_GetAttr(PyObject*, PyObject* name);
-WA_WEAK PyObject* PyObject_GetItem(PyObject*, PyObject* key);
-WA_WEAK PyObject* PyObject_GenericGetDict(PyObject*, void*);
-WA_WEAK PyObject* PyUnicode_InternFromString(const char*);
-WA_WEAK PyObject* PyBytes_FromStringAndSize(const char*, ssize_t);
-WA_WEAK int PyObject_IsTrue(PyObject*);
-extern WA_WEAK PyObject PyFloat_Type;
-WA_WEAK double PyFloat_AsDouble(PyObject*);
-WA_WEAK long PyLong_AsLong(PyObject*);
-WA_WEAK ssize_t PySequence_Size(PyObject*);
-WA_WEAK PyObject* PySequence_GetItem(PyObject*, ssize_t);
-WA_WEAK PyObject* PyTuple_New(ssize_t);
-WA_WEAK int PyTuple_SetItem(PyObject*, ssize_t, PyObject*);
-WA_WEAK PyObject* PyErr_Occurred();
-WA_WEAK void PyErr_Clear();
-WA_WEAK void PyErr_SetString(PyObject* type, const char* message);
-extern WA_WEAK PyObject* PyExc_RuntimeError;
-WA_WEAK void* PyEval_SaveThread();
-WA_WEAK void PyEval_RestoreThread(void*);
-WA_WEAK PyObject* PyCFunction_NewEx(PyMethodDef*, PyObject* self, PyObject* module);
-}
+#include "python_objects.h"
 
 namespace wa {
 namespace {
-
-struct Declined {};  // thrown where the op must be called instead
-
-void require(bool condition) {
-    if (!condition) throw Declined();
-}
 
 AOTITorchError (*tensor_from)(void* object, AtenTensorHandle* tensor);
 AOTITorchError (*tensor_to)(AtenTensorHandle tensor, void* type, void** object);
 AOTITorchError (*has_storage)(AtenTensorHandle tensor, bool* result);
 PyObject *plain_type, *parameter_type;  // without a __torch_function__ of their own
 PyObject* is_negated;                   // torch.Tensor.is_neg: whether the values are those in memory, negated
+PyObject *version_name, *requires_grad_name;
 
 struct Backends {
     const AlignBackend *forward, *backward;
@@ -82,21 +40,6 @@ std::map<int32_t, Backends>& backends() {
     static std::map<int32_t, Backends> by_device_type;
     return by_device_type;
 }
-
-// A reference to an object.
-class Owned {
-public:
-    explicit Owned(PyObject* object) : object_(object) { require(object); }
-    Owned(Owned&& other) : object_(other.release()) {}
-    ~Owned() {
-        if (object_) Py_DecRef(object_);
-    }
-    PyObject* get() const { return object_; }
-    PyObject* release() { return std::exchange(object_, nullptr); }
-
-private:
-    PyObject* object_;
-};
 
 // As the dispatcher calls an op: other threads of Python run meanwhile, copies of strided weights are not recorded.
 struct AsAnOp {
@@ -145,14 +88,17 @@ std::optional<Tensor> to(PyObject* object, PyObject* none, std::optional<Tensor>
     return to(object, none, static_cast<Tensor*>(nullptr));
 }
 template <class T>
-std::vector<T> list(PyObject* sequence, PyObject* none) {
+std::vector<T> list(PyObject* sequence, PyObject* none, ssize_t first, ssize_t last) {
     std::vector<T> values;
-    ssize_t size = PySequence_Size(sequence);
-    require(size > 0);
-    values.reserve(std::min<ssize_t>(size, 1024));  // whatever a sequence of the user says its size is
-    for (ssize_t i = 0; i < size; ++i)
-        values.push_back(to(Owned(PySequence_GetItem(sequence, i)).get(), none, static_cast<T*>(nullptr)));
+    require(first < last);
+    values.reserve(std::min<ssize_t>(last - first, 1024));  // whatever a sequence of the user says its size is
+    for (ssize_t i = first; i < last; ++i)
+        values.push_back(to(item(sequence, i).get(), none, static_cast<T*>(nullptr)));
     return values;
+}
+template <class T>
+std::vector<T> list(PyObject* sequence, PyObject* none) {
+    return list<T>(sequence, none, 0, PySequence_Size(sequence));
 }
 
 Owned from(const Tensor& t) {
@@ -160,19 +106,10 @@ Owned from(const Tensor& t) {
     STABLE_TORCH_ERROR_CODE_CHECK(tensor_to(t.get(), nullptr, &object));
     return Owned(static_cast<PyObject*>(object));
 }
-template <class... T>
-Owned tuple_of(T... items) {
-    Owned tuple(PyTuple_New(sizeof...(T)));
-    ssize_t i = 0;
-    (PyTuple_SetItem(tuple.get(), i++, items.release()), ...);
-    return tuple;
+bool requires_grad(PyObject* tensor) {
+    return PyObject_IsTrue(Owned(PyObject_GetAttr(tensor, requires_grad_name)).get()) == 1;
 }
-Owned from(const std::tuple<std::vector<Tensor>, Tensor>& results) {
-    const auto& [tensors, last] = results;
-    Owned tuple(PyTuple_New(tensors.size()));
-    for (size_t i = 0; i < tensors.size(); ++i) PyTuple_SetItem(tuple.get(), i, from(tensors[i]).release());
-    return tuple_of(std::move(tuple), from(last));
-}
+long version_of(PyObject* tensor) { return PyLong_AsLong(Owned(PyObject_GetAttr(tensor, version_name)).get()); }
 
 const Backends& backends_of(const std::vector<Tensor>& weights, const std::vector<std::optional<Tensor>>& gains) {
     const int32_t type = device_type_of(weights[0]);
@@ -183,18 +120,43 @@ const Backends& backends_of(const std::vector<Tensor>& weights, const std::vecto
     return found->second;
 }
 
-// As the op; the last argument is None or, for each aligned weight, a tensor whose memory it may have, or None.
+// Whether the result of an op can need a gradient: whether one of the tensors requires it.
+bool wants_gradients(PyObject* tensors, PyObject* none) {
+    const ssize_t count = PySequence_Size(tensors);
+    for (ssize_t i = 0; i < count; ++i) {
+        Owned tensor = item(tensors, i);
+        if (tensor.get() != none && requires_grad(tensor.get())) return true;
+    }
+    return false;
+}
+
+// How often each of the weights, then of the gains has been written to, None for None: what its backward compares.
+Owned versions_of(PyObject* weights, PyObject* gains, ssize_t count, PyObject* none) {
+    Owned versions(PyTuple_New(2 * count));
+    for (ssize_t i = 0; i < 2 * count; ++i) {
+        Owned tensor = item(i < count ? weights : gains, i % count);
+        if (tensor.get() != none) tensor = Owned(PyObject_GetAttr(tensor.get(), version_name));
+        PyTuple_SetItem(versions.get(), i, tensor.release());
+    }
+    return versions;
+}
+
+// As the op: dtype is the weights' if None; the last argument is None or, for each aligned weight, a tensor whose
+// memory it may have, or None. Returns (aligned, statistics, versions), versions None if nothing can want gradients.
 Owned forward(PyObject* const* a, PyObject* none) {
     auto weights = list<Tensor>(a[0], none);
     auto gains = list<std::optional<Tensor>>(a[1], none);
     auto eps = list<double>(a[2], none), scales = list<double>(a[3], none);
     for (double each : eps) require(each >= std::numeric_limits<float>::min() && std::isfinite(each));
     for (double each : scales) require(std::isfinite(each));
-    const long dtype_number = PyLong_AsLong(a[4]), format_number = PyLong_AsLong(a[5]);
-    require(!PyErr_Occurred() && dtype_number >= 0 && dtype_number <= std::numeric_limits<int8_t>::max());
-    require(format_number >= 0 && format_number <= long(MemoryFormat::ChannelsLast3d));
-    auto dtype = torch::stable::detail::to<ScalarType>(torch::stable::detail::from(int32_t(dtype_number)));
-    auto format = MemoryFormat(format_number);
+    const long format_number = PyLong_AsLong(a[5]);
+    ScalarType dtype = weights[0].scalar_type();
+    if (a[4] != none) {
+        const long number = PyLong_AsLong(a[4]);
+        require(number >= 0 && number <= std::numeric_limits<int8_t>::max());
+        dtype = torch::stable::detail::to<ScalarType>(torch::stable::detail::from(int32_t(number)));
+    }
+    require(!PyErr_Occurred() && format_number >= 0 && format_number <= long(MemoryFormat::ChannelsLast3d));
     std::vector<std::optional<Tensor>> memory;
     if (a[6] != none) memory = list<std::optional<Tensor>>(a[6], none);
     require(memory.empty() || memory.size() == weights.size());
@@ -203,10 +165,18 @@ Owned forward(PyObject* const* a, PyObject* none) {
         if (each) check_memory("memory", *each);
     }
     const AlignBackend& backend = *backends_of(weights, gains).forward;
-    return from([&] {
+    require(gains.size() == weights.size());
+    Owned versions = reference_to(none);
+    if (aoti_torch_grad_mode_is_enabled() && (wants_gradients(a[0], none) || wants_gradients(a[1], none)))
+        versions = versions_of(a[0], a[1], ssize_t(weights.size()), none);
+    auto [aligned, statistics] = [&] {
         AsAnOp scope;
-        return forward_beside(nullptr, backend, weights, gains, eps, scales, dtype, format, memory);
-    }());
+        return forward_beside(nullptr, backend, weights, gains, eps, scales, dtype, MemoryFormat(format_number),
+                              memory);
+    }();
+    Owned results(PyTuple_New(aligned.size()));
+    for (size_t i = 0; i < aligned.size(); ++i) PyTuple_SetItem(results.get(), i, from(aligned[i]).release());
+    return tuple_of(std::move(results), from(statistics), std::move(versions));
 }
 
 // The gain's part of a list's gradients, in its shape.
@@ -216,16 +186,48 @@ Tensor part(const Tensor& grad_gains, const Tensor& gain, int64_t offset) {
     return in_memory_of(grad_gains, gain.dim(), gain.sizes().data(), strides.data(), offset);
 }
 
-// (gradients of the weights, then of the gains): unlike the op's results, each in its tensor's shape and dtype, so that
-// no Python must put them there. Gains of another dtype than the statistics are left to it. The last argument says of
-// each gradient whether it is spent: whether the weight's may be written over it.
+constexpr ssize_t kOthers = 3;  // arguments of the autograd.Function before the weights
+
+// Whether the weight of each gradient, or its gain, wants one, and no weight and gain was written to since `versions`.
+void require_usual(PyObject* grads, PyObject* wanted, PyObject* tensors, PyObject* versions, PyObject* none) {
+    const ssize_t both = PySequence_Size(tensors), count = both / 2;
+    require(2 * count == both && PySequence_Size(grads) == count && PySequence_Size(versions) == both &&
+            PySequence_Size(wanted) == kOthers + both);
+    auto is_wanted = [&](ssize_t i) { return PyObject_IsTrue(item(wanted, i).get()) == 1; };
+    for (ssize_t i = 0; i < count; ++i) require(is_wanted(kOthers + i) || is_wanted(kOthers + count + i));
+    for (ssize_t i = 0; i < both; ++i) {
+        Owned tensor = item(tensors, i);
+        require(tensor.get() == none || version_of(tensor.get()) == PyLong_AsLong(item(versions, i).get()));
+    }
+    require(!PyErr_Occurred());
+}
+
+// The backward of an autograd.Function of (call, results, input, weights..., gains...), for what is usual: no input, a
+// gradient for each weight, no graph of the backward itself. All gradients, each in its tensor's shape and dtype, so
+// that no Python must put them there; gains of another dtype than the statistics are left to it. Arguments: the
+// gradients; what of the Function's arguments wants one; weights and gains, and their versions in the forward;
+// statistics; scales; which gradients of the first argument the weight's may be written over, a function that is asked
+// if there is one of at least the last argument's values.
 Owned backward(PyObject* const* a, PyObject* none) {
-    auto grads = list<Tensor>(a[0], none), weights = list<Tensor>(a[1], none);
-    auto gains = list<std::optional<Tensor>>(a[2], none);
-    auto statistics = to(a[3], none, static_cast<Tensor*>(nullptr));
-    auto scales = list<double>(a[4], none);
-    auto spent = list<bool>(a[5], none);
-    require(!PyErr_Occurred() && spent.size() == grads.size());
+    require(!aoti_torch_grad_mode_is_enabled());
+    require_usual(a[0], a[1], a[2], a[3], none);
+    auto grads = list<Tensor>(a[0], none);
+    const ssize_t count = ssize_t(grads.size());
+    const int64_t large = PyLong_AsLong(a[7]);
+    require(!PyErr_Occurred());
+    std::vector<bool> spent;
+    if (std::any_of(grads.begin(), grads.end(), [&](const Tensor& grad) { return grad.numel() >= large; })) {
+        grads.clear();  // as each of these counts as one that holds the gradient
+        PyObject* answer = PyObject_CallFunctionObjArgs(a[6], a[0], nullptr);
+        if (!answer) throw Raised();
+        spent = list<bool>(Owned(answer).get(), none);
+        grads = list<Tensor>(a[0], none);
+    }
+    auto weights = list<Tensor>(a[2], none, 0, count);
+    auto gains = list<std::optional<Tensor>>(a[2], none, count, 2 * count);
+    auto statistics = to(a[4], none, static_cast<Tensor*>(nullptr));
+    auto scales = list<double>(a[5], none);
+    require(!PyErr_Occurred() && (spent.empty() || spent.size() == grads.size()));
     for (const auto& gain : gains) require(!gain || gain->scalar_type() == statistics.scalar_type());
     const AlignBackend& backend = *backends_of(weights, gains).backward;
     for (const Tensor& grad : grads) require(device_type_of(grad) == device_type_of(statistics));
@@ -235,12 +237,13 @@ Owned backward(PyObject* const* a, PyObject* none) {
         return backward_beside(nullptr, backend, grads, weights, gains, statistics, scales, spent);
     }();
     const auto& [grad_weights, grad_gains] = results;
-    Owned placed(PyTuple_New(2 * weights.size()));
+    Owned placed(PyTuple_New(kOthers + 2 * count));
+    auto place = [&](ssize_t i, Owned object) { PyTuple_SetItem(placed.get(), i, object.release()); };
+    for (ssize_t i = 0; i < kOthers; ++i) place(i, reference_to(none));
     int64_t offset = 0;
-    for (size_t i = 0; i < weights.size(); ++i) {
-        PyTuple_SetItem(placed.get(), i, from(grad_weights[i]).release());
-        PyObject* grad_gain = gains[i] ? from(part(grad_gains, *gains[i], offset)).release() : (Py_IncRef(none), none);
-        PyTuple_SetItem(placed.get(), weights.size() + i, grad_gain);
+    for (ssize_t i = 0; i < count; ++i) {
+        place(kOthers + i, from(grad_weights[i]));
+        place(kOthers + count + i, gains[i] ? from(part(grad_gains, *gains[i], offset)) : reference_to(none));
         offset += weights[i].size(0);
     }
     return placed;
@@ -250,8 +253,7 @@ Owned backward(PyObject* const* a, PyObject* none) {
 Owned fingerprint(PyObject* const* a, PyObject* none) {
     static const auto name = PyUnicode_InternFromString;
     static PyObject *const parameters = name("_parameters"), *const weight = name("weight"), *const gain = name("gain"),
-                           *const eps = name("eps"), *const scale = name("scale"), *const version = name("_version"),
-                           *const requires_grad = name("requires_grad");
+                           *const eps = name("eps"), *const scale = name("scale");
     constexpr int64_t kMaxRank = 16;
     int64_t found[2 * (5 + kMaxRank) + 2];
     size_t count = 0;
@@ -263,8 +265,8 @@ Owned fingerprint(PyObject* const* a, PyObject* none) {
         Tensor t = plain_tensor(object.get());
         require(t.dim() <= kMaxRank);
         found[count++] = reinterpret_cast<intptr_t>(object.get());
-        found[count++] = PyLong_AsLong(Owned(PyObject_GetAttr(object.get(), version)).get());
-        found[count++] = PyObject_IsTrue(Owned(PyObject_GetAttr(object.get(), requires_grad)).get());
+        found[count++] = version_of(object.get());
+        found[count++] = requires_grad(object.get());
         found[count++] = reinterpret_cast<intptr_t>(t.const_data_ptr());
         found[count++] = int64_t(t.scalar_type());
         for (int64_t stride : t.strides()) found[count++] = stride;
@@ -284,6 +286,8 @@ PyObject* called(PyObject* none, PyObject* const* arguments, ssize_t count) {
     } catch (const RunError& error) {
         PyErr_SetString(PyExc_RuntimeError, error.what());
         return nullptr;
+    } catch (const Raised&) {
+        return nullptr;
     } catch (...) {
         PyErr_Clear();
         Py_IncRef(none);
@@ -292,7 +296,7 @@ PyObject* called(PyObject* none, PyObject* const* arguments, ssize_t count) {
 }
 
 PyMethodDef definitions[] = {{"align_forward", called<forward, 7>, METH_FASTCALL, nullptr},
-                             {"align_backward", called<backward, 6>, METH_FASTCALL, nullptr},
+                             {"align_backward", called<backward, 8>, METH_FASTCALL, nullptr},
                              {"fingerprint", called<fingerprint, 1>, METH_FASTCALL, nullptr}};
 
 }  // namespace
@@ -308,6 +312,8 @@ extern "C" __attribute__((visibility("default"))) PyObject* wa_python_calls(PyOb
                                                                             PyObject* is_neg, PyObject* none) {
     using namespace wa;
     plain_type = tensor, parameter_type = parameter, is_negated = is_neg;
+    version_name = PyUnicode_InternFromString("_version");
+    requires_grad_name = PyUnicode_InternFromString("requires_grad");
     auto find = [](auto& function, const char* name) {
         function = reinterpret_cast<std::decay_t<decltype(function)>>(dlsym(RTLD_DEFAULT, name));
         return function != nullptr;

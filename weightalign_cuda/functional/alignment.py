@@ -10,6 +10,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 
 from ..ops.autograd import align_directly
 from ..ops.backend import NATIVE, choose, run
+from ..torch_private import is_any_autocast_enabled
 from .checks import (
     DTYPES,
     TENSORS,
@@ -21,7 +22,6 @@ from .checks import (
     device_type,
     per_weight,
     result_dtype,
-    untraced_autocast_dtype,
 )
 from .dtensor import align_shards, is_sharded
 
@@ -170,9 +170,9 @@ def aligned_directly(
     first = weights[0]
     if is_dynamo_compiling() or type(first) not in TENSORS or choose(device_type_ := device_type(first)) not in NATIVE:
         return None
-    own = first.dtype
-    if dtype is None:
-        dtype = own if own is torch.float64 else untraced_autocast_dtype(device_type_) or own
+    if dtype is None:  # for the op the weights' own
+        if is_any_autocast_enabled():
+            dtype = result_dtype("weights", first, device_type_, None)
     elif dtype not in DTYPES:
         return None
     results = align_directly(weights, gains, eps, scales, dtype, memory_format, memory)

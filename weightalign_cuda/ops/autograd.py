@@ -16,7 +16,7 @@ from .reference.activations import find
 from .reference.align import align
 from .reference.prepare import prepare_input_backward
 from .schemas import OpSet
-from .spent import which_are_spent
+from .spent import MIN_VALUES, which_are_spent
 
 
 def align_forward(
@@ -36,12 +36,14 @@ def align_forward(
     options = eps, scales, _NUMBERS.get(dtype, dtype), _FORMATS[memory_format]
     _check_length(weights, gains)
     try:
-        if _wants_gradients(weights, gains):
-            return _apply(call := _Call(served, options), None, *weights, *gains), call.statistics
         with below_autograd():
-            return served.align_forward._op(weights, gains, *options)
+            aligned, statistics = served.align_forward._op(weights, gains, *options)
     except RuntimeError as error:
         raise _typed(error) from None
+    if not _wants_gradients(weights, gains):
+        return aligned, statistics
+    call = served, options, statistics, _versions((*weights, *gains))
+    return _apply(call, aligned, None, *weights, *gains), statistics
 
 
 def align_directly(
@@ -49,18 +51,19 @@ def align_directly(
     gains: Sequence[Tensor | None],
     eps: Sequence[float],
     scales: Sequence[float],
-    dtype: torch.dtype,
+    dtype: torch.dtype | None,
     memory_format: torch.memory_format,
     memory: Sequence[Tensor | None] | None = None,
 ) -> tuple[Sequence[Tensor], Tensor] | None:
     """The native op align_forward, differentiable, without torch's dispatcher. None if it must not be left out, or if
     anything is wrong with the arguments. Results are written to the `memory`, of a former call, where they fit."""
-    options = eps, scales, _NUMBERS.get(dtype), _FORMATS[memory_format]
+    options = eps, scales, _NUMBERS.get(dtype, -1), _FORMATS[memory_format]
     if not direct.is_open() or (results := direct.forward(weights, gains, *options, memory)) is None:
         return None
-    if not _wants_gradients(weights, gains):
-        return results
-    return _apply(call := _Call(schemas.native, options, results), None, *weights, *gains), call.statistics
+    aligned, statistics, versions = results
+    if versions is None:
+        return aligned, statistics
+    return _apply((schemas.native, options, statistics, versions), aligned, None, *weights, *gains), statistics
 
 
 def prepare_forward(
@@ -73,13 +76,14 @@ def prepare_forward(
     options = eps, scales, _NUMBERS.get(dtype, dtype), _FORMATS[memory_format], *rest
     _check_length(weights, gains)
     try:
-        if _wants_gradients((input,), weights, gains):
-            prepared, *aligned = _apply(call := _Call(served, options), input, *weights, *gains)
-            return prepared, aligned, call.statistics
         with below_autograd():
-            return served.prepare_forward._op(input, weights, gains, *options)
+            prepared, aligned, statistics = served.prepare_forward._op(input, weights, gains, *options)
     except RuntimeError as error:
         raise _typed(error) from None
+    if _wants_gradients((input,), weights, gains):
+        call = served, options, statistics, _versions((*weights, *gains))
+        prepared, *aligned = _apply(call, (prepared, *aligned), input, *weights, *gains)
+    return prepared, aligned, statistics
 
 
 for _ops in (schemas.native, schemas.in_triton):
@@ -89,7 +93,7 @@ for _ops in (schemas.native, schemas.in_triton):
 
 
 # `_op` of an overload is the same call without a Python frame. c10's enum values as ints save 1 us of argument parsing.
-_NUMBERS = {torch.float16: 5, torch.float32: 6, torch.float64: 7, torch.bfloat16: 15}
+_NUMBERS = {None: None, torch.float16: 5, torch.float32: 6, torch.float64: 7, torch.bfloat16: 15}
 _FORMATS = {torch.contiguous_format: 0, torch.preserve_format: 1, torch.channels_last: 2, torch.channels_last_3d: 3}
 
 
@@ -119,94 +123,82 @@ def _wants_gradients(*lists: Sequence[Tensor | None]) -> bool:
     return False
 
 
-def _versions(tensors: Sequence[Tensor | None]) -> list[int | None]:
-    return [None if t is None else t._version for t in tensors]
+def _versions(tensors: Sequence[Tensor | None]) -> tuple[int | None, ...]:
+    return tuple([None if t is None else t._version for t in tensors])
 
 
-class _Call:
-    """A call of a forward op, for its backward. One object, as attributes of a Function's context cost more; and the
-    op's non-differentiable result, as one more output of the Function costs as much as the op."""
-
-    __slots__ = "options", "results", "served", "statistics", "tensors", "versions"
-    statistics: Tensor
-    tensors: tuple[Tensor | None, ...]  # the weights, then as many gains
-    # Saved tensors are version-checked all or none, but a weight of the list that was written to after it was aligned
-    # matters only if its own result is used. Checkpointing has nothing to free here, either.
-    versions: list[int | None]
-
-    def __init__(self, served: OpSet, options: tuple[Any, ...], results: Any = None) -> None:
-        self.served = served  # the ops of the backend
-        self.options = options  # their arguments after the tensors, dtype and memory format as numbers
-        self.results = results  # what the op has returned, if it was called already
+# A call of a forward op, for its backward: (the ops of the backend; their arguments after the tensors, dtype and memory
+# format as numbers; the statistics; the versions of weights and gains). A tuple, as any other object costs more.
+_Call = tuple[Any, tuple[Any, ...], Tensor, Sequence[int | None]]
 
 
 class _Fused(torch.autograd.Function):
     """align_forward or, with an input, prepare_forward; and its gradient."""
 
     @staticmethod
-    def forward(ctx: Any, call: _Call, input: Tensor | None, *tensors: Tensor | None) -> tuple[Tensor, ...]:
-        """tensors: the weights, then as many gains."""
-        results, call.results = call.results, None
-        if results is None:
-            count = len(tensors) // 2
-            lists = tensors[:count], tensors[count:]
-            with below_autograd():
-                if input is None:
-                    results = call.served.align_forward._op(*lists, *call.options)
-                else:
-                    results = call.served.prepare_forward._op(input, *lists, *call.options)
-        if input is None:
-            aligned, call.statistics = results
-        else:
-            prepared, aligned, call.statistics = results
-            aligned = prepared, *aligned
-            if ctx.needs_input_grad[1]:
-                activation = find(call.options[-1])
-                # Save the result if that suffices (relu): the convolution keeps it alive anyway.
-                ctx.save_for_backward(activation and (prepared if activation.is_from_result else input))
-                ctx.preparation = (input.dtype, memory_order(input), *call.options[4:])
-        ctx.call, call.tensors, call.versions = call, tensors, _versions(tensors)
+    def forward(
+        ctx: Any, call: _Call, results: Sequence[Tensor], input: Tensor | None, *tensors: Tensor | None
+    ) -> tuple[Tensor, ...]:
+        """results: of the op, but its statistics, which as one more result of the Function would cost as much as the
+        op. tensors: the weights, then as many gains. They are not saved as autograd would do, which checks versions of
+        all or none: a weight of the list that was written to after it was aligned matters only if its own result is
+        used. Checkpointing has nothing to free here, either."""
+        ctx.call, ctx.tensors = call, tensors
+        if ctx.needs_input_grad[2]:
+            options = call[1]
+            activation = find(options[-1])
+            # Save the result if that suffices (relu): the convolution keeps it alive anyway.
+            ctx.save_for_backward(activation and (results[0] if activation.is_from_result else input))
+            ctx.preparation = (input.dtype, memory_order(input), *options[4:])  # type: ignore[union-attr,arg-type]
         ctx.set_materialize_grads(False)
-        return tuple(aligned)
+        return tuple(results)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-        call, (_, input_wanted, *wanted) = ctx.call, ctx.needs_input_grad
-        tensors = call.tensors
-        count = len(tensors) // 2
-        grad_prepared = grad_input = None
-        if len(grads) > count:
-            grad_prepared, *grads = grads  # type: ignore[assignment]
-        # Skip frozen weights and those whose result was not used; likewise the input.
-        used = [i for i in range(count) if grads[i] is not None and (wanted[i] or wanted[count + i])]
-        input_used = input_wanted and grad_prepared is not None
-        if _versions(tensors) != call.versions:
-            _check_unchanged(used, tensors, call.versions)
-        (saved,) = ctx.saved_tensors if input_used else (None,)
-        if torch.is_grad_enabled():
-            if input_used:
-                grad_input = prepare_input_backward(grad_prepared, saved, *ctx.preparation)  # type: ignore[arg-type]
-            return None, grad_input, *_differentiable_gradients(call.options, tensors, grads, used, wanted)
-        if not (used or input_used):
-            return (None,) * (2 + 2 * count)
-        arguments = of_used(used, grads, tensors, call.statistics, call.options[1])
-        if len(used) == count and not input_used and call.served is schemas.native and direct.is_open():
-            results = direct.backward(*arguments, which_are_spent(arguments[0]))
+        served, options, statistics, versions = ctx.call
+        if served is schemas.native and direct.is_open():
+            arguments = grads, ctx.needs_input_grad, ctx.tensors, versions, statistics, options[1]
+            results = direct.backward(*arguments, which_are_spent, MIN_VALUES)
             if results is not None:
-                return None, None, *results
-        given = (grad_prepared, *arguments[0]) if input_used else arguments[0]
-        served = reference if _is_transformed() or any(map(is_legacy_batched, given)) else call.served
-        try:
-            with below_autograd():
-                if input_used:
-                    results = served.prepare_backward(grad_prepared, saved, *arguments, *ctx.preparation)
-                    grad_input, grad_weights, grad_gains = results
-                else:
-                    grad_weights, grad_gains = served.align_backward(*arguments)
-                # Inside the context, where views of the gains' gradients cost less.
-                return None, grad_input, *in_their_places(used, tensors, grad_weights, grad_gains)
-        except RuntimeError as error:
-            raise _typed(error) from None
+                return results
+        return _backward(ctx, *grads)
+
+
+def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+    """By the op, for what is not usual."""
+    served, options, statistics, versions = ctx.call
+    _, _, input_wanted, *wanted = ctx.needs_input_grad
+    tensors = ctx.tensors
+    count = len(tensors) // 2
+    grad_prepared = grad_input = None
+    if len(grads) > count:
+        grad_prepared, *grads = grads  # type: ignore[assignment]
+    # Skip frozen weights and those whose result was not used; likewise the input.
+    used = [i for i in range(count) if grads[i] is not None and (wanted[i] or wanted[count + i])]
+    input_used = input_wanted and grad_prepared is not None
+    _check_unchanged(used, tensors, versions)
+    (saved,) = ctx.saved_tensors if input_used else (None,)
+    if torch.is_grad_enabled():
+        if input_used:
+            grad_input = prepare_input_backward(grad_prepared, saved, *ctx.preparation)  # type: ignore[arg-type]
+        return None, None, grad_input, *_differentiable_gradients(options, tensors, grads, used, wanted)
+    if not (used or input_used):
+        return (None,) * (3 + 2 * count)
+    arguments = of_used(used, grads, tensors, statistics, options[1])
+    given = (grad_prepared, *arguments[0]) if input_used else arguments[0]
+    if _is_transformed() or any(map(is_legacy_batched, given)):
+        served = reference
+    try:
+        with below_autograd():
+            if input_used:
+                results = served.prepare_backward(grad_prepared, saved, *arguments, *ctx.preparation)
+                grad_input, grad_weights, grad_gains = results
+            else:
+                grad_weights, grad_gains = served.align_backward(*arguments)
+            # Inside the context, where views of the gains' gradients cost less.
+            return None, None, grad_input, *in_their_places(used, tensors, grad_weights, grad_gains)
+    except RuntimeError as error:
+        raise _typed(error) from None
 
 
 # The C++ Function.apply, without its Python wrapper for torch.func transforms, under which it is not called.
@@ -268,7 +260,7 @@ def _differentiable_gradients(
 ) -> list[Tensor | None]:
     """Gradients under create_graph: through the reference, which PyTorch can differentiate again."""
     eps, scales, number = options[:3]
-    dtype = next(dtype for dtype, its_number in _NUMBERS.items() if its_number == number)
+    dtype = next(dtype for dtype, its_number in _NUMBERS.items() if its_number == number) or tensors[0].dtype  # type: ignore[union-attr]
     count = len(tensors) // 2
     if not used:
         return [None] * (2 * count)
