@@ -144,12 +144,12 @@ class _Fused(torch.autograd.Function):
         all or none: a weight of the list that was written to after it was aligned matters only if its own result is
         used. Checkpointing has nothing to free here, either."""
         ctx.call, ctx.tensors = call, tensors
-        if ctx.needs_input_grad[2]:
+        if input is not None and ctx.needs_input_grad[2]:
             options = call[1]
             activation = find(options[-1])
             # Save the result if that suffices (relu): the convolution keeps it alive anyway.
             ctx.save_for_backward(activation and (results[0] if activation.is_from_result else input))
-            ctx.preparation = (input.dtype, memory_order(input), *options[4:])  # type: ignore[union-attr,arg-type]
+            ctx.preparation = (input.dtype, memory_order(input), *options[4:])
         ctx.set_materialize_grads(False)
         return tuple(results)
 
