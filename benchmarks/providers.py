@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 import weightalign_cuda as wa
 
@@ -72,8 +72,8 @@ def make_inputs(shapes: Sequence[Shape], setting: Setting) -> Inputs:
         weight = torch.randn(shape, device=device).mul_(deviation).add_(0.1 * deviation).to(setting.dtype)
         gain = 1 + 0.1 * torch.randn(shape[0], device=device)
         grad = torch.randn(shape, device=device).to(setting.out_dtype, memory_format=setting.out_layout)
-        weights.append(nn.Parameter(weight))
-        gains.append(nn.Parameter(gain))
+        weights.append(weight.requires_grad_())
+        gains.append(gain.requires_grad_())
         grads.append(grad)
     return Inputs(weights, gains, grads, setting)
 
@@ -152,33 +152,6 @@ class Flat(Provider):
         return {"forward": [weight], "backward": [weight + grad], "both": [weight, weight + grad]}[direction]
 
 
-class Filters(nn.Module):
-    """A model with foreach whose forward returns its layers' filters."""
-
-    def __init__(self, inputs: Inputs) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList()
-        for weight, gain in zip(inputs.weights, inputs.gains, strict=True):
-            layer = wa.WAConv2d(weight.shape[1], weight.shape[0], weight.shape[2:], bias=False, eps=EPS, device="meta")
-            layer.weight, layer.gain = weight, gain
-            self.layers.append(layer)
-        wa.convert(self, foreach=True)
-
-    def forward(self) -> list[Tensor]:
-        return [layer.aligned_filters() for layer in self.layers]
-
-
-class InModel(Provider):
-    """As a model with foreach aligns its layers: with its bookkeeping, and into memory of filters that nobody uses."""
-
-    def __init__(self) -> None:
-        super().__init__("ours in a model", lambda weights, gains: [])
-
-    def call(self, direction: Direction, inputs: Inputs) -> Callable[[], list[Tensor]]:
-        model = Filters(inputs)
-        return Provider(self.name, lambda weights, gains: model()).call(direction, inputs)
-
-
 def per_layer(function: Truth, setting: Setting) -> Align:
     """`function(weight, gain)` for each weight, then its dtype and layout."""
     dtype, layout = setting.out_dtype, setting.out_layout
@@ -229,8 +202,6 @@ def providers(setting: Setting, layers: int, with_compile: bool) -> list[Provide
     own = [Provider("ours", ours(setting))]
     if layers > 1:
         own = [Provider("ours", ours_foreach(setting)), Provider("ours per layer", ours(setting))]
-        if setting == Setting("cpu", setting.dtype, setting.dtype):  # elsewhere no memory is used again
-            own.append(InModel())
     rivals = [Provider("eager", per_layer(formula, setting)), Provider("timm", per_layer(timm_trick, setting))]
     if with_compile:
         rivals.append(Provider("compile", compiled(setting)))

@@ -77,7 +77,8 @@ def print_report(screen: Console, records: Sequence[Record], left_out: Sequence[
             screen.print(table(f"One layer, forward + backward, {title}", "shape", rows))
             screen.print("\n".join(summary_lines(single)), highlight=False)
         if whole := [r for r in pick(some, suite="network") if r["provider"].startswith("ours")]:
-            rows = [(f"{r['direction']}{r['provider'].removeprefix('ours').replace(' ', ', ', 1)}", r) for r in whole]
+            name = {"ours": "", "ours per layer": ", per layer"}
+            rows = [(f"{r['direction']}{name[r['provider']]}", r) for r in whole]
             screen.print(table(f"align_foreach, {whole[0]['case']}, {title}", "direction", rows))
     for suite, title in (("op", "The op alone"), ("host", "The host's part")):
         for r in [r for r in pick(records, suite=suite) if r["provider"].startswith("ours")]:

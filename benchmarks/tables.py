@@ -71,11 +71,9 @@ def shapes_table(single: Sequence[Record]) -> list[str]:
 
 
 def network_table(whole: Sequence[Record]) -> list[str]:
-    lines = head("the whole model", "ours", *RIVALS)
-    for provider, name in (("ours", "`wa.align_foreach`"), ("ours in a model", "a model with foreach")):
-        for r in pick(whole, provider=provider):
-            ratios = (ratio(r, rival) for rival in RIVALS)
-            lines.append(row(f"{name}, {r['direction']}", f"{r['p50'] * 1e3:.1f} ms", *ratios))
+    lines = head("the whole model, `wa.align_foreach`", "ours", *RIVALS)
+    for r in whole:
+        lines.append(row(r["direction"], f"{r['p50'] * 1e3:.1f} ms", *(ratio(r, rival) for rival in RIVALS)))
     return lines
 
 
@@ -98,7 +96,7 @@ def of_align(file: str, about: str) -> list[str]:
     noise = "" if busy is None else f"; other programs kept {busy} processors busy"
     title = f"{facts['cpu']}, {facts['threads']} cores, torch {facts['torch']}: {about}{noise}."
     lines = [f"**{title}**", "", *shapes_table(pick(ours, suite="layer")), ""]
-    lines += [*network_table(pick(ours, suite="network")), ""]
+    lines += [*network_table(pick(ours, suite="network", provider="ours")), ""]
     if op := pick(ours, suite="op"):
         lines += [*ratios_table("the op alone, float32", op), ""]
     if host := [r for r in pick(ours, suite="host") if r["speedups"]]:

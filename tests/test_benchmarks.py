@@ -133,8 +133,7 @@ def test_records(shapes):
     entrants = providers.providers(SETTING, len(shapes), with_compile=False)
     records = harness.measure("layer", harness.Case("tiny", shapes), SETTING, entrants, QUICK, copy=1e10)
     assert len(records) == 3 * len(entrants)
-    rivals = {"eager", "timm", "multiply", "cast", "flat"}
-    rivals |= {"ours per layer", "ours in a model"} if len(shapes) > 1 else set()
+    rivals = {"eager", "timm", "multiply", "cast", "flat"} | ({"ours per layer"} if len(shapes) > 1 else set())
     for record in map(json.loads, map(json.dumps, records)):
         assert record.keys() >= FIELDS
         assert 0 < record["p20"] <= record["p50"] <= record["p80"]
