@@ -10,6 +10,7 @@ import itertools
 import math
 import os
 import pathlib
+import random
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -89,16 +90,19 @@ def sets(device: str, footprint: int) -> int:
 
 
 def interleave(timers: dict[Key, Timer], limits: Limits) -> dict[Key, list[float]]:
-    """One sample of each timer per round: A B A B."""
+    """One sample of each timer per round, in an order of chance: each finds heap and caches as now this one, now that
+    one has left them, which decides over thousands of page faults."""
     samples: dict[Key, list[float]] = {name: [] for name in timers}
+    order, chance = list(timers), random.Random(0)
     collecting = gc.isenabled()
     gc.collect()
     gc.disable()
     try:
         start = time.perf_counter()
         for done in range(1, limits.rounds + 1):
-            for name, timer in timers.items():
-                samples[name].append(timer())
+            chance.shuffle(order)
+            for name in order:
+                samples[name].append(timers[name]())
             if done >= MIN_ROUNDS and time.perf_counter() - start > limits.seconds:
                 break
     finally:
@@ -125,12 +129,7 @@ def wall_timer(calls: Sequence[Call], cuda: bool) -> tuple[Timer, int]:
     count = 1
     while (took := min(total(count), total(count))) < target:
         count = max(count + 1, math.ceil(count * min(1.2 * target / took, 10)))
-    def sample() -> float:
-        if count == 1:  # else it would find the heap as another provider has left it, not as its own loop does
-            total(1)
-        return total(count) / count
-
-    return sample, count
+    return lambda: total(count) / count, count
 
 
 def graph_timer(calls: Sequence[Call], count: int, stream: "torch.cuda.Stream") -> tuple[Timer, int]:

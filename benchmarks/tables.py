@@ -27,7 +27,7 @@ RIVALS = {
     "eager": "the formula in eager PyTorch",
     "timm": "timm's `F.batch_norm` trick",
     "compile": "torch.compile of the formula",
-    "multiply": "gain * weight, the least that autograd allows",
+    "multiply": "gain * weight in PyTorch",
     "cast": "cast of a plain convolution (here a clone)",
 }
 
