@@ -1,8 +1,8 @@
 """What is measured: our alignment, its rivals, and three floors, each for a list of weights.
 
-Floors: `multiply` is gain * weight: autograd, allocation and the same bytes moved, in PyTorch's own operation. `cast` is what a plain convolution under autocast does to its weights (a
-clone if the dtype stays, whose backward then moves nothing). `flat` moves the bytes of the alignment in one elementwise
-operation, without autograd.
+Floors: `multiply` is gain * weight: autograd, allocation and the same bytes moved, in PyTorch's own operation. `cast`
+is what a plain convolution under autocast does to its weights (a clone if the dtype stays, whose backward then moves
+nothing). `flat` moves the bytes of the alignment in one elementwise operation, without autograd.
 """
 
 import math

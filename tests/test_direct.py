@@ -191,6 +191,24 @@ def test_dtype_of_the_weights(own, device):
     assert torch.equal(aligned, check_align(weight, eps=0.1, scale=2.0)[0])
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_dtype_under_autocast(dtype, device, taken):
+    weight, gain = usual(device)
+    with torch.autocast(device, dtype):
+        results = (
+            wa.align(weight, gain),
+            *wa.align_foreach([weight], [gain]),
+            wa.align(weight, gain, dtype=torch.float32),
+        )
+        double = wa.align(weight.double(), gain)
+    with torch.autocast("cuda" if device == "cpu" else "cpu", dtype):
+        results += (wa.align(weight, gain),)
+    assert [t.dtype for t in results] == [dtype, dtype, torch.float32, torch.float32] and double.dtype == torch.float64
+    for result in results:
+        assert torch.equal(result, check_align(weight, gain, dtype=result.dtype)[0])
+    assert taken[:5] == [True] * 5
+
+
 def test_negated_tensors_are_read_with_their_sign(device):
     """(Which torch itself sees to for all ops, but not in lists of optional tensors.)"""
     weight, gain = usual(device)
