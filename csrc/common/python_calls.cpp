@@ -1,7 +1,7 @@
-// align_forward and align_backward as built-in functions of Python, with the arguments of the ops (dtype and memory
-// format as their numbers); and the fingerprint of a layer, for which Python asks torch a dozen questions. On the way
-// through torch.ops each argument is matched against the schema, boxed, unboxed and boxed again, which takes several
-// times as long as aligning a small weight.
+// align_forward, with the op's arguments (dtype and memory format as their numbers), and the usual backward of its
+// autograd.Function as built-in functions of Python; and the fingerprint of a layer, for which Python asks torch a
+// dozen questions. On the way through torch.ops each argument is matched against the schema, boxed, unboxed and boxed
+// again, which takes several times as long as aligning a small weight; so do a backward's questions in Python.
 //
 // The functions return None for whatever the dispatcher would not hand to the op's kernel as it is, and for arguments
 // that the kernel rejects: the caller then calls the op, which does the rest and raises the error. Errors of the work
@@ -202,8 +202,8 @@ void require_usual(PyObject* grads, PyObject* wanted, PyObject* tensors, PyObjec
     require(!PyErr_Occurred());
 }
 
-// The backward of an autograd.Function of (call, results, input, weights..., gains...), for what is usual: no input, a
-// gradient for each weight, no graph of the backward itself. All gradients, each in its tensor's shape and dtype, so
+// The backward of autograd.py's Function of (call, results, input, weights..., gains...), for what is usual: no input,
+// a gradient for each weight, no graph of the backward itself. All gradients, each in its tensor's shape and dtype, so
 // that no Python must put them there; gains of another dtype than the statistics are left to it. Arguments: the
 // gradients; what of the Function's arguments wants one; weights and gains, and their versions in the forward;
 // statistics; scales; which gradients of the first argument the weight's may be written over, a function that is asked

@@ -1,4 +1,5 @@
 """The native align ops called without torch's dispatcher, which takes twice as long as the op itself on a small weight.
+`backward` is that of the autograd.Function, with what it has to ask first.
 
 The library's functions decline, by returning None, tensors that the dispatcher would not hand to the op's kernel as
 they are, and arguments that are wrong. `is_open` says what no argument shows: at once, where they decline everything.
