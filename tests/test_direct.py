@@ -201,7 +201,7 @@ def test_dtype_under_autocast(dtype, device, taken):
             wa.align(weight, gain, dtype=torch.float32),
         )
         double = wa.align(weight.double(), gain)
-    with torch.autocast("cuda" if device == "cpu" else "cpu", dtype):
+    with torch.autocast("cpu" if device == "cuda" else "cuda", torch.bfloat16, enabled=device == "cuda"):
         results += (wa.align(weight, gain),)
     assert [t.dtype for t in results] == [dtype, dtype, torch.float32, torch.float32] and double.dtype == torch.float64
     for result in results:
