@@ -120,7 +120,9 @@ CASTS = [(F32, F32, F32), (F32, F32, BF16), (F32, F32, F16), (F16, F16, F32), (B
 def test_prepare(fuzzed, device, data):
     spatial, (dtype, weight_dtype, out) = data.draw(st.integers(1, 3)), data.draw(st.sampled_from(CASTS))
     channels = data.draw(st.one_of(st.integers(1, 6), st.integers(1, 70)))
-    preparation = data.draw(preparations(dtype, channels, spatial))
+    # Of a 3D corner, 125 values would go to one: minutes in Triton's interpreter.
+    widest = 2 if fuzzed == "triton" and device == "cpu" and spatial == 3 else 6
+    preparation = data.draw(preparations(dtype, channels, spatial, widest))
     kernel = [data.draw(st.integers(1, 3)) for _ in range(spatial)]
     member = data.draw(members(weight_dtype, out, (data.draw(st.integers(1, 4)), channels, *kernel)))
     gain = member.gain and member.gain.tensor(device)
