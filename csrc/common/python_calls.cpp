@@ -31,7 +31,6 @@ AOTITorchError (*tensor_to)(AtenTensorHandle tensor, void* type, void** object);
 AOTITorchError (*has_storage)(AtenTensorHandle tensor, bool* result);
 PyObject *plain_type, *parameter_type;  // without a __torch_function__ of their own
 PyObject* is_negated;                   // torch.Tensor.is_neg: whether the values are those in memory, negated
-PyObject *version_name, *requires_grad_name;
 
 struct Backends {
     const AlignBackend *forward, *backward;
@@ -107,9 +106,14 @@ Owned from(const Tensor& t) {
     return Owned(static_cast<PyObject*>(object));
 }
 bool requires_grad(PyObject* tensor) {
-    return PyObject_IsTrue(Owned(PyObject_GetAttr(tensor, requires_grad_name)).get()) == 1;
+    static PyObject* const name = PyUnicode_InternFromString("requires_grad");
+    return PyObject_IsTrue(Owned(PyObject_GetAttr(tensor, name)).get()) == 1;
 }
-long version_of(PyObject* tensor) { return PyLong_AsLong(Owned(PyObject_GetAttr(tensor, version_name)).get()); }
+Owned version_of(PyObject* tensor) {
+    static PyObject* const name = PyUnicode_InternFromString("_version");
+    return Owned(PyObject_GetAttr(tensor, name));
+}
+long as_long(const Owned& object) { return PyLong_AsLong(object.get()); }
 
 const Backends& backends_of(const std::vector<Tensor>& weights, const std::vector<std::optional<Tensor>>& gains) {
     const int32_t type = device_type_of(weights[0]);
@@ -135,7 +139,7 @@ Owned versions_of(PyObject* weights, PyObject* gains, ssize_t count, PyObject* n
     Owned versions(PyTuple_New(2 * count));
     for (ssize_t i = 0; i < 2 * count; ++i) {
         Owned tensor = item(i < count ? weights : gains, i % count);
-        if (tensor.get() != none) tensor = Owned(PyObject_GetAttr(tensor.get(), version_name));
+        if (tensor.get() != none) tensor = version_of(tensor.get());
         PyTuple_SetItem(versions.get(), i, tensor.release());
     }
     return versions;
@@ -197,7 +201,7 @@ void require_usual(PyObject* grads, PyObject* wanted, PyObject* tensors, PyObjec
     for (ssize_t i = 0; i < count; ++i) require(is_wanted(kOthers + i) || is_wanted(kOthers + count + i));
     for (ssize_t i = 0; i < both; ++i) {
         Owned tensor = item(tensors, i);
-        require(tensor.get() == none || version_of(tensor.get()) == PyLong_AsLong(item(versions, i).get()));
+        require(tensor.get() == none || as_long(version_of(tensor.get())) == as_long(item(versions, i)));
     }
     require(!PyErr_Occurred());
 }
@@ -265,7 +269,7 @@ Owned fingerprint(PyObject* const* a, PyObject* none) {
         Tensor t = plain_tensor(object.get());
         require(t.dim() <= kMaxRank);
         found[count++] = reinterpret_cast<intptr_t>(object.get());
-        found[count++] = version_of(object.get());
+        found[count++] = as_long(version_of(object.get()));
         found[count++] = requires_grad(object.get());
         found[count++] = reinterpret_cast<intptr_t>(t.const_data_ptr());
         found[count++] = int64_t(t.scalar_type());
@@ -312,8 +316,6 @@ extern "C" __attribute__((visibility("default"))) PyObject* wa_python_calls(PyOb
                                                                             PyObject* is_neg, PyObject* none) {
     using namespace wa;
     plain_type = tensor, parameter_type = parameter, is_negated = is_neg;
-    version_name = PyUnicode_InternFromString("_version");
-    requires_grad_name = PyUnicode_InternFromString("requires_grad");
     auto find = [](auto& function, const char* name) {
         function = reinterpret_cast<std::decay_t<decltype(function)>>(dlsym(RTLD_DEFAULT, name));
         return function != nullptr;
