@@ -18,7 +18,7 @@ def backward_arguments(grads, weights, gains, statistics, scales):
     return grads, wanted, tensors, versions, statistics, scales, None, sys.maxsize
 
 
-NAMES = "grads", "wanted", "tensors", "versions", "statistics", "scales", "which_are_spent", "smallest"
+NAMES = "grads", "wanted", "tensors", "versions", "statistics", "scales", "holders_of_spent", "smallest"
 
 
 def is_taken(arguments, **new):

@@ -282,7 +282,7 @@ def direct_backward_arguments():
     return direct_calls.backward_arguments(*backward_arguments())
 
 
-def true_direct_backward(grads, wanted, tensors, versions, statistics, scales, which_are_spent, smallest):
+def true_direct_backward(grads, wanted, tensors, versions, statistics, scales, holders_of_spent, smallest):
     count = len(grads)
     assert len(tensors) == 2 * count and len(wanted) == direct_calls.OTHERS + 2 * count
     wanted = wanted[direct_calls.OTHERS :]

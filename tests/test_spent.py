@@ -7,7 +7,7 @@ from test_direct import needs_torch_2_14
 from truth import assert_right, normal
 
 import weightalign_cuda as wa
-from weightalign_cuda.ops import direct, spent
+from weightalign_cuda.ops import autograd, direct, spent
 
 pytestmark = needs_torch_2_14
 SHAPE = 64, 64, 3, 3  # more than MIN_VALUES
@@ -50,7 +50,7 @@ def test_first_backward_of_a_process_anywhere(context):
     weight, gain, aligned = aligned_of()
     addresses = incoming(aligned)
     loss, one = (aligned * GRAD).sum(), torch.ones(())
-    spent._holders_of_spent.cache_clear()
+    spent.holders_of_spent.cache_clear()
     with context():
         grad, gain.grad = torch.autograd.grad(loss, (weight, gain), one)
     assert grad.data_ptr() == addresses[0]
@@ -265,33 +265,39 @@ def test_retained_graph_twice():
         check(weight, gain, aligned)
 
 
-def test_small_gradients_are_not_asked_about(monkeypatch):
-    monkeypatch.setattr(spent, "_holders", None)  # not callable
+@pytest.fixture
+def asked(monkeypatch):
+    """Replaces the function that tells the holders of a gradient that is spent."""
+    return lambda answer: monkeypatch.setattr(autograd, "holders_of_spent", answer)
+
+
+def test_small_gradients_are_not_asked_about(asked):
+    asked(None)  # not callable
     weight = normal(8, 8, 3, 3).requires_grad_()
     (wa.align(weight) * 2).sum().backward()
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
-def test_an_error_of_the_question_is_raised(error, monkeypatch):
-    def fail(grads):
+def test_an_error_of_the_question_is_raised(error, asked):
+    def fail():
         raise error("of the question")
 
     weight, _, aligned = aligned_of()
-    monkeypatch.setattr(spent, "_holders", fail)
+    asked(fail)
     with pytest.raises(error, match="of the question"):
         (aligned * GRAD).sum().backward()
     assert weight.grad is None
 
 
-def test_a_wrong_list_is_declined():
+def test_wrong_numbers_are_declined():
     weight, gain, _ = aligned_of()
     tensors = [weight.detach()], [gain.detach()]
     _, statistics, _ = direct.forward(*tensors, [0.03], [1.7], 6, 1, None)
     *call, _, _ = backward_arguments([GRAD.clone()], *tensors, statistics, [1.7])
     with torch.no_grad():
-        assert direct.backward(*call, lambda grads: [False], GRAD.numel()) is not None
-        for wrong in ([], [False, True], None, 1):
-            assert direct.backward(*call, lambda grads, wrong=wrong: wrong, GRAD.numel()) is None
-            assert direct.backward(*call, lambda grads, wrong=wrong: wrong, GRAD.numel() + 1) is not None
+        assert direct.backward(*call, lambda: (0,), GRAD.numel()) is not None
+        for wrong in ((), None, 1):
+            assert direct.backward(*call, lambda wrong=wrong: wrong, GRAD.numel()) is None
+            assert direct.backward(*call, lambda wrong=wrong: wrong, GRAD.numel() + 1) is not None
         for wrong in (None, "1", 2**70):
-            assert direct.backward(*call, lambda grads: [False], wrong) is None
+            assert direct.backward(*call, lambda: (0,), wrong) is None

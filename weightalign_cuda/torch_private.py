@@ -42,8 +42,7 @@ current_graph_task_id = _find("torch._C._current_graph_task_id")
 backward_keeps_graph = _find("torch._C._autograd._get_current_graph_task_keep_graph")
 # The innermost saved_tensors_hooks, by which activation checkpointing is detected.
 top_saved_tensors_hooks = _find("torch._C._autograd._top_saved_tensors_default_hooks")
-# Whether a tensor has a storage, and how many tensors use it, from its address: for gradients that nobody else sees.
-has_storage = _find("torch._C._has_storage")
+# How many tensors use a storage, from its address: for gradients that nobody else sees.
 storage_holders = _find("torch._C._storage_Use_Count")
 
 # Calls a function at the end of the backward that is running: as FSDP2 does.

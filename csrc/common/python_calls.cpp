@@ -1,7 +1,8 @@
 // align_forward, with the op's arguments (dtype and memory format as their numbers), and the usual backward of its
-// autograd.Function as built-in functions of Python; and the fingerprint of a layer, for which Python asks torch a
-// dozen questions. On the way through torch.ops each argument is matched against the schema, boxed, unboxed and boxed
-// again, which takes several times as long as aligning a small weight; so do a backward's questions in Python.
+// autograd.Function as built-in functions of Python; and what else takes many questions about a tensor: the fingerprint
+// of a layer, and who holds a tensor. On the way through torch.ops each argument is matched against the schema, boxed,
+// unboxed and boxed again, which takes several times as long as aligning a small weight; so do a backward's questions
+// in Python.
 //
 // The functions return None for whatever the dispatcher would not hand to the op's kernel as it is, and for arguments
 // that the kernel rejects: the caller then calls the op, which does the rest and raises the error. Errors of the work
@@ -20,17 +21,10 @@
 #include <limits>
 #include <map>
 
-#include "layout.h"
-#include "python_objects.h"
+#include "tensor_holders.h"
 
 namespace wa {
 namespace {
-
-AOTITorchError (*tensor_from)(void* object, AtenTensorHandle* tensor);
-AOTITorchError (*tensor_to)(AtenTensorHandle tensor, void* type, void** object);
-AOTITorchError (*has_storage)(AtenTensorHandle tensor, bool* result);
-PyObject *plain_type, *parameter_type;  // without a __torch_function__ of their own
-PyObject* is_negated;                   // torch.Tensor.is_neg: whether the values are those in memory, negated
 
 struct Backends {
     const AlignBackend *forward, *backward;
@@ -51,69 +45,33 @@ struct AsAnOp {
     }
 };
 
-int32_t device_type_of(const Tensor& t) {
-    int32_t type = 0;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(t.get(), &type));
-    return type;
-}
-
-PyObject* type_of(PyObject* object) { return Owned(PyObject_Type(object)).get(); }  // something else owns each type
-
-// Conversions from Python. `none` is the functions' `self`.
-double to(PyObject* object, PyObject*, double*) {
+// Conversions from Python.
+double to(PyObject* object, double*) {
     require(type_of(object) == &PyFloat_Type);
     return PyFloat_AsDouble(object);
 }
-Tensor plain_tensor(PyObject* object) {
-    PyObject* type = type_of(object);
-    require(type == plain_type || type == parameter_type);
-    AtenTensorHandle handle = nullptr;
-    STABLE_TORCH_ERROR_CODE_CHECK(tensor_from(object, &handle));
-    Tensor t(handle);
-    bool has_memory = false;  // wrappers and sparse tensors have none
-    STABLE_TORCH_ERROR_CODE_CHECK(has_storage(handle, &has_memory));
-    require(has_memory);
-    return t;
-}
-Tensor to(PyObject* object, PyObject*, Tensor*) {
+Tensor to(PyObject* object, Tensor*) {
     Tensor t = plain_tensor(object);
     require(t.const_data_ptr() || t.numel() == 0);  // torch's zero tensors have no memory
-    require(!PyObject_IsTrue(Owned(PyObject_CallFunctionObjArgs(is_negated, object, nullptr)).get()));
+    require(!is_true(Owned(PyObject_CallFunctionObjArgs(python.is_neg, object, nullptr))));
     return t;
 }
-bool to(PyObject* object, PyObject*, bool*) { return PyObject_IsTrue(object) == 1; }
-std::optional<Tensor> to(PyObject* object, PyObject* none, std::optional<Tensor>*) {
-    if (object == none) return std::nullopt;
-    return to(object, none, static_cast<Tensor*>(nullptr));
+std::optional<Tensor> to(PyObject* object, std::optional<Tensor>*) {
+    if (object == python.none) return std::nullopt;
+    return to(object, static_cast<Tensor*>(nullptr));
 }
 template <class T>
-std::vector<T> list(PyObject* sequence, PyObject* none, ssize_t first, ssize_t last) {
+std::vector<T> list(PyObject* sequence, ssize_t first, ssize_t last) {
     std::vector<T> values;
     require(first < last);
     values.reserve(std::min<ssize_t>(last - first, 1024));  // whatever a sequence of the user says its size is
-    for (ssize_t i = first; i < last; ++i)
-        values.push_back(to(item(sequence, i).get(), none, static_cast<T*>(nullptr)));
+    for (ssize_t i = first; i < last; ++i) values.push_back(to(item(sequence, i).get(), static_cast<T*>(nullptr)));
     return values;
 }
 template <class T>
-std::vector<T> list(PyObject* sequence, PyObject* none) {
-    return list<T>(sequence, none, 0, PySequence_Size(sequence));
+std::vector<T> list(PyObject* sequence) {
+    return list<T>(sequence, 0, PySequence_Size(sequence));
 }
-
-Owned from(const Tensor& t) {
-    void* object = nullptr;
-    STABLE_TORCH_ERROR_CODE_CHECK(tensor_to(t.get(), nullptr, &object));
-    return Owned(static_cast<PyObject*>(object));
-}
-bool requires_grad(PyObject* tensor) {
-    static PyObject* const name = PyUnicode_InternFromString("requires_grad");
-    return PyObject_IsTrue(Owned(PyObject_GetAttr(tensor, name)).get()) == 1;
-}
-Owned version_of(PyObject* tensor) {
-    static PyObject* const name = PyUnicode_InternFromString("_version");
-    return Owned(PyObject_GetAttr(tensor, name));
-}
-long as_long(const Owned& object) { return PyLong_AsLong(object.get()); }
 
 const Backends& backends_of(const std::vector<Tensor>& weights, const std::vector<std::optional<Tensor>>& gains) {
     const int32_t type = device_type_of(weights[0]);
@@ -125,21 +83,21 @@ const Backends& backends_of(const std::vector<Tensor>& weights, const std::vecto
 }
 
 // Whether the result of an op can need a gradient: whether one of the tensors requires it.
-bool wants_gradients(PyObject* tensors, PyObject* none) {
+bool wants_gradients(PyObject* tensors) {
     const ssize_t count = PySequence_Size(tensors);
     for (ssize_t i = 0; i < count; ++i) {
         Owned tensor = item(tensors, i);
-        if (tensor.get() != none && requires_grad(tensor.get())) return true;
+        if (tensor.get() != python.none && requires_grad(tensor.get())) return true;
     }
     return false;
 }
 
 // How often each of the weights, then of the gains has been written to, None for None: what its backward compares.
-Owned versions_of(PyObject* weights, PyObject* gains, ssize_t count, PyObject* none) {
+Owned versions_of(PyObject* weights, PyObject* gains, ssize_t count) {
     Owned versions(PyTuple_New(2 * count));
     for (ssize_t i = 0; i < 2 * count; ++i) {
         Owned tensor = item(i < count ? weights : gains, i % count);
-        if (tensor.get() != none) tensor = version_of(tensor.get());
+        if (tensor.get() != python.none) tensor = version_of(tensor.get());
         PyTuple_SetItem(versions.get(), i, tensor.release());
     }
     return versions;
@@ -147,22 +105,22 @@ Owned versions_of(PyObject* weights, PyObject* gains, ssize_t count, PyObject* n
 
 // As the op: dtype is the weights' if None; the last argument is None or, for each aligned weight, a tensor whose
 // memory it may have, or None. Returns (aligned, statistics, versions), versions None if nothing can want gradients.
-Owned forward(PyObject* const* a, PyObject* none) {
-    auto weights = list<Tensor>(a[0], none);
-    auto gains = list<std::optional<Tensor>>(a[1], none);
-    auto eps = list<double>(a[2], none), scales = list<double>(a[3], none);
+Owned forward(PyObject* const* a) {
+    auto weights = list<Tensor>(a[0]);
+    auto gains = list<std::optional<Tensor>>(a[1]);
+    auto eps = list<double>(a[2]), scales = list<double>(a[3]);
     for (double each : eps) require(each >= std::numeric_limits<float>::min() && std::isfinite(each));
     for (double each : scales) require(std::isfinite(each));
     const long format_number = PyLong_AsLong(a[5]);
     ScalarType dtype = weights[0].scalar_type();
-    if (a[4] != none) {
+    if (a[4] != python.none) {
         const long number = PyLong_AsLong(a[4]);
         require(number >= 0 && number <= std::numeric_limits<int8_t>::max());
         dtype = torch::stable::detail::to<ScalarType>(torch::stable::detail::from(int32_t(number)));
     }
     require(!PyErr_Occurred() && format_number >= 0 && format_number <= long(MemoryFormat::ChannelsLast3d));
     std::vector<std::optional<Tensor>> memory;
-    if (a[6] != none) memory = list<std::optional<Tensor>>(a[6], none);
+    if (a[6] != python.none) memory = list<std::optional<Tensor>>(a[6]);
     require(memory.empty() || memory.size() == weights.size());
     for (const auto& each : memory) {
         require(!each || device_type_of(*each) == device_type_of(weights[0]));
@@ -170,17 +128,17 @@ Owned forward(PyObject* const* a, PyObject* none) {
     }
     const AlignBackend& backend = *backends_of(weights, gains).forward;
     require(gains.size() == weights.size());
-    Owned versions = reference_to(none);
-    if (aoti_torch_grad_mode_is_enabled() && (wants_gradients(a[0], none) || wants_gradients(a[1], none)))
-        versions = versions_of(a[0], a[1], ssize_t(weights.size()), none);
+    Owned versions = reference_to(python.none);
+    if (aoti_torch_grad_mode_is_enabled() && (wants_gradients(a[0]) || wants_gradients(a[1])))
+        versions = versions_of(a[0], a[1], ssize_t(weights.size()));
     auto [aligned, statistics] = [&] {
         AsAnOp scope;
         return forward_beside(nullptr, backend, weights, gains, eps, scales, dtype, MemoryFormat(format_number),
                               memory);
     }();
     Owned results(PyTuple_New(aligned.size()));
-    for (size_t i = 0; i < aligned.size(); ++i) PyTuple_SetItem(results.get(), i, from(aligned[i]).release());
-    return tuple_of(std::move(results), from(statistics), std::move(versions));
+    for (size_t i = 0; i < aligned.size(); ++i) PyTuple_SetItem(results.get(), i, object_of(aligned[i]).release());
+    return tuple_of(std::move(results), object_of(statistics), std::move(versions));
 }
 
 // The gain's part of a list's gradients, in its shape.
@@ -193,7 +151,7 @@ Tensor part(const Tensor& grad_gains, const Tensor& gain, int64_t offset) {
 constexpr ssize_t kOthers = 3;  // arguments of the autograd.Function before the weights
 
 // Whether the weight of each gradient, or its gain, wants one, and no weight and gain was written to since `versions`.
-void require_usual(PyObject* grads, PyObject* wanted, PyObject* tensors, PyObject* versions, PyObject* none) {
+void require_usual(PyObject* grads, PyObject* wanted, PyObject* tensors, PyObject* versions) {
     const ssize_t both = PySequence_Size(tensors), count = both / 2;
     require(2 * count == both && PySequence_Size(grads) == count && PySequence_Size(versions) == both &&
             PySequence_Size(wanted) == kOthers + both);
@@ -201,41 +159,51 @@ void require_usual(PyObject* grads, PyObject* wanted, PyObject* tensors, PyObjec
     for (ssize_t i = 0; i < count; ++i) require(is_wanted(kOthers + i) || is_wanted(kOthers + count + i));
     for (ssize_t i = 0; i < both; ++i) {
         Owned tensor = item(tensors, i);
-        require(tensor.get() == none || as_long(version_of(tensor.get())) == as_long(item(versions, i)));
+        require(tensor.get() == python.none || as_long(version_of(tensor.get())) == as_long(item(versions, i)));
     }
     require(!PyErr_Occurred());
+}
+
+// Of each gradient, whether the weight's may be written over it: nobody else holds it, and its memory is worth asking.
+// `limits` is a function that returns the `holders_of` a gradient that is spent.
+std::vector<bool> which_are_spent(PyObject* grads, const std::vector<bool>& is_large, PyObject* limits) {
+    Owned holders = answer(PyObject_CallFunctionObjArgs(limits, nullptr));
+    std::vector<bool> spent;
+    for (size_t i = 0; i < is_large.size(); ++i) {
+        Owned grad = item(grads, ssize_t(i));
+        spent.push_back(is_large[i] && type_of(grad.get()) == python.tensor &&
+                        has_no_more_holders(grad.get(), holders.get()));
+    }
+    return spent;
 }
 
 // The backward of autograd.py's Function of (call, results, input, weights..., gains...), for what is usual: no input,
 // a gradient for each weight, no graph of the backward itself. All gradients, each in its tensor's shape and dtype, so
 // that no Python must put them there; gains of another dtype than the statistics are left to it. Arguments: the
 // gradients; what of the Function's arguments wants one; weights and gains, and their versions in the forward;
-// statistics; scales; which gradients of the first argument the weight's may be written over, a function that is asked
-// if there is one of at least the last argument's values.
-Owned backward(PyObject* const* a, PyObject* none) {
+// statistics; scales; `limits` of `which_are_spent`, and the number of values from which on a gradient is large.
+Owned backward(PyObject* const* a) {
     require(!aoti_torch_grad_mode_is_enabled());
-    require_usual(a[0], a[1], a[2], a[3], none);
-    auto grads = list<Tensor>(a[0], none);
-    const ssize_t count = ssize_t(grads.size());
+    require_usual(a[0], a[1], a[2], a[3]);
+    const ssize_t count = PySequence_Size(a[0]);
+    auto weights = list<Tensor>(a[2], 0, count);
+    auto gains = list<std::optional<Tensor>>(a[2], count, 2 * count);
+    auto statistics = to(a[4], static_cast<Tensor*>(nullptr));
+    auto scales = list<double>(a[5]);
     const int64_t large = PyLong_AsLong(a[7]);
     require(!PyErr_Occurred());
-    std::vector<bool> spent;
-    if (std::any_of(grads.begin(), grads.end(), [&](const Tensor& grad) { return grad.numel() >= large; })) {
-        grads.clear();  // as each of these counts as one that holds the gradient
-        PyObject* answer = PyObject_CallFunctionObjArgs(a[6], a[0], nullptr);
-        if (!answer) throw Raised();
-        spent = list<bool>(Owned(answer).get(), none);
-        grads = list<Tensor>(a[0], none);
-    }
-    auto weights = list<Tensor>(a[2], none, 0, count);
-    auto gains = list<std::optional<Tensor>>(a[2], none, count, 2 * count);
-    auto statistics = to(a[4], none, static_cast<Tensor*>(nullptr));
-    auto scales = list<double>(a[5], none);
-    require(!PyErr_Occurred() && (spent.empty() || spent.size() == grads.size()));
     for (const auto& gain : gains) require(!gain || gain->scalar_type() == statistics.scalar_type());
     const AlignBackend& backend = *backends_of(weights, gains).backward;
-    for (const Tensor& grad : grads) require(device_type_of(grad) == device_type_of(statistics));
     require(device_type_of(statistics) == device_type_of(weights[0]));
+    auto grads = list<Tensor>(a[0]);
+    for (const Tensor& grad : grads) require(device_type_of(grad) == device_type_of(statistics));
+    std::vector<bool> is_large, spent;
+    for (const Tensor& grad : grads) is_large.push_back(backend.is_in_place && grad.numel() >= large);
+    if (std::find(is_large.begin(), is_large.end(), true) != is_large.end()) {
+        grads.clear();  // as each of these holds its gradient
+        spent = which_are_spent(a[0], is_large, a[6]);
+        grads = list<Tensor>(a[0]);
+    }
     AlignBackwardResult results = [&] {
         AsAnOp scope;
         return backward_beside(nullptr, backend, grads, weights, gains, statistics, scales, spent);
@@ -243,18 +211,19 @@ Owned backward(PyObject* const* a, PyObject* none) {
     const auto& [grad_weights, grad_gains] = results;
     Owned placed(PyTuple_New(kOthers + 2 * count));
     auto place = [&](ssize_t i, Owned object) { PyTuple_SetItem(placed.get(), i, object.release()); };
-    for (ssize_t i = 0; i < kOthers; ++i) place(i, reference_to(none));
+    for (ssize_t i = 0; i < kOthers; ++i) place(i, reference_to(python.none));
     int64_t offset = 0;
     for (ssize_t i = 0; i < count; ++i) {
-        place(kOthers + i, from(grad_weights[i]));
-        place(kOthers + count + i, gains[i] ? from(part(grad_gains, *gains[i], offset)) : reference_to(none));
+        place(kOthers + i, object_of(grad_weights[i]));
+        place(kOthers + count + i,
+              gains[i] ? object_of(part(grad_gains, *gains[i], offset)) : reference_to(python.none));
         offset += weights[i].size(0);
     }
     return placed;
 }
 
 // What the layer's aligned filters are computed from, as bytes: what `fingerprint_with` of fingerprint.py lists.
-Owned fingerprint(PyObject* const* a, PyObject* none) {
+Owned fingerprint(PyObject* const* a) {
     static const auto name = PyUnicode_InternFromString;
     static PyObject *const parameters = name("_parameters"), *const weight = name("weight"), *const gain = name("gain"),
                            *const eps = name("eps"), *const scale = name("scale");
@@ -265,7 +234,7 @@ Owned fingerprint(PyObject* const* a, PyObject* none) {
     Owned tensors(PyObject_GetItem(attributes.get(), parameters));
     for (PyObject* key : {weight, gain}) {
         Owned object(PyObject_GetItem(tensors.get(), key));
-        if (object.get() == none && key == gain) continue;
+        if (object.get() == python.none && key == gain) continue;
         Tensor t = plain_tensor(object.get());
         require(t.dim() <= kMaxRank);
         found[count++] = reinterpret_cast<intptr_t>(object.get());
@@ -276,17 +245,21 @@ Owned fingerprint(PyObject* const* a, PyObject* none) {
         for (int64_t stride : t.strides()) found[count++] = stride;
     }
     for (PyObject* key : {eps, scale}) {
-        double number = to(Owned(PyObject_GetItem(attributes.get(), key)).get(), none, static_cast<double*>(nullptr));
+        double number = to(Owned(PyObject_GetItem(attributes.get(), key)).get(), static_cast<double*>(nullptr));
         std::memcpy(&found[count++], &number, sizeof number);
     }
     return Owned(PyBytes_FromStringAndSize(reinterpret_cast<const char*>(found), count * sizeof found[0]));
 }
 
-template <Owned (*function)(PyObject* const*, PyObject*), ssize_t kCount>
-PyObject* called(PyObject* none, PyObject* const* arguments, ssize_t count) {
+// For Python's probe of a gradient that is spent: of the only gradient of a backward.
+Owned holders(PyObject* const* a) { return holders_of(item(a[0], 0).get()); }
+Owned state_of_storage(PyObject* const* a) { return storage_state(a[0]); }
+
+template <Owned (*function)(PyObject* const*), ssize_t kCount>
+PyObject* called(PyObject*, PyObject* const* arguments, ssize_t count) {
     try {
         require(count == kCount);
-        return function(arguments, none).release();
+        return function(arguments).release();
     } catch (const RunError& error) {
         PyErr_SetString(PyExc_RuntimeError, error.what());
         return nullptr;
@@ -294,14 +267,15 @@ PyObject* called(PyObject* none, PyObject* const* arguments, ssize_t count) {
         return nullptr;
     } catch (...) {
         PyErr_Clear();
-        Py_IncRef(none);
-        return none;
+        return reference_to(python.none).release();
     }
 }
 
 PyMethodDef definitions[] = {{"align_forward", called<forward, 7>, METH_FASTCALL, nullptr},
                              {"align_backward", called<backward, 8>, METH_FASTCALL, nullptr},
-                             {"fingerprint", called<fingerprint, 1>, METH_FASTCALL, nullptr}};
+                             {"fingerprint", called<fingerprint, 1>, METH_FASTCALL, nullptr},
+                             {"holders", called<holders, 1>, METH_FASTCALL, nullptr},
+                             {"storage_state", called<state_of_storage, 1>, METH_FASTCALL, nullptr}};
 
 }  // namespace
 
@@ -311,18 +285,19 @@ void serve_python_calls(int32_t device_type, const AlignBackend& forward, const 
 
 }  // namespace wa
 
-// (align_forward, align_backward, fingerprint), or None if torch is older. Called through ctypes, once.
-extern "C" __attribute__((visibility("default"))) PyObject* wa_python_calls(PyObject* tensor, PyObject* parameter,
-                                                                            PyObject* is_neg, PyObject* none) {
+// The functions of `definitions`, or None if torch is older. Called through ctypes, once.
+extern "C" __attribute__((visibility("default"))) PyObject* wa_python_calls(const wa::PythonNames* names) {
     using namespace wa;
-    plain_type = tensor, parameter_type = parameter, is_negated = is_neg;
+    python = *names;
     auto find = [](auto& function, const char* name) {
         function = reinterpret_cast<std::decay_t<decltype(function)>>(dlsym(RTLD_DEFAULT, name));
         return function != nullptr;
     };
     if (!find(tensor_from, "torch_tensor_from_pyobject") || !find(tensor_to, "torch_tensor_to_pyobject") ||
         !find(has_storage, "torch_has_storage"))
-        return Py_IncRef(none), none;
-    auto function = [&](PyMethodDef& definition) { return Owned(PyCFunction_NewEx(&definition, none, nullptr)); };
-    return tuple_of(function(definitions[0]), function(definitions[1]), function(definitions[2])).release();
+        return reference_to(python.none).release();
+    Owned functions(PyTuple_New(std::size(definitions)));
+    for (size_t i = 0; i < std::size(definitions); ++i)
+        PyTuple_SetItem(functions.get(), ssize_t(i), PyCFunction_NewEx(&definitions[i], nullptr, nullptr));
+    return functions.release();
 }

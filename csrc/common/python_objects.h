@@ -20,6 +20,7 @@ WA_WEAK void Py_IncRef(PyObject*);
 WA_WEAK void Py_DecRef(PyObject*);
 WA_WEAK PyObject* PyObject_Type(PyObject*);
 WA_WEAK PyObject* PyObject_CallFunctionObjArgs(PyObject* function, ...);
+WA_WEAK PyObject* PyObject_CallMethodObjArgs(PyObject* object, PyObject* name, ...);
 WA_WEAK PyObject* PyObject_GetAttr(PyObject*, PyObject* name);
 WA_WEAK PyObject* PyObject_GetItem(PyObject*, PyObject* key);
 WA_WEAK PyObject* PyObject_GenericGetDict(PyObject*, void*);
@@ -29,6 +30,7 @@ WA_WEAK int PyObject_IsTrue(PyObject*);
 extern WA_WEAK PyObject PyFloat_Type;
 WA_WEAK double PyFloat_AsDouble(PyObject*);
 WA_WEAK long PyLong_AsLong(PyObject*);
+WA_WEAK PyObject* PyLong_FromLong(long);
 WA_WEAK ssize_t PySequence_Size(PyObject*);
 WA_WEAK PyObject* PySequence_GetItem(PyObject*, ssize_t);
 WA_WEAK PyObject* PyTuple_New(ssize_t);
@@ -72,6 +74,12 @@ private:
 
 inline Owned reference_to(PyObject* object) {
     Py_IncRef(object);
+    return Owned(object);
+}
+
+// What a function of Python returned; what it raised is for the caller to see.
+inline Owned answer(PyObject* object) {
+    if (!object) throw Raised();
     return Owned(object);
 }
 

@@ -16,7 +16,7 @@ from .reference.activations import find
 from .reference.align import align
 from .reference.prepare import prepare_input_backward
 from .schemas import OpSet
-from .spent import MIN_VALUES, which_are_spent
+from .spent import MIN_VALUES, holders_of_spent
 
 
 def align_forward(
@@ -158,7 +158,7 @@ class _Fused(torch.autograd.Function):
         served, options, statistics, versions = ctx.call
         if served is schemas.native and direct.is_open():
             arguments = grads, ctx.needs_input_grad, ctx.tensors, versions, statistics, options[1]
-            results = direct.backward(*arguments, which_are_spent, MIN_VALUES)
+            results = direct.backward(*arguments, holders_of_spent, MIN_VALUES)
             if results is not None:
                 return results
         return _backward(ctx, *grads)

@@ -1,6 +1,7 @@
 """Loads the native library."""
 
 import ctypes
+import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -8,6 +9,7 @@ from typing import Any
 
 import torch
 
+from ..torch_private import storage_holders
 from . import elf
 from .installed import PATH, architectures_of
 
@@ -24,9 +26,10 @@ class Library:
     cuda_driver: Callable[[], int] = lambda: 0
     # The instruction set of the CPU kernels in use, such as "avx2"; or what is wrong with WEIGHTALIGN_CPU.
     cpu_kernels: Callable[[], str] = lambda: "none"
-    # align_forward and align_backward, called without torch's dispatcher, and the fingerprint of a layer. They return
-    # None for what they do not take: without the library, or with a torch before 2.14, that is everything.
-    python_calls: tuple[Callable[..., Any], ...] = (lambda *_: None,) * 3
+    # align_forward and align_backward, called without torch's dispatcher, the fingerprint of a layer, the holders of a
+    # gradient, and the state of a storage. They return None for what they do not take: without the library, or with a
+    # torch before 2.14, that is everything.
+    python_calls: tuple[Callable[..., Any], ...] = (lambda *_: None,) * 5
 
 
 def load() -> Library:
@@ -58,8 +61,9 @@ def load() -> Library:
 
 def _python_calls() -> Any:
     find = ctypes.PyDLL(str(PATH)).wa_python_calls
-    find.argtypes, find.restype = [ctypes.py_object] * 4, ctypes.py_object
-    return find(torch.Tensor, torch.nn.Parameter, torch.Tensor.is_neg, None)
+    find.restype = ctypes.py_object
+    names = torch.Tensor, torch.nn.Parameter, torch.Tensor.is_neg, sys.getrefcount, storage_holders, None
+    return find((ctypes.py_object * len(names))(*names))
 
 
 def _without(error: str) -> Library:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from . import direct
-from .spent import MIN_VALUES, storage_state
+from .spent import MIN_VALUES
 
 
 def memory_of(filters: Sequence[Tensor]) -> list[Tensor | None]:
@@ -23,5 +23,5 @@ def which_are_free(memory: Sequence[Tensor | None]) -> list[Tensor | None]:
     if not memory or not direct.is_open():
         return []
     # Each time anew, as a debugger counts in both.
-    free = storage_state(torch.empty(MIN_VALUES, dtype=torch.float32, device="cpu"))
-    return [t if t is not None and storage_state(t) == free else None for t in memory]
+    free = direct.storage_state(torch.empty(MIN_VALUES, dtype=torch.float32, device="cpu"))
+    return [t if t is not None and direct.storage_state(t) == free else None for t in memory]
