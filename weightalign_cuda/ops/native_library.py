@@ -62,7 +62,7 @@ def load() -> Library:
 def _python_calls() -> Any:
     find = ctypes.PyDLL(str(PATH)).wa_python_calls
     find.restype = ctypes.py_object
-    names = torch.Tensor, torch.nn.Parameter, torch.Tensor.is_neg, sys.getrefcount, storage_holders, None
+    names: tuple[Any, ...] = torch.Tensor, torch.nn.Parameter, torch.Tensor.is_neg, sys.getrefcount, storage_holders, None
     return find((ctypes.py_object * len(names))(*names))
 
 
