@@ -57,13 +57,17 @@ def align_directly(
 ) -> tuple[Sequence[Tensor], Tensor] | None:
     """The native op align_forward, differentiable, without torch's dispatcher. None if it must not be left out, or if
     anything is wrong with the arguments. Results are written to the `memory`, of a former call, where they fit."""
-    options = eps, scales, _NUMBERS.get(dtype, -1), _FORMATS[memory_format]
-    if not direct.is_open() or (results := direct.forward(weights, gains, *options, memory)) is None:
+    if not direct.is_open():
+        return None
+    number, format_ = _NUMBERS.get(dtype, -1), _FORMATS[memory_format]
+    results = direct.forward(weights, gains, eps, scales, number, format_, memory)
+    if results is None:
         return None
     aligned, statistics, versions = results
     if versions is None:
         return aligned, statistics
-    return _apply((schemas.native, options, statistics, versions), aligned, None, *weights, *gains), statistics
+    call = schemas.native, (eps, scales, number, format_), statistics, versions
+    return _apply(call, aligned, None, *weights, *gains), statistics
 
 
 def prepare_forward(
@@ -157,8 +161,9 @@ class _Fused(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         served, options, statistics, versions = ctx.call
         if served is schemas.native and direct.is_open():
-            arguments = grads, ctx.needs_input_grad, ctx.tensors, versions, statistics, options[1]
-            results = direct.backward(*arguments, holders_of_spent, MIN_VALUES)
+            results = direct.backward(
+                grads, ctx.needs_input_grad, ctx.tensors, versions, statistics, options[1], holders_of_spent, MIN_VALUES
+            )
             if results is not None:
                 return results
         return _backward(ctx, *grads)
