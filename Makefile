@@ -69,7 +69,7 @@ static: $(INSTALLED)
 # run, the blob that a failure prints (for @reproduce_failure) a single example.
 FUZZ = WEIGHTALIGN_FUZZ_EXAMPLES=$(EXAMPLES) WEIGHTALIGN_FUZZ_MINUTES=$(MINUTES) $(PYTEST) -m hypothesis \
     --hypothesis-profile=fuzz --hypothesis-seed=$(SEED)
-OTHERS = ['baseline', 'avx2'][:{'AVX2': 1, 'AVX512': 2}.get(torch.backends.cpu.get_cpu_capability(), 0)]
+OTHERS = ['baseline', 'avx2', 'avx512'][:{'AVX2': 1, 'AVX512': 3}.get(torch.backends.cpu.get_cpu_capability(), 0)]
 fuzz: $(INSTALLED)
 	$(FUZZ)
 	for set in $$($(PY) -c "import torch; print(*$(OTHERS))"); do WEIGHTALIGN_CPU=$$set $(FUZZ) -k cpu || exit 1; done

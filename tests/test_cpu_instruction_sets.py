@@ -1,6 +1,7 @@
 """The CPU kernels of each instruction set that this machine supports, each in its own process: WEIGHTALIGN_CPU is read
 at the first call."""
 
+import hashlib
 import itertools
 import math
 import os
@@ -21,8 +22,8 @@ from weightalign_cuda.ops import library
 
 TESTS = pathlib.Path(__file__).parent
 VARIABLE = "WEIGHTALIGN_CPU"
-NAMES = ("baseline", "avx2", "avx512")
-HERE = NAMES[: {"AVX2": 2, "AVX512": 3}.get(torch.backends.cpu.get_cpu_capability(), 1)]
+NAMES = ("baseline", "avx2", "avx512", "avx512+avx2")
+HERE = NAMES[: {"AVX2": 2, "AVX512": 4}.get(torch.backends.cpu.get_cpu_capability(), 1)]
 
 
 def run_apart(check, instruction_set):
@@ -33,6 +34,7 @@ def run_apart(check, instruction_set):
     # An emulated machine takes minutes to import torch.
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=1200)
     assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 @pytest.mark.parametrize("name", HERE)
@@ -43,6 +45,26 @@ def test_values_gradients_and_conversions(name):
 def test_best_instruction_set_is_the_default():
     with wa.use_backend("cpu"):
         assert keeps_payload() == has_conversions(os.environ.get(VARIABLE) or HERE[-1])
+
+
+def print_bits():
+    """Of a list's results and gradients, which differ between instruction sets: of weights of 65,536 values, and more."""
+    weights = [normal(16, 4096, seed=1), normal(16, 4100, seed=2), normal(1, 65536, seed=3), normal(1, 65537, seed=4)]
+    gains = [normal(len(w), seed=5) for w in weights]
+    grads = [normal(*w.shape, seed=6) for w in weights]
+    leaves = [t.requires_grad_() for t in (*weights, *gains)]
+    together = wa.align_foreach(weights, gains)
+    found = [*together, *torch.autograd.grad(together, leaves, grads)]
+    print(*(hashlib.sha256(t.detach().numpy()).hexdigest() for t in found))
+
+
+@pytest.mark.skipif(len(HERE) < len(NAMES), reason="needs AVX-512")
+def test_small_weights_are_aligned_by_avx2():
+    """By the size of each weight: what else is in its list does not matter."""
+    avx2, avx512, default = (run_apart("print_bits", name).split() for name in NAMES[1:])
+    assert not set(avx2) & set(avx512)
+    for i, bits in enumerate(default):
+        assert bits == (avx512 if i % 2 else avx2)[i]
 
 
 def check_errors():
