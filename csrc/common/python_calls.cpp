@@ -188,7 +188,7 @@ Owned backward(PyObject* const* a) {
     const ssize_t count = PySequence_Size(a[0]);
     auto weights = list<Tensor>(a[2], 0, count);
     auto gains = list<std::optional<Tensor>>(a[2], count, 2 * count);
-    Tensor statistics = plain_tensor(a[4]);
+    Tensor statistics = to(a[4], static_cast<Tensor*>(nullptr));
     auto scales = list<double>(a[5]);
     const int64_t large = PyLong_AsLong(a[7]);
     require(!PyErr_Occurred());
