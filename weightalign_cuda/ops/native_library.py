@@ -62,7 +62,8 @@ def load() -> Library:
 def _python_calls() -> Any:
     find = ctypes.PyDLL(str(PATH)).wa_python_calls
     find.restype = ctypes.py_object
-    names: tuple[Any, ...] = torch.Tensor, torch.nn.Parameter, torch.Tensor.is_neg, sys.getrefcount, storage_holders, None
+    types = torch.Tensor, torch.nn.Parameter
+    names: tuple[Any, ...] = *types, torch.Tensor.is_neg, sys.getrefcount, storage_holders, None
     return find((ctypes.py_object * len(names))(*names))
 
 
