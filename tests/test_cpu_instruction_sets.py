@@ -48,7 +48,7 @@ def test_best_instruction_set_is_the_default():
 
 
 def print_bits():
-    """Of a list's results and gradients, which differ between instruction sets; of weights of 65,536 values and more."""
+    """Of a list's results and gradients, which differ between instruction sets: weights of 65,536 values and more."""
     weights = [normal(16, 4096, seed=1), normal(16, 4100, seed=2), normal(1, 65536, seed=3), normal(1, 65537, seed=4)]
     gains = [normal(len(w), seed=5) for w in weights]
     grads = [normal(*w.shape, seed=6) for w in weights]
