@@ -289,6 +289,7 @@ void serve_python_calls(int32_t device_type, const AlignBackend& forward, const 
 extern "C" __attribute__((visibility("default"))) PyObject* wa_python_calls(const wa::PythonNames* names) {
     using namespace wa;
     python = *names;
+    for (PyObject* each : {python.is_neg, python.getrefcount, python.storage_holders}) Py_IncRef(each);  // for good
     auto find = [](auto& function, const char* name) {
         function = reinterpret_cast<std::decay_t<decltype(function)>>(dlsym(RTLD_DEFAULT, name));
         return function != nullptr;

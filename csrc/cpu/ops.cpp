@@ -74,8 +74,8 @@ constexpr int64_t kStreamed = 8 << 20;
 
 class Work {
 public:
-    Work(const AlignList& list, AlignFilters Kernels::* filters)
-        : list_(list), filters_(filters), begins_(list.count + 1, 0) {
+    Work(const AlignList& list, const InstructionSet& set, AlignFilters Kernels::* filters)
+        : list_(list), set_(set), filters_(filters), begins_(list.count + 1, 0) {
         for (uint32_t i = 0; i < list.count; ++i) {
             begins_[i + 1] = begins_[i] + int64_t(list.tasks[i].filters) * list.tasks[i].n;
             scratch_bytes_ = std::max(scratch_bytes_, scratch_bytes(list.tasks[i]));
@@ -94,20 +94,22 @@ public:
                 return uint32_t(std::min<int64_t>(filter, task.filters));
             };
             const bool is_small = begins_[i + 1] - begins_[i] <= kSmall, is_streamed = begins_.back() >= kStreamed;
-            const Kernels& kernels = is_small ? *chosen().for_small : *chosen().kernels;
+            const Kernels& kernels = is_small ? *set_.for_small : *set_.kernels;
             (kernels.*filters_)(list_, task, first_from(begin), first_from(end), scratch.get(), is_streamed);
         }
     }
 
 private:
     const AlignList& list_;
+    const InstructionSet& set_;
     AlignFilters Kernels::* filters_;
     std::vector<int64_t> begins_;  // where each tensor's values begin
     size_t scratch_bytes_ = 0;
 };
 
 void run(AlignFilters Kernels::* filters, PrepareTiles Kernels::* prepare, const AlignList& list) {
-    const Work weights(list, filters);
+    const InstructionSet& set = chosen();
+    const Work weights(list, set, filters);
     const PrepareTask* input = list.input;
     const int64_t weight_pieces = weights.pieces();
     int64_t tiles = 0, input_pieces = 0;
@@ -123,7 +125,7 @@ void run(AlignFilters Kernels::* filters, PrepareTiles Kernels::* prepare, const
         if (first < weight_pieces) weights.run(first, std::min(last, weight_pieces));
         if (last <= weight_pieces) return;
         auto tile = [&](int64_t piece) { return std::max<int64_t>(piece - weight_pieces, 0) * tiles / input_pieces; };
-        (chosen().kernels->*prepare)(*input, *tiling, tile(first), tile(last));
+        (set.kernels->*prepare)(*input, *tiling, tile(first), tile(last));
     });
 }
 
