@@ -164,14 +164,16 @@ void require_usual(PyObject* grads, PyObject* wanted, PyObject* tensors, PyObjec
     require(!PyErr_Occurred());
 }
 
-// Of each gradient, whether the weight's may be written over it: nobody else holds it, and its memory is worth asking.
-// `limits` is a function that returns the `holders_of` a gradient that is spent.
-std::vector<bool> which_are_spent(PyObject* grads, const std::vector<bool>& is_large, PyObject* limits) {
+// Of each gradient, whether the weight's may be written over it: it has `large` values or more, which makes its memory
+// worth asking, and nobody else holds it. `limits` is a function that returns the `holders_of` a gradient that is
+// spent.
+std::vector<bool> which_are_spent(PyObject* grads, int64_t large, PyObject* limits) {
     Owned holders = answer(PyObject_CallFunctionObjArgs(limits, nullptr));
     std::vector<bool> spent;
-    for (size_t i = 0; i < is_large.size(); ++i) {
-        Owned grad = item(grads, ssize_t(i));
-        spent.push_back(is_large[i] && type_of(grad.get()) == python.tensor &&
+    for (ssize_t i = 0, count = PySequence_Size(grads); i < count; ++i) {
+        Owned grad = item(grads, i);
+        const bool is_large = plain_tensor(grad.get()).numel() >= large;
+        spent.push_back(is_large && type_of(grad.get()) == python.tensor &&
                         has_no_more_holders(grad.get(), holders.get()));
     }
     return spent;
@@ -181,7 +183,7 @@ std::vector<bool> which_are_spent(PyObject* grads, const std::vector<bool>& is_l
 // a gradient for each weight, no graph of the backward itself. All gradients, each in its tensor's shape and dtype, so
 // that no Python must put them there; gains of another dtype than the statistics are left to it. Arguments: the
 // gradients; what of the Function's arguments wants one; weights and gains, and their versions in the forward;
-// statistics; scales; `limits` of `which_are_spent`, and the number of values from which on a gradient is large.
+// statistics; scales; `limits` and `large` of `which_are_spent`.
 Owned backward(PyObject* const* a) {
     require(!aoti_torch_grad_mode_is_enabled());
     require_usual(a[0], a[1], a[2], a[3]);
@@ -197,11 +199,11 @@ Owned backward(PyObject* const* a) {
     require(device_type_of(statistics) == device_type_of(weights[0]));
     auto grads = list<Tensor>(a[0]);
     for (const Tensor& grad : grads) require(device_type_of(grad) == device_type_of(statistics));
-    std::vector<bool> is_large, spent;
-    for (const Tensor& grad : grads) is_large.push_back(backend.is_in_place && grad.numel() >= large);
-    if (std::find(is_large.begin(), is_large.end(), true) != is_large.end()) {
+    std::vector<bool> spent;
+    auto is_large = [&](const Tensor& grad) { return grad.numel() >= large; };
+    if (backend.is_in_place && std::any_of(grads.begin(), grads.end(), is_large)) {
         grads.clear();  // as each of these holds its gradient
-        spent = which_are_spent(a[0], is_large, a[6]);
+        spent = which_are_spent(a[0], large, a[6]);
         grads = list<Tensor>(a[0]);
     }
     AlignBackwardResult results = [&] {

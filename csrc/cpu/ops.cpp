@@ -23,7 +23,7 @@ struct InstructionSet {
 
 // What this machine supports, the preferred one last. AVX2 is 2.1x as fast as baseline on Zen 3. AVX-512 halves the
 // instructions, but on Sapphire Rapids lowers the clock by 7 %, of whatever runs next, too: weights of up to 65,536
-// values alone, with autograd, take 1.04 to 1.15 times as long as with AVX2, larger ones 0.86 to 1.04 times, all of
+// values alone, with autograd, take 1.03 to 1.15 times as long as with AVX2, larger ones 0.86 to 1.04 times, all of
 // ResNet-50's 0.9 times. So AVX2 aligns small weights. By the size of the weight, not of the list: in each list the
 // same weight has the same result.
 constexpr int64_t kSmall = 65536;

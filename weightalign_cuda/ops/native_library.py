@@ -62,7 +62,7 @@ def load() -> Library:
 def _python_calls() -> Any:
     find = ctypes.PyDLL(str(PATH)).wa_python_calls
     find.restype = ctypes.py_object
-    types = torch.Tensor, torch.nn.Parameter
+    types = torch.Tensor, torch.nn.Parameter  # all in the order of PythonNames in csrc/common/python_tensors.h
     names: tuple[Any, ...] = *types, torch.Tensor.is_neg, sys.getrefcount, storage_holders, None
     return find((ctypes.py_object * len(names))(*names))
 
