@@ -7,6 +7,7 @@ import re
 import resource
 import subprocess
 import sys
+import sysconfig
 
 import pytest
 import torch
@@ -91,7 +92,8 @@ def only_new_objects():
 def test_calls_leave_nothing(only_new_objects, name, count):
     """The smallest growth of several rounds: caches fill up in the first, and a leak is in each. At 7000 calls a round,
     100,000 in all, what C loses is seen from 16 bytes a call on; at 200 a reference, and what hangs on it. A
-    process that has run many other tests keeps up to 80 blocks in each round, a free-threaded Python some 100."""
+    free-threaded Python keeps some 100 blocks until later."""
+    is_free_threaded = bool(sysconfig.get_config_var("Py_GIL_DISABLED"))
     call = CALLS[name]
     call()
     grown, kept = [], []
@@ -104,7 +106,7 @@ def test_calls_leave_nothing(only_new_objects, name, count):
         kept.append(sys.getallocatedblocks() - blocks)
         grown.append(resident() - before)
     assert tensors() - there < count
-    assert min(kept) < count * 3 // 4
+    assert min(kept) < (count * 3 // 4 if is_free_threaded else count // 4)
     assert min(grown) < 64 * KB
 
 
